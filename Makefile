@@ -1,0 +1,35 @@
+# Every target sets up what it needs: a virtual environment in .venv with exactly what requirements.lock names.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: setup demo test lint bench lock
+
+setup: .venv/.ready
+
+.venv/.ready: requirements.lock pyproject.toml
+	@command -v $(PYTHON) > /dev/null || { echo "error: no $(PYTHON) here; install Python 3.11 or give PYTHON=…" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check --quiet --requirement requirements.lock
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --editable .
+	@touch $@
+
+demo: setup
+	$(BIN)/python pipelines/demo.py
+
+# Everything; `make test PYTEST="-m 'not slow'"` for the quick part.
+test: lint
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python -m benchmarks.model
+
+# Newest versions that fit pyproject.toml; look at the difference before you commit it.
+lock: setup
+	$(BIN)/pip install --disable-pip-version-check --quiet --upgrade --upgrade-strategy eager --editable .[dev]
+	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
