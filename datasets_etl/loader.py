@@ -1,0 +1,172 @@
+"""Samples for training and evaluation, straight from shards on storage.
+
+`TrainingStream` is the run's data stream cut into one rank's micro-batches; its whole state is the step to begin with.
+`read_sample` and `EvaluationSet` give samples as they are stored.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from datasets_etl.augment import AugmentConfig, augment
+from datasets_etl.manifest import Manifest
+from datasets_etl.order import Order, rank_positions, sample_generator
+from datasets_etl.samples import FlowSample, decode_sample
+from datasets_etl.shards import read_sample_bytes
+
+
+class FlowBatch(NamedTuple):
+    """Samples as tensors; without the leading B for a single one.
+
+    Attributes:
+        image0, image1: uint8 [B, 3, H, W], RGB.
+        flow: float32 [B, 2, H, W], pixels; 0 where not valid.
+        valid: bool [B, H, W].
+    """
+
+    image0: torch.Tensor
+    image1: torch.Tensor
+    flow: torch.Tensor
+    valid: torch.Tensor
+
+
+@dataclass(frozen=True)
+class MixturePart:
+    """A subset of one dataset as a part of a mixture: how often an epoch holds it and how it is augmented."""
+
+    manifest: Manifest
+    subset: str | None
+    repeats: int
+    augmentation: AugmentConfig
+
+
+def read_sample(manifest: Manifest, index: int) -> FlowSample:
+    """Sample number `index` of a manifest, by one ranged read. Raises DataError naming shard and sample."""
+    shard, entry = manifest.place(index)
+    store = manifest.store()
+    data = read_sample_bytes(store, shard, entry)
+    return decode_sample(data, f"{store.url}/{shard.name}: sample {entry.key}")
+
+
+class EvaluationSet(Dataset[FlowSample]):
+    """The samples of one subset in order, whole and as they are."""
+
+    def __init__(self, manifest: Manifest, subset: str | None, limit: int | None = None) -> None:
+        self.manifest = manifest
+        self.indices = manifest.select(subset)[:limit]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, number: int) -> FlowSample:
+        return read_sample(self.manifest, int(self.indices[number]))
+
+
+class PositionDataset(Dataset[FlowBatch]):
+    """Map-style: the n-th augmented sample of a run, a pure function of (mixture, seed, position)."""
+
+    def __init__(self, mixture: Sequence[MixturePart], seed: int) -> None:
+        self.mixture = tuple(mixture)
+        self.seed = seed
+        self.selections = [part.manifest.select(part.subset) for part in mixture]
+        self.order = Order(
+            sizes=tuple(len(selection) for selection in self.selections),
+            repeats=tuple(part.repeats for part in mixture),
+            seed=seed,
+        )
+
+    def __getitem__(self, position: int) -> FlowBatch:
+        parts, indices = self.order.locate([position])
+        part = self.mixture[int(parts[0])]
+        sample = read_sample(part.manifest, int(self.selections[int(parts[0])][int(indices[0])]))
+        return to_tensors(augment(sample, part.augmentation, sample_generator(self.seed, position)))
+
+
+class _MicroBatches(Sampler[list[int]]):
+    """Positions of one rank's micro-batches, step after step."""
+
+    def __init__(self, steps: range, global_batch: int, micro_batch: int, rank: int, world_size: int) -> None:
+        self.steps = steps
+        self.global_batch = global_batch
+        self.micro_batch = micro_batch
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            yield from self.of_step(step)
+
+    def of_step(self, step: int) -> list[list[int]]:
+        mine = list(rank_positions(step, self.global_batch, self.rank, self.world_size))
+        return [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
+
+
+class TrainingStream:
+    """One rank's share of the stream: for every step the micro-batches to accumulate.
+
+    Args:
+        dataset: the run's samples by position.
+        steps: the steps to yield, from the one to resume at.
+        global_batch: samples of a step over all ranks; the same whatever the number of ranks.
+        micro_batch: samples a rank computes at a time.
+        rank, world_size: of this process.
+        workers: loader processes; 0 loads in this one.
+    """
+
+    def __init__(
+        self,
+        dataset: PositionDataset,
+        steps: range,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        workers: int = 0,
+    ) -> None:
+        self.steps = steps
+        self._batches = _MicroBatches(steps, global_batch, micro_batch, rank, world_size)
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=self._batches,
+            collate_fn=collate,
+            num_workers=workers,
+            # A fork of a process that already runs threads (Ray's, OpenMP's) can deadlock.
+            multiprocessing_context="spawn" if workers else None,
+            prefetch_factor=4 if workers else None,
+            worker_init_fn=_one_thread,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __iter__(self) -> Iterator[tuple[int, Iterator[FlowBatch]]]:
+        """(step, its micro-batches); the micro-batches must be drawn before the next step."""
+        batches = iter(self._loader)
+        for step in self.steps:
+            count = len(self._batches.of_step(step))
+            yield step, (next(batches) for _ in range(count))
+
+
+def to_tensors(sample: FlowSample) -> FlowBatch:
+    """Channels first; a sample without ground truth is a ValueError."""
+    if sample.flow is None or sample.valid is None:
+        raise ValueError(f"{sample.key} has no ground truth to train on")
+    return FlowBatch(
+        image0=torch.from_numpy(np.ascontiguousarray(sample.image0.transpose(2, 0, 1))),  # [3, H, W]
+        image1=torch.from_numpy(np.ascontiguousarray(sample.image1.transpose(2, 0, 1))),
+        flow=torch.from_numpy(np.ascontiguousarray(sample.flow.transpose(2, 0, 1))),  # [2, H, W]
+        valid=torch.from_numpy(sample.valid),  # [H, W]
+    )
+
+
+def collate(samples: Sequence[FlowBatch]) -> FlowBatch:
+    """Stack samples of one size into a batch."""
+    return FlowBatch(*(torch.stack(tensors) for tensors in zip(*samples, strict=True)))
+
+
+def _one_thread(worker: int) -> None:
+    cv2.setNumThreads(0)  # the processes are the parallelism

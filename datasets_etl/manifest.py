@@ -1,0 +1,161 @@
+"""The index of one finished version of a dataset: every shard with its hash, every sample with its place.
+
+A manifest is immutable and named by its content: `manifest-<first 16 hex digits of its SHA-256>.json`. It holds no
+time, no host and no absolute path, so the same source gives the same manifest wherever it is made.
+"""
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from datasets_etl.errors import DataError
+from datasets_etl.storage import ObjectStore, open_store, split_url
+
+FORMAT_VERSION = 1
+
+_NAME = re.compile(r"manifest-([0-9a-f]{16})\.json")
+
+
+@dataclass(frozen=True)
+class SampleEntry:
+    """Where a sample lies: `length` bytes at `offset` of a shard are its tar members, their CRC-32 is `crc32`.
+
+    `invalid_pixels` counts the pixels without usable flow; None for a sample without any ground truth.
+    """
+
+    key: str
+    subset: str
+    offset: int
+    length: int
+    crc32: int
+    height: int
+    width: int
+    invalid_pixels: int | None
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard: its object's name relative to the manifest, size, SHA-256, and samples in order."""
+
+    name: str
+    bytes: int
+    sha256: str
+    samples: tuple[SampleEntry, ...]
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> "ShardEntry":
+        return cls(**{**entry, "samples": tuple(SampleEntry(**sample) for sample in entry["samples"])})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A dataset version.
+
+    Attributes:
+        dataset: "chairs", "things", "sintel", "kitti" or "hd1k".
+        shards: in order; samples are numbered through them from 0.
+        url: where it was loaded from; empty before it is published. Not part of the content.
+    """
+
+    dataset: str
+    shards: tuple[ShardEntry, ...]
+    url: str = field(default="", compare=False)
+
+    @classmethod
+    def load(cls, url: str) -> "Manifest":
+        """Raises DataError where there is none, or where its content does not match its name."""
+        store, name = split_url(url)
+        try:
+            data = store.read(name)
+        except DataError as error:
+            raise DataError(f"no manifest: {error}; pipelines/etl.py prints the URL of the one it wrote") from error
+        named = _NAME.fullmatch(name)
+        if named and named[1] != hashlib.sha256(data).hexdigest()[:16]:
+            raise DataError(f"{url}: damaged: its content is not what its name promises; run pipelines/etl.py again")
+        try:
+            content = json.loads(data)
+            if content["format"] != FORMAT_VERSION:
+                raise DataError(
+                    f"{url}: manifest format {content['format']}, this version reads {FORMAT_VERSION}; "
+                    "write the dataset again with pipelines/etl.py"
+                )
+            shards = tuple(ShardEntry.from_dict(entry) for entry in content["shards"])
+            return cls(content["dataset"], shards, url)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{url}: not a manifest of pipelines/etl.py ({error!r})") from error
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON, one line a shard."""
+        head = json.dumps({"format": FORMAT_VERSION, "dataset": self.dataset}, sort_keys=True)
+        shards = ",\n".join(json.dumps(asdict(shard), sort_keys=True) for shard in self.shards)
+        return f'{head[:-1]}, "shards": [\n{shards}\n]}}\n'.encode()
+
+    @property
+    def version(self) -> str:
+        """First 16 hex digits of the SHA-256 of the content."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()[:16]
+
+    def publish(self, store: ObjectStore) -> str:
+        """Write it, after all its shards, into the store they lie in. Returns its URL."""
+        name = f"manifest-{self.version}.json"
+        store.write(name, self.to_bytes())
+        return f"{store.url}/{name}"
+
+    @functools.cached_property
+    def samples(self) -> tuple[SampleEntry, ...]:
+        """All samples in order."""
+        return tuple(sample for shard in self.shards for sample in shard.samples)
+
+    @functools.cached_property
+    def subsets(self) -> dict[str, int]:
+        """Number of samples of each subset, in order of appearance."""
+        counts: dict[str, int] = {}
+        for sample in self.samples:
+            counts[sample.subset] = counts.get(sample.subset, 0) + 1
+        return counts
+
+    def select(self, subset: str | None, *, with_truth: bool = True) -> npt.NDArray[np.int64]:
+        """Numbers of the samples of one subset, of all for None; those with ground truth only, unless told otherwise.
+
+        Raises DataError where there are none.
+        """
+        if subset is not None and subset not in self.subsets:
+            raise DataError(f"{self.url}: no subset {subset!r}; it has {', '.join(self.subsets)}")
+        chosen = [
+            number
+            for number, sample in enumerate(self.samples)
+            if subset in (None, sample.subset) and not (with_truth and sample.invalid_pixels is None)
+        ]
+        if not chosen:
+            raise DataError(
+                f"{self.url}: no sample with ground truth in {subset or 'any subset'}; choose another subset"
+            )
+        return np.array(chosen, dtype=np.int64)
+
+    def place(self, index: int) -> tuple[ShardEntry, SampleEntry]:
+        """The shard and the entry of sample number `index`."""
+        shard = self.shards[int(np.searchsorted(self._ends, index, side="right"))]
+        return shard, self.samples[index]
+
+    @functools.cached_property
+    def _ends(self) -> npt.NDArray[np.int64]:
+        return np.cumsum([len(shard.samples) for shard in self.shards])
+
+    def store(self) -> ObjectStore:
+        """The store its shards lie in."""
+        return open_store(self.url.rpartition("/")[0])
+
+
+def build(dataset: str, shards: Sequence[ShardEntry]) -> Manifest:
+    """The manifest of finished shards, in their order."""
+    keys = [sample.key for shard in shards for sample in shard.samples]
+    if len(set(keys)) != len(keys):
+        raise ValueError(f"{dataset}: sample keys are not unique")
+    return Manifest(dataset, tuple(shards))

@@ -1,0 +1,213 @@
+"""A frame pair with its ground truth, in memory and as files in a shard: the schema.
+
+In a shard a sample is these members, named `KEY.EXTENSION` as WebDataset wants it:
+
+    json             dataset, subset, scene, frame, size, the raw files and their hashes
+    frame0.webp      first frame, lossless WebP, RGB
+    frame1.webp      second frame
+    flow.zst         dense flow: float32 [H, W, 2] little-endian, bytes shuffled (all first bytes, all second, …), zstd
+    flow.png         sparse flow (KITTI, HD1K): the 16-bit PNG as published
+    occluded.png     occlusion mask, 0 or 255: Sintel's own, or KITTI's pixels of flow_occ that flow_noc lacks
+    invalid.png      Sintel's mask of invalid pixels, 0 or 255; kept, but those pixels count as valid when a sample is
+                     read, because they do in all published figures
+
+Everything is kept to the bit, non-finite flow included; what is not valid is decided when a sample is read.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from datasets_etl import formats
+from datasets_etl.errors import DataError
+from datasets_etl.sources import SampleRef, SourceTree, is_sparse
+
+SCHEMA_VERSION = 1
+
+# Dense components this large mark a pixel without ground truth (model_spec: "components ≥ 1000").
+MAX_DENSE_FLOW = 1000.0
+
+_ZSTD_LEVEL = 6
+_LOSSLESS_WEBP = (cv2.IMWRITE_WEBP_QUALITY, 101)  # above 100 OpenCV writes VP8L, the lossless format
+
+
+@dataclass(frozen=True)
+class FlowSample:
+    """One decoded frame pair.
+
+    Attributes:
+        key: the sample's name within its dataset.
+        dataset: "chairs", "things", "sintel", "kitti" or "hd1k".
+        subset: such as "train" or "training-clean".
+        sparse: ground truth exists at some pixels only (KITTI, HD1K): it must never be interpolated.
+        image0, image1: RGB, uint8 [H, W, 3].
+        flow: float32 [H, W, 2], pixels, x then y; 0 where not valid. None without ground truth.
+        valid: bool [H, W], where flow may be used. None without ground truth.
+        occluded: bool [H, W], pixels with no counterpart in image1. None where the dataset does not tell.
+    """
+
+    key: str
+    dataset: str
+    subset: str
+    sparse: bool
+    image0: npt.NDArray[np.uint8]
+    image1: npt.NDArray[np.uint8]
+    flow: npt.NDArray[np.float32] | None = None
+    valid: npt.NDArray[np.bool_] | None = None
+    occluded: npt.NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True)
+class SampleFacts:
+    """What the manifest says of a sample beyond its place; `invalid_pixels` is None without ground truth."""
+
+    height: int
+    width: int
+    invalid_pixels: int | None
+
+
+def encode_sample(ref: SampleRef, tree: SourceTree) -> tuple[dict[str, bytes | str], SampleFacts]:
+    """Raw files of one pair → members of its shard, as webdataset's writer takes them.
+
+    Raises DataError where a file is damaged or frames and ground truth differ in size.
+    """
+    raw: dict[str, bytes] = {}
+
+    def read(path: str) -> bytes:
+        raw[path] = tree.read(path)
+        return raw[path]
+
+    image0 = formats.decode_frame(read(ref.image0), ref.image0)
+    image1 = formats.decode_frame(read(ref.image1), ref.image1)
+    _same_size(tree, ref.image0, image0, ref.image1, image1)
+    members: dict[str, bytes] = {"frame0.webp": _encode_frame(image0), "frame1.webp": _encode_frame(image1)}
+    valid: npt.NDArray[np.bool_] | None = None
+
+    if ref.flow is not None:
+        data = read(ref.flow)
+        if is_sparse(ref.dataset):
+            flow, valid = formats.decode_kitti_flow(data, ref.flow)
+            members["flow.png"] = data
+        else:
+            flow = _decode_dense(data, ref.flow)
+            valid = _dense_valid(flow)
+            members["flow.zst"] = _encode_flow(flow)
+        _same_size(tree, ref.image0, image0, ref.flow, flow)
+        if ref.flow_noc is not None:
+            _, seen_in_both = formats.decode_kitti_flow(read(ref.flow_noc), ref.flow_noc)
+            members["occluded.png"] = formats.encode_mask(valid & ~seen_in_both)
+    for extension, path in (("occluded.png", ref.occlusion), ("invalid.png", ref.invalid)):
+        if path is not None:
+            mask = formats.decode_mask(read(path), path)
+            _same_size(tree, ref.image0, image0, path, mask)
+            members[extension] = formats.encode_mask(mask)
+
+    height, width = image0.shape[:2]
+    described = {
+        "schema": SCHEMA_VERSION,
+        **{name: value for name, value in asdict(ref).items() if value is not None},
+        "height": height,
+        "width": width,
+        "sha256": {path: hashlib.sha256(data).hexdigest() for path, data in sorted(raw.items())},
+    }
+    sample: dict[str, bytes | str] = {
+        "__key__": ref.key,
+        "json": json.dumps(described, sort_keys=True).encode(),
+    }
+    return sample | members, SampleFacts(height, width, None if valid is None else int((~valid).sum()))
+
+
+def decode_sample(data: bytes, where: str) -> FlowSample:
+    """The bytes of one sample's members in a tar → the sample. `where` names the sample in errors (DataError)."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            members = {member.name.partition(".")[2]: _member(tar, member) for member in tar}
+        described: dict[str, Any] = json.loads(members["json"])
+        image0 = _decode_frame(members["frame0.webp"])
+        image1 = _decode_frame(members["frame1.webp"])
+        shape = (described["height"], described["width"])
+        flow, valid = _decode_truth(members, shape, where)
+        occluded = formats.decode_mask(members["occluded.png"], where) if "occluded.png" in members else None
+    except (tarfile.TarError, KeyError, ValueError, zstandard.ZstdError) as error:
+        raise DataError(f"{where}: damaged sample ({error}); write the dataset again with pipelines/etl.py") from error
+    return FlowSample(
+        key=described["key"],
+        dataset=described["dataset"],
+        subset=described["subset"],
+        sparse="flow.png" in members,
+        image0=image0,
+        image1=image1,
+        flow=flow,
+        valid=valid,
+        occluded=occluded,
+    )
+
+
+def _decode_truth(
+    members: dict[str, bytes], shape: tuple[int, int], where: str
+) -> tuple[npt.NDArray[np.float32] | None, npt.NDArray[np.bool_] | None]:
+    if "flow.png" in members:
+        return formats.decode_kitti_flow(members["flow.png"], where)
+    if "flow.zst" not in members:
+        return None, None
+    flow = _decode_flow(members["flow.zst"], shape)
+    valid = _dense_valid(flow)
+    return np.where(valid[..., None], flow, np.float32(0)), valid
+
+
+def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    if file is None:
+        raise ValueError(f"{member.name} is no file")
+    return file.read()
+
+
+def _same_size(tree: SourceTree, name: str, one: npt.NDArray[Any], other_name: str, other: npt.NDArray[Any]) -> None:
+    if one.shape[:2] != other.shape[:2]:
+        (h0, w0), (h1, w1) = one.shape[:2], other.shape[:2]
+        raise DataError(
+            f"{tree.root}: {name} is {w0}x{h0} but {other_name} is {w1}x{h1} pixels; "
+            "frames and ground truth of a pair must have one size"
+        )
+
+
+def _decode_dense(data: bytes, name: str) -> npt.NDArray[np.float32]:
+    return formats.decode_pfm(data, name) if name.endswith(".pfm") else formats.decode_flo(data, name)
+
+
+def _dense_valid(flow: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    return np.all(np.abs(flow) < MAX_DENSE_FLOW, axis=-1)  # false for NaN and infinity too
+
+
+def _encode_frame(image: npt.NDArray[np.uint8]) -> bytes:
+    done, data = cv2.imencode(".webp", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), _LOSSLESS_WEBP)
+    if not done:
+        raise ValueError(f"WebP cannot hold a frame of shape {image.shape}")
+    return data.tobytes()
+
+
+def _decode_frame(data: bytes) -> npt.NDArray[np.uint8]:
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    if image is None:
+        raise ValueError("a frame is no readable WebP")
+    return image  # type: ignore[no-any-return]
+
+
+def _encode_flow(flow: npt.NDArray[np.float32]) -> bytes:
+    planes = flow.astype("<f4", copy=False).view(np.uint8).reshape(-1, 4).T  # [4, H*W*2]
+    return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(planes.tobytes())
+
+
+def _decode_flow(data: bytes, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
+    size = shape[0] * shape[1] * 2
+    planes = np.frombuffer(zstandard.ZstdDecompressor().decompress(data, max_output_size=4 * size), np.uint8)
+    values = np.ascontiguousarray(planes.reshape(4, size).T).view("<f4")  # [H*W*2, 1]
+    return values.reshape(*shape, 2).astype(np.float32, copy=False)

@@ -1,0 +1,162 @@
+"""Pure planning of shards, and writing one of them."""
+
+import hashlib
+import json
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from webdataset import TarWriter
+
+from datasets_etl.errors import DataError
+from datasets_etl.manifest import FORMAT_VERSION, SampleEntry, ShardEntry
+from datasets_etl.samples import SCHEMA_VERSION, SampleFacts, encode_sample
+from datasets_etl.sources import SampleRef, SourceTree
+from datasets_etl.storage import ObjectStore
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard to write.
+
+    Attributes:
+        dataset: the dataset's name.
+        index: the shard's number.
+        refs: its samples in order.
+        fingerprint: changes when any raw file or the format does: under it the finished shard is remembered.
+    """
+
+    dataset: str
+    index: int
+    refs: tuple[SampleRef, ...]
+    fingerprint: str
+
+    @property
+    def record_name(self) -> str:
+        """Object that remembers the finished shard, so that a second run need not write it again."""
+        return f"records/{self.index:05d}-{self.fingerprint}.json"
+
+
+def plan_shards(
+    refs: Sequence[SampleRef], pixels: Mapping[str, int], stamps: Mapping[str, str], shard_bytes: int
+) -> list[ShardPlan]:
+    """Cut samples, in order, into shards of about `shard_bytes` of raw pixels and flow.
+
+    Args:
+        refs: all samples of a dataset.
+        pixels: pixels of a frame, by sample key.
+        stamps: what changes when a raw file changes, by its path.
+        shard_bytes: raw bytes after which the next shard begins; a shard has at least one sample.
+    """
+    groups: list[list[SampleRef]] = []
+    filled = shard_bytes
+    for ref in refs:
+        if filled >= shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(ref)
+        filled += pixels[ref.key] * (2 * 3 + 2 * 4)  # two RGB frames and a float32 flow
+    return [
+        ShardPlan(refs[0].dataset, index, tuple(group), _fingerprint(group, stamps))
+        for index, group in enumerate(groups)
+    ]
+
+
+def raw_files(ref: SampleRef) -> list[str]:
+    """Paths of the raw files that go into a sample."""
+    paths = (ref.image0, ref.image1, ref.flow, ref.flow_noc, ref.occlusion, ref.invalid)
+    return [path for path in paths if path is not None]
+
+
+def _fingerprint(refs: Sequence[SampleRef], stamps: Mapping[str, str]) -> str:
+    content = [
+        FORMAT_VERSION,
+        SCHEMA_VERSION,
+        [(asdict(r), [stamps[path] for path in raw_files(r)]) for r in refs],
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def finished_shard(plan: ShardPlan, store: ObjectStore) -> ShardEntry | None:
+    """The entry of a shard that an earlier run already wrote, None where there is none or its object is gone."""
+    if store.size(plan.record_name) is None:
+        return None
+    entry = ShardEntry.from_dict(json.loads(store.read(plan.record_name)))
+    return entry if store.size(entry.name) == entry.bytes else None
+
+
+def write_shard(plan: ShardPlan, tree: SourceTree, store: ObjectStore) -> ShardEntry:
+    """Encode a shard's samples, upload the tar under a name with its hash, then the record that it is finished."""
+    with tempfile.TemporaryDirectory(prefix="gmflow-shard-") as folder:
+        path = Path(folder) / "shard.tar"
+        facts = _write_tar(plan, tree, path)
+        digest = _sha256(path)
+        entry = ShardEntry(
+            name=f"shards/{plan.dataset}-{plan.index:05d}-{digest[:16]}.tar",
+            bytes=path.stat().st_size,
+            sha256=digest,
+            samples=_entries(plan, path, facts),
+        )
+        if store.size(entry.name) != entry.bytes:
+            store.upload(path, entry.name)
+    store.write(plan.record_name, json.dumps(asdict(entry), sort_keys=True).encode())
+    return entry
+
+
+def _write_tar(plan: ShardPlan, tree: SourceTree, path: Path) -> list[SampleFacts]:
+    facts = []
+    # Fixed owner, mode and time: the same samples give the same bytes.
+    with (
+        path.open("wb") as file,
+        TarWriter(file, user="gmflow", group="gmflow", mode=0o644, mtime=0) as writer,
+    ):
+        for ref in plan.refs:
+            sample, sample_facts = encode_sample(ref, tree)
+            writer.write(sample)
+            facts.append(sample_facts)
+    return facts
+
+
+def _entries(plan: ShardPlan, path: Path, facts: Sequence[SampleFacts]) -> tuple[SampleEntry, ...]:
+    spans: dict[str, tuple[int, int]] = {}
+    with tarfile.open(path, mode="r:") as tar:
+        for member in tar:
+            key = member.name.partition(".")[0]
+            end = member.offset_data + (member.size + tarfile.BLOCKSIZE - 1) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+            spans[key] = (spans.get(key, (member.offset, 0))[0], end)
+    entries = []
+    with path.open("rb") as file:
+        for ref, fact in zip(plan.refs, facts, strict=True):
+            start, end = spans[ref.key]
+            file.seek(start)
+            crc32 = zlib.crc32(file.read(end - start))
+            entries.append(
+                SampleEntry(
+                    key=ref.key,
+                    subset=ref.subset,
+                    offset=start,
+                    length=end - start,
+                    crc32=crc32,
+                    **asdict(fact),
+                )
+            )
+    return tuple(entries)
+
+
+def read_sample_bytes(store: ObjectStore, shard: ShardEntry, sample: SampleEntry) -> bytes:
+    """One sample's tar members with one ranged read. Raises DataError where they are not what was written."""
+    data = store.read_range(shard.name, sample.offset, sample.length)
+    if zlib.crc32(data) != sample.crc32:
+        raise DataError(
+            f"{store.url}/{shard.name}: sample {sample.key} at byte {sample.offset} is damaged (checksum differs); "
+            "write the dataset again with pipelines/etl.py"
+        )
+    return data
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

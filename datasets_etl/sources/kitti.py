@@ -1,0 +1,70 @@
+"""KITTI 2015 scene flow (Menze & Geiger, CVPR 2015): sparse flow from a laser scanner.
+
+    training/image_2/000000_10.png  000000_11.png     training/flow_occ/000000_10.png     training/flow_noc/…
+    testing/image_2/…
+
+Subsets: "training" (200 pairs) and "testing" (200, without flow). The multi-view extension is not used.
+"""
+
+import re
+
+from datasets_etl.sources.layout import finished, matches, one_prefix, require
+from datasets_etl.sources.ref import SampleRef, SourceTree
+
+_TITLE = "KITTI 2015"
+_FRAME = re.compile(r"(?P<prefix>(?:.*/)?)(?P<part>training|testing)/image_2/(?P<scene>\d{6})_1[01]\.png")
+_BARE_FRAME = re.compile(r"image_2/(?P<scene>\d{6})_1[01]\.png")
+
+
+def index(tree: SourceTree) -> list[SampleRef]:
+    """Every pair, "testing" then "training"; flow_noc where the dataset has it.
+
+    The root may also be the "training" folder itself, told by its "flow_occ" folder.
+
+    Raises:
+        DataError: no frames, or a frame without its partner or its flow, or flow without frames.
+    """
+    folders, scenes = _scenes(tree)
+    files = frozenset(tree.files)
+    flow_occ = f"{folders['training']}flow_occ/"
+    flow_noc = f"{folders['training']}flow_noc/"
+    for path in tree.files:
+        if path.startswith(flow_occ) and path.endswith("_10.png"):
+            require(tree, files, path.replace("flow_occ/", "image_2/"), path)
+    has_noc = any(path.startswith(flow_noc) for path in tree.files)
+    refs = []
+    for part, scene in sorted(scenes):
+        images = f"{folders[part]}image_2/{scene}"
+        pair, labelled = f"pair {part}/{scene}", part == "training"
+        refs.append(
+            SampleRef(
+                dataset="kitti",
+                subset=part,
+                key=f"{part}_{scene}_10",
+                scene=scene,
+                frame="10",
+                image0=require(tree, files, f"{images}_10.png", pair),
+                image1=require(tree, files, f"{images}_11.png", pair),
+                flow=require(tree, files, f"{flow_occ}{scene}_10.png", pair) if labelled else None,
+                flow_noc=require(tree, files, f"{flow_noc}{scene}_10.png", pair) if labelled and has_noc else None,
+            )
+        )
+    return finished(tree, refs, _TITLE)
+
+
+def _scenes(tree: SourceTree) -> tuple[dict[str, str], set[tuple[str, str]]]:
+    """The folder of each part, and every (part, scene)."""
+    if found := matches(tree, _FRAME):
+        prefix = one_prefix(tree, (match["prefix"] for match in found), _TITLE, "", "")
+        folders = {"training": f"{prefix}training/", "testing": f"{prefix}testing/"}
+        return folders, {(match["part"], match["scene"]) for match in found}
+    found = matches(tree, _BARE_FRAME)
+    has_flow = any(path.startswith("flow_occ/") for path in tree.files)
+    one_prefix(
+        tree,
+        [""] if found and has_flow else [],
+        _TITLE,
+        "training/image_2/000000_10.png and training/flow_occ/000000_10.png",
+        "give the folder that data_scene_flow.zip unpacks to",
+    )
+    return {"training": "", "testing": "testing/"}, {("training", match["scene"]) for match in found}

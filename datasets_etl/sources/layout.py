@@ -1,0 +1,68 @@
+"""What the sources share: finding a layout below a root, insisting on partner files, finishing an index."""
+
+import re
+from collections.abc import Collection, Iterable
+
+from datasets_etl.errors import DataError
+from datasets_etl.sources.ref import SampleRef, SourceTree
+
+
+def matches(tree: SourceTree, pattern: re.Pattern[str]) -> list[re.Match[str]]:
+    """The files whose whole relative path fits the pattern, in the listing's order."""
+    return [match for path in tree.files if (match := pattern.fullmatch(path))]
+
+
+def one_prefix(tree: SourceTree, prefixes: Iterable[str], title: str, looked_for: str, way_out: str) -> str:
+    """The one folder ("" or ending in "/") below the root that holds the layout.
+
+    Args:
+        tree: the listing.
+        prefixes: the folders in which the layout was found.
+        title: the dataset as its authors call it.
+        looked_for: a path of the layout, as an example.
+        way_out: what to do when it is not there.
+
+    Raises:
+        DataError: no such folder, or several.
+    """
+    found = sorted(set(prefixes))
+    if len(found) > 1:
+        places = ", ".join(prefix or "." for prefix in found[:4])
+        raise DataError(f"{tree.root} holds several copies of {title} ({places}): point to one of them")
+    if found:
+        return found[0]
+    if not tree.files:
+        raise DataError(f"{tree.root} is empty or does not exist: looked for {title}, {looked_for}; {way_out}")
+    top = sorted({path.split("/", 1)[0] for path in tree.files})
+    there = ", ".join(top[:4]) + (", …" if len(top) > 4 else "")
+    raise DataError(f"{tree.root} does not hold {title}: looked for {looked_for}, found only {there}; {way_out}")
+
+
+def require(tree: SourceTree, files: Collection[str], path: str, partner: str) -> str:
+    """The path itself, if it is among the files. Raises DataError naming it and the file that needs it."""
+    if path not in files:
+        raise DataError(
+            f"{tree.root} lacks {path}, which {partner} needs: complete the download, or remove {partner} as well"
+        )
+    return path
+
+
+def require_unbroken(tree: SourceTree, numbers: Collection[int], path_format: str) -> None:
+    """A sequence's frame numbers follow each other. Raises DataError naming the first gap's file."""
+    for number in range(min(numbers), max(numbers)):
+        if number not in numbers:
+            raise DataError(
+                f"{tree.root} lacks {path_format.format(number)} in the middle of its sequence: "
+                "complete the download, or remove the sequence"
+            )
+
+
+def finished(tree: SourceTree, refs: list[SampleRef], title: str) -> list[SampleRef]:
+    """The refs in their fixed order, which is that of their keys.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not refs:
+        raise DataError(f"{tree.root} holds frames of {title} but no pair of them: complete the download")
+    return sorted(refs, key=lambda ref: ref.key)

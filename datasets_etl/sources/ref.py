@@ -1,0 +1,58 @@
+"""What a source yields: one reference per frame pair, before anything is read."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class SourceTree:
+    """A raw dataset as a listing: works the same for a folder and for a bucket.
+
+    Attributes:
+        root: where the dataset lies, for messages only.
+        files: every file below the root as a sorted relative POSIX path.
+        read: returns the bytes of one of these files.
+    """
+
+    root: str
+    files: Sequence[str]
+    read: Callable[[str], bytes]
+
+
+@dataclass(frozen=True)
+class SampleRef:
+    """One frame pair of a raw dataset; paths are relative to the dataset's root.
+
+    Attributes:
+        dataset: "chairs", "things", "sintel", "kitti" or "hd1k".
+        subset: what mixtures and evaluations select by, such as "train" or "training-clean".
+        key: unique within the dataset, sorts in index order, without dots (a WebDataset key).
+        scene: the sequence the pair belongs to.
+        frame: name of the first frame within the scene.
+        image0, image1: the two frames.
+        flow: ground truth; None where the dataset keeps it to itself.
+        occlusion: Sintel's occlusion mask (non-zero = occluded).
+        invalid: Sintel's mask of invalid pixels (non-zero = invalid).
+        flow_noc: KITTI's ground truth of non-occluded pixels only.
+    """
+
+    dataset: str
+    subset: str
+    key: str
+    scene: str
+    frame: str
+    image0: str
+    image1: str
+    flow: str | None
+    occlusion: str | None = None
+    invalid: str | None = None
+    flow_noc: str | None = None
+
+
+class Source(Protocol):
+    """A dataset's official layout."""
+
+    def __call__(self, tree: SourceTree) -> list[SampleRef]:
+        """Every pair in a fixed order. Raises DataError naming what is missing from the layout."""
+        ...

@@ -1,0 +1,268 @@
+"""Objects by URL: `file://` (or a plain path) and `s3://`, behind one small interface.
+
+A store is rooted at a URL and addresses objects by keys relative to it. Stores hold no open connection themselves,
+so they travel to Ray tasks and loader processes as they are.
+"""
+
+import contextlib
+import functools
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import unquote, urlparse
+
+import boto3
+import botocore.exceptions as s3_errors
+import tenacity
+from botocore.config import Config
+from urllib3.exceptions import HTTPError
+
+from datasets_etl.errors import DataError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One listed object. `stamp` changes when the content does (modification time or ETag)."""
+
+    key: str
+    size: int
+    stamp: str
+
+
+class ObjectStore(Protocol):
+    """What the pipeline asks of storage. Every write is atomic: an object is whole or absent."""
+
+    url: str
+
+    def read(self, key: str) -> bytes: ...
+    def read_range(self, key: str, offset: int, length: int) -> bytes: ...
+    def write(self, key: str, data: bytes) -> None: ...
+    def upload(self, path: Path, key: str) -> None: ...
+    def size(self, key: str) -> int | None:
+        """Size in bytes, None where the object does not exist."""
+        ...
+
+    def walk(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Every object below `prefix`, sorted by key."""
+        ...
+
+
+def open_store(url: str) -> ObjectStore:
+    """The store rooted at a `file://` or `s3://` URL or a local path. Raises DataError for any other scheme."""
+    parsed = urlparse(url)
+    if parsed.scheme == "s3":
+        if not parsed.netloc:
+            raise DataError(f"{url}: no bucket in this URL; write s3://BUCKET/PREFIX")
+        return S3Store(parsed.netloc, parsed.path.strip("/"))
+    if parsed.scheme == "file":
+        if parsed.netloc not in ("", "localhost"):
+            raise DataError(f"{url}: a file URL has three slashes; write file:///{parsed.netloc}{parsed.path}")
+        return FileStore(Path(unquote(parsed.path)))
+    if parsed.scheme == "":
+        return FileStore(Path(url))
+    raise DataError(f"{url}: storage is file:// or s3://, not {parsed.scheme}://")
+
+
+def split_url(url: str) -> tuple[ObjectStore, str]:
+    """The store an object lies in and its key: `s3://b/a/manifest.json` → (store of s3://b/a, "manifest.json")."""
+    parent, _, key = url.rstrip("/").rpartition("/")
+    if not key:
+        raise DataError(f"{url}: names no object")
+    if not parent and not url.startswith("/"):
+        parent = "."
+    return open_store(parent or "/"), key
+
+
+class FileStore:
+    """A folder as an object store."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().absolute()
+        self.url = self.root.as_uri()
+
+    def read(self, key: str) -> bytes:
+        with self._errors(key):
+            return (self.root / key).read_bytes()
+
+    def read_range(self, key: str, offset: int, length: int) -> bytes:
+        with self._errors(key), (self.root / key).open("rb") as file:
+            data = os.pread(file.fileno(), length, offset)
+        return _whole(data, f"{self.url}/{key}", offset, length)
+
+    def write(self, key: str, data: bytes) -> None:
+        with self._errors(key), self._replacing(key) as file:
+            file.write_bytes(data)
+
+    def upload(self, path: Path, key: str) -> None:
+        with (
+            self._errors(key),
+            self._replacing(key) as file,
+            path.open("rb") as source,
+            file.open("wb") as target,
+        ):
+            while chunk := source.read(1 << 22):
+                target.write(chunk)
+
+    def size(self, key: str) -> int | None:
+        try:
+            return (self.root / key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def walk(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        found = []
+        for folder, _, names in os.walk(self.root / prefix if prefix.endswith("/") else self.root, followlinks=True):
+            relative = Path(folder).relative_to(self.root).as_posix()
+            for name in names:
+                key = name if relative == "." else f"{relative}/{name}"
+                if key.startswith(prefix) and not name.endswith(".part"):
+                    found.append(key)
+        for key in sorted(found):
+            status = (self.root / key).stat()
+            yield ObjectInfo(key, status.st_size, str(status.st_mtime_ns))
+
+    @contextlib.contextmanager
+    def _replacing(self, key: str) -> Iterator[Path]:
+        """A file beside the final place that takes its name once it is whole and on disk."""
+        final = self.root / key
+        final.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent)
+        os.close(handle)
+        beside = Path(name)
+        try:
+            yield beside
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
+            beside.chmod(0o644)
+            beside.replace(final)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise DataError(f"{self.root / key}: no such file") from None
+        except OSError as error:
+            raise DataError(f"{self.root / key}: {error.strerror or error}") from error
+
+
+# Bodies break off in ways botocore's own retries do not cover, because they only cover the request.
+_retry_body = tenacity.retry(
+    retry=tenacity.retry_if_exception_type(
+        (s3_errors.HTTPClientError, s3_errors.IncompleteReadError, HTTPError, ConnectionError)
+    ),
+    stop=tenacity.stop_after_attempt(6),
+    wait=tenacity.wait_exponential_jitter(initial=0.2, max=10.0),
+    reraise=True,
+)
+
+
+class S3Store:
+    """A prefix of an S3 bucket. Endpoint, region and credentials come from the usual AWS settings."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        self.bucket = bucket
+        self.prefix = prefix
+        self.url = f"s3://{bucket}/{prefix}".rstrip("/")
+
+    def read(self, key: str) -> bytes:
+        with self._errors(key):
+            return self._get(key, None)
+
+    def read_range(self, key: str, offset: int, length: int) -> bytes:
+        with self._errors(key):
+            data = self._get(key, f"bytes={offset}-{offset + length - 1}")
+        return _whole(data, f"{self.url}/{key}", offset, length)
+
+    def write(self, key: str, data: bytes) -> None:
+        with self._errors(key):
+            _s3().put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
+
+    def upload(self, path: Path, key: str) -> None:
+        with self._errors(key):
+            _s3().upload_file(str(path), self.bucket, self._key(key))
+
+    def size(self, key: str) -> int | None:
+        with self._errors(key):
+            try:
+                return _s3().head_object(Bucket=self.bucket, Key=self._key(key))["ContentLength"]
+            except s3_errors.ClientError as error:
+                if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
+                    return None
+                raise
+
+    def walk(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        start = self._key("")
+        with self._errors(prefix):
+            pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=start + prefix)
+            for page in pages:
+                for entry in page.get("Contents", []):
+                    yield ObjectInfo(entry["Key"][len(start) :], entry["Size"], entry["ETag"].strip('"'))
+
+    @_retry_body
+    def _get(self, key: str, byte_range: str | None) -> bytes:
+        where = {"Bucket": self.bucket, "Key": self._key(key)}
+        if byte_range is not None:
+            where["Range"] = byte_range
+        return _s3().get_object(**where)["Body"].read()  # type: ignore[arg-type]
+
+    def _key(self, key: str) -> str:
+        return f"{self.prefix}/{key}" if self.prefix else key
+
+    @contextlib.contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        url = f"{self.url}/{key}"
+        try:
+            yield
+        except s3_errors.NoCredentialsError:
+            raise DataError(f"{url}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
+        except s3_errors.ClientError as error:
+            raise DataError(f"{url}: {_explain(error, self.bucket)}") from error
+        except (s3_errors.BotoCoreError, boto3.exceptions.Boto3Error, HTTPError) as error:
+            raise DataError(f"{url}: {error}; is the object store up, is AWS_ENDPOINT_URL right?") from error
+
+
+def _explain(error: s3_errors.ClientError, bucket: str) -> str:
+    code = error.response["Error"]["Code"]
+    if code in ("NoSuchKey", "404"):
+        return "no such object"
+    if code == "NoSuchBucket":
+        return f"no bucket {bucket}; create it or correct the URL"
+    if code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
+        return "access denied; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy"
+    return str(error)
+
+
+def _whole(data: bytes, url: str, offset: int, length: int) -> bytes:
+    if len(data) != length:
+        raise DataError(f"{url}: {len(data)} bytes at offset {offset} instead of {length}; the object is cut short")
+    return data
+
+
+def _s3() -> "S3Client":
+    return _s3_of_process(os.getpid())
+
+
+@functools.lru_cache(maxsize=1)
+def _s3_of_process(pid: int) -> "S3Client":
+    """One client a process: sockets must not be shared with a fork."""
+    own_endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return boto3.session.Session().client(
+        "s3",
+        config=Config(
+            connect_timeout=5,
+            read_timeout=60,
+            max_pool_connections=32,
+            retries={"mode": "standard", "total_max_attempts": 6},
+            # Servers other than AWS seldom have a DNS name for every bucket.
+            s3={"addressing_style": "path"} if own_endpoint else None,
+        ),
+    )
