@@ -1,0 +1,28 @@
+"""Which code ran: a commit where there is one, and always a hash of the sources."""
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+_ROOT = Path(__file__).parents[2]
+_PACKAGES = ("gmflow", "datasets_etl", "pipelines")
+
+
+def code_version() -> str:
+    """`git:COMMIT sources:HASH`; without the commit where the code runs outside a checkout (a submitted job)."""
+    hashed = f"sources:{_source_hash()}"
+    # Not the commit of whatever repository the installed package happens to lie in.
+    if not (_ROOT / ".git").exists():
+        return hashed
+    git = subprocess.run(
+        ["git", "-C", str(_ROOT), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return f"git:{git.stdout.strip()} {hashed}" if git.returncode == 0 else hashed
+
+
+def _source_hash() -> str:
+    digest = hashlib.sha256()
+    for package in _PACKAGES:
+        for path in sorted((_ROOT / package).rglob("*.py")):
+            digest.update(path.relative_to(_ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]

@@ -1,0 +1,35 @@
+"""Pictures of a prediction beside the truth."""
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from gmflow import flow_to_image
+from pipelines.training.validation import Scored
+
+
+def comparison_png(scored: Scored) -> bytes:
+    """Two rows: both frames; true and predicted flow, coloured on the truth's scale. Returns a PNG."""
+    sample = scored.sample
+    if sample.flow is None or sample.valid is None:
+        raise ValueError(f"{sample.key} has no ground truth to compare with")
+    fastest = float(np.hypot(sample.flow[..., 0], sample.flow[..., 1])[sample.valid].max(initial=1e-6))
+    truth = flow_to_image(sample.flow, max_flow=fastest)
+    truth[~sample.valid] = 0
+    predicted = flow_to_image(scored.flow.numpy().transpose(1, 2, 0), max_flow=fastest)
+    top = np.hstack([_titled(sample.image0, "frame 0"), _titled(sample.image1, "frame 1")])
+    bottom = np.hstack([_titled(truth, "true flow"), _titled(predicted, "predicted flow")])
+    return to_png(np.vstack([top, bottom]))
+
+
+def to_png(image: npt.NDArray[np.uint8]) -> bytes:
+    done, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    if not done:
+        raise ValueError(f"no PNG of shape {image.shape}")
+    return data.tobytes()
+
+
+def _titled(image: npt.NDArray[np.uint8], title: str) -> npt.NDArray[np.uint8]:
+    bar = np.zeros((14, image.shape[1], 3), np.uint8)
+    cv2.putText(bar, title, (3, 11), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (255, 255, 255), 1, cv2.LINE_AA)
+    return np.vstack([bar, image])
