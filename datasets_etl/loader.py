@@ -141,6 +141,7 @@ class TrainingStream:
             prefetch_factor=4 if workers else None,
             worker_init_fn=_one_thread,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # the loader draws a seed for its processes: not from the global generator
         )
 
     def __iter__(self) -> Iterator[tuple[int, Iterator[FlowBatch]]]:

@@ -77,7 +77,7 @@ def permute(indices: Int64Array, length: int, key: UInt64Array) -> Int64Array:
     A balanced Feistel network over the next power of four, walked along its cycle until it falls below `length`
     (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
-    half_bits = np.uint64(max(3, ((length - 1).bit_length() + 1) // 2))
+    half_bits = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     values = _feistel(indices.astype(np.uint64), half_bits, mask, key)
     outside = np.flatnonzero(values >= length)

@@ -198,7 +198,7 @@ def _decode_frame(data: bytes) -> npt.NDArray[np.uint8]:
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     if image is None:
         raise ValueError("a frame is no readable WebP")
-    return image  # type: ignore[no-any-return]
+    return image
 
 
 def _encode_flow(flow: npt.NDArray[np.float32]) -> bytes:

@@ -148,8 +148,8 @@ class FileStore:
     def _errors(self, key: str) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError:
-            raise DataError(f"{self.root / key}: no such file") from None
+        except FileNotFoundError as error:
+            raise DataError(f"{error.filename or self.root / key}: no such file") from None
         except OSError as error:
             raise DataError(f"{self.root / key}: {error.strerror or error}") from error
 
@@ -160,7 +160,7 @@ _retry_body = tenacity.retry(
         (s3_errors.HTTPClientError, s3_errors.IncompleteReadError, HTTPError, ConnectionError)
     ),
     stop=tenacity.stop_after_attempt(6),
-    wait=tenacity.wait_exponential_jitter(initial=0.2, max=10.0),
+    wait=tenacity.wait_exponential_jitter(multiplier=0.2, max=10.0),
     reraise=True,
 )
 

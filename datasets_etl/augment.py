@@ -1,0 +1,401 @@
+"""Training augmentation as RAFT's (Teed & Deng, ECCV 2020), for dense and for sparse ground truth.
+
+Colour jitter, then scale, then flips, then crop; but only what the crop will show is ever computed: the geometry is
+drawn first, the jitter touches the part of the frame under the crop, and one resize brings that part to size. All
+chance comes from the generator given, so (sample, config, generator state) fix the result to the bit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import TypeVar
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from datasets_etl.errors import DataError
+from datasets_etl.formats import Flow, Frame, Mask
+from datasets_etl.samples import FlowSample
+
+SCALE_PROBABILITY = 0.8
+STRETCH_PROBABILITY = 0.8
+MAX_LOG2_STRETCH = 0.2
+ASYMMETRIC_PROBABILITY = 0.2  # the two images get a jitter each
+DENSE_SPARE, SPARSE_SPARE = 8, 1  # pixels by which a scaled frame exceeds the crop at least
+SPARSE_MARGIN = (20, 50)  # (y, x): how far a sparse crop may be drawn over the border before it is clamped
+
+Floats = npt.NDArray[np.float32]
+_Pixels = TypeVar("_Pixels", Frame, Flow)
+
+_GREY = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as PIL's conversion to grey
+_STRIDE = 4  # contrast's mean grey is taken over every 4th pixel of every 4th row
+_STRIP = 1 << 15  # pixels whose colours are jittered at a time
+_PHASE_ERROR = 1 / 32  # by how much of a frame's pixel a window may begin beside one
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What a training stage sets.
+
+    Attributes:
+        crop: (height, width) of what comes out.
+        min_log2_scale, max_log2_scale: the scale is 2 to the power of a uniform draw between them.
+        hflip, vflip: probabilities of mirroring left-right and upside down.
+        photometric: whether colours are jittered.
+    """
+
+    crop: tuple[int, int]
+    min_log2_scale: float
+    max_log2_scale: float
+    hflip: float = 0.5
+    vflip: float = 0.1
+    photometric: bool = True
+
+    def __post_init__(self) -> None:
+        if min(self.crop) < 1:
+            raise ValueError(f"crop {self.crop} must be at least 1×1")
+        if self.min_log2_scale > self.max_log2_scale:
+            raise ValueError(f"min_log2_scale {self.min_log2_scale} exceeds max_log2_scale {self.max_log2_scale}")
+        for name in ("hflip", "vflip"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} is a probability, 0 to 1")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One draw of the geometric augmentation.
+
+    Attributes:
+        scale: (y, x) factors from the frame to the scaled frame.
+        offset: (y, x) of the crop's first pixel in the scaled and flipped frame.
+        hflip, vflip: whether the scaled frame is mirrored.
+    """
+
+    scale: tuple[float, float]
+    offset: tuple[int, int]
+    hflip: bool
+    vflip: bool
+
+
+def augment(sample: FlowSample, config: AugmentConfig, rng: np.random.Generator) -> FlowSample:
+    """Augments one sample for training; `sample.sparse` decides which of the two recipes.
+
+    Dense flow is interpolated, and valid where every pixel that contributes is. Sparse flow is moved point by point.
+
+    Args:
+        sample: with ground truth. It is not changed.
+        config: the stage's settings.
+        rng: the only source of chance.
+
+    Returns:
+        The sample at crop size; flow is 0 where not valid. The images may be views into larger arrays. `occluded` is
+        None: no loss uses it.
+
+    Raises:
+        DataError: the sample has no ground truth.
+    """
+    if sample.flow is None or sample.valid is None:
+        raise DataError(
+            f"{sample.dataset} {sample.key} has no flow to train on: leave {sample.subset} out of the mixture"
+        )
+    height, width = sample.image0.shape[:2]
+    jitters = draw_jitters(sample.sparse, rng) if config.photometric else None
+    geometry = draw_geometry((height, width), sample.sparse, config, rng)
+    rows = _window(height, geometry.scale[0], geometry.offset[0], config.crop[0], geometry.vflip)
+    columns = _window(width, geometry.scale[1], geometry.offset[1], config.crop[1], geometry.hflip)
+
+    frames = (sample.image0, sample.image1)
+    windows = [frame[rows.start : rows.stop, columns.start : columns.stop] for frame in frames]
+    if jitters is not None:
+        windows = apply_jitters(windows, frames, jitters)
+    image0, image1 = (_resized(window, rows, columns, geometry) for window in windows)
+    if sample.sparse:
+        flow, valid = _move_points(sample.flow, sample.valid, rows, columns, geometry)
+    else:
+        flow, valid = _interpolate(sample.flow, sample.valid, rows, columns, geometry)
+    return replace(sample, image0=image0, image1=image1, flow=flow, valid=valid, occluded=None)
+
+
+# ---------------------------------------------------------------------------------------- geometry
+
+
+def draw_geometry(size: tuple[int, int], sparse: bool, config: AugmentConfig, rng: np.random.Generator) -> Geometry:
+    """Draws scale, flips and crop for a frame of (height, width).
+
+    With probability 0.8 the frame is scaled: by 2^U(min, max), when dense also with probability 0.8 stretched by
+    2^U(-0.2, 0.2) on each axis, but never so that the crop plus 8 px (1 px when sparse) would not fit. A frame that
+    is left as it is but smaller than the crop is scaled up to that same floor.
+    """
+    spare = SPARSE_SPARE if sparse else DENSE_SPARE
+    floor = max((crop + spare) / side for crop, side in zip(config.crop, size, strict=True))
+    scale = _draw_scale(floor, sparse, config, rng)
+    if any(side < crop for crop, side in zip(config.crop, size, strict=True)):
+        scale = max(scale[0], floor), max(scale[1], floor)
+    hflip, vflip = bool(rng.random() < config.hflip), bool(rng.random() < config.vflip)
+    spare_y, spare_x = (_scaled(size[axis], scale[axis]) - config.crop[axis] for axis in (0, 1))
+    if sparse:
+        margin_y, margin_x = SPARSE_MARGIN
+        y = min(max(int(rng.integers(0, spare_y + margin_y)), 0), spare_y)  # RAFT's margin is at the bottom only
+        x = min(max(int(rng.integers(-margin_x, spare_x + margin_x)), 0), spare_x)
+    else:  # RAFT never draws the last offset; with nothing to spare there is only one
+        y = int(rng.integers(0, max(spare_y, 1)))
+        x = int(rng.integers(0, max(spare_x, 1)))
+    return Geometry(scale, (y, x), hflip, vflip)
+
+
+def _draw_scale(floor: float, sparse: bool, config: AugmentConfig, rng: np.random.Generator) -> tuple[float, float]:
+    if rng.random() >= SCALE_PROBABILITY:
+        return 1.0, 1.0
+    scale = 2 ** rng.uniform(config.min_log2_scale, config.max_log2_scale)
+    scale_y = scale_x = scale
+    if not sparse and rng.random() < STRETCH_PROBABILITY:
+        scale_y *= 2 ** rng.uniform(-MAX_LOG2_STRETCH, MAX_LOG2_STRETCH)
+        scale_x *= 2 ** rng.uniform(-MAX_LOG2_STRETCH, MAX_LOG2_STRETCH)
+    return max(float(scale_y), floor), max(float(scale_x), floor)
+
+
+def _scaled(side: int, scale: float) -> int:
+    return round(side * scale)  # as OpenCV rounds
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Along one axis, the part of the frame under the crop. Its resize holds the crop, not mirrored yet.
+
+    Attributes:
+        start, stop: pixels of the frame.
+        lead: where the window's resize begins in the scaled frame.
+        skip: pixels of that resize before the crop.
+        crop: pixels of the crop.
+        scale: from the frame to the scaled frame.
+    """
+
+    start: int
+    stop: int
+    lead: int
+    skip: int
+    crop: int
+    scale: float
+
+
+def _window(side: int, scale: float, offset: int, crop: int, mirrored: bool) -> _Window:
+    """The window for a crop's offset in the scaled and mirrored frame.
+
+    cv2.resize is four times as fast as cv2.warpAffine but can only begin at a whole pixel, in the frame and in its
+    result. So the window begins at the last place before the crop where the two grids meet: often a few pixels before,
+    at the latest at the frame's own beginning.
+    """
+    if mirrored:
+        offset = _scaled(side, scale) - crop - offset
+    stop = min(side, ceil((offset + crop + 0.5) / scale) + 1)
+    latest = int(offset + 0.5 - scale)  # the crop's first pixel still has both its neighbours in the window
+    starts = (at for at in range(latest, 0, -1) if abs(round(at / scale) - at / scale) <= _PHASE_ERROR)
+    lead = next(starts, 0)
+    start = round(lead / scale)
+    if _scaled(stop - start, scale) < offset + crop - lead:  # at the frame's end the roundings may differ by one
+        start = lead = 0
+    return _Window(start, stop, lead, offset - lead, crop, scale)
+
+
+def _resized(pixels: _Pixels, rows: _Window, columns: _Window, geometry: Geometry) -> _Pixels:
+    """The crop, from the pixels of its window."""
+    resized = cv2.resize(pixels, None, fx=columns.scale, fy=rows.scale, interpolation=cv2.INTER_LINEAR)
+    return _mirrored(resized[rows.skip : rows.skip + rows.crop, columns.skip : columns.skip + columns.crop], geometry)
+
+
+def _mirrored(pixels: _Pixels, geometry: Geometry) -> _Pixels:
+    if geometry.hflip or geometry.vflip:
+        flipped: _Pixels = cv2.flip(pixels, -1 if geometry.hflip and geometry.vflip else int(geometry.hflip))
+        return flipped
+    return pixels
+
+
+def _flow_factors(geometry: Geometry) -> tuple[np.float32, np.float32]:
+    """By what a flow vector's x and y change."""
+    x = -geometry.scale[1] if geometry.hflip else geometry.scale[1]
+    y = -geometry.scale[0] if geometry.vflip else geometry.scale[0]
+    return np.float32(x), np.float32(y)
+
+
+def _interpolate(flow: Flow, valid: Mask, rows: _Window, columns: _Window, geometry: Geometry) -> tuple[Flow, Mask]:
+    """Dense ground truth at the crop: flow float32 [h, w, 2], valid bool [h, w]."""
+    flow = flow[rows.start : rows.stop, columns.start : columns.stop]
+    valid = valid[rows.start : rows.stop, columns.start : columns.stop]
+    if whole := bool(valid.all()):
+        crop_valid = np.ones((rows.crop, columns.crop), np.bool_)
+    else:
+        # In float32 the weight of an invalid neighbour is never rounded away: zero means there is none.
+        crop_valid = _resized((~valid).astype(np.float32), rows, columns, geometry) == 0
+        flow = np.where(valid[..., None], flow, np.float32(0))  # NaN would spread even with weight zero
+    crop_flow = _resized(flow, rows, columns, geometry)
+    factors = np.tile(np.array(_flow_factors(geometry)), columns.crop)
+    crop_flow = (crop_flow.reshape(rows.crop, -1) * factors).reshape(crop_flow.shape)
+    if not whole:
+        crop_flow[~crop_valid] = 0
+    return crop_flow, crop_valid
+
+
+def _move_points(flow: Flow, valid: Mask, rows: _Window, columns: _Window, geometry: Geometry) -> tuple[Flow, Mask]:
+    """Sparse ground truth at the crop: each valid vector moves to the pixel nearest to where its point went.
+
+    Where several meet, the last one in reading order stays (as in RAFT). Unlike RAFT, a point is a pixel's centre, as
+    it is for the images' resize, and the first row and column are not lost.
+    """
+    y_range, to_row = _targets(rows, geometry.vflip)
+    x_range, to_column = _targets(columns, geometry.hflip)
+    points = np.flatnonzero(valid[y_range, x_range])
+    target = np.add.outer(to_row * columns.crop, to_column).reshape(-1)[points]
+
+    # A vector's two floats travel as one 64-bit number, which is several times as fast.
+    vectors = np.ascontiguousarray(flow, np.float32).view(np.uint64)[y_range, x_range, 0].reshape(-1)[points]
+    packed = np.zeros(rows.crop * columns.crop, np.uint64)
+    packed[target] = vectors
+    crop_flow = packed.view(np.float32).reshape(rows.crop, columns.crop * 2)
+    crop_flow *= np.tile(np.array(_flow_factors(geometry)), columns.crop)
+    crop_valid = np.zeros(rows.crop * columns.crop, np.bool_)
+    crop_valid[target] = True
+    return crop_flow.reshape(rows.crop, columns.crop, 2), crop_valid.reshape(rows.crop, columns.crop)
+
+
+def _targets(window: _Window, mirrored: bool) -> tuple[slice, npt.NDArray[np.intp]]:
+    """Along one axis: the frame's pixels that move into the crop, and the crop's pixel that each of them moves to."""
+    centre = (np.arange(window.stop - window.start) + 0.5) * window.scale - 0.5
+    target = np.rint(centre).astype(np.intp) - window.skip
+    first, end = np.searchsorted(target, (0, window.crop))
+    target = target[first:end]
+    if mirrored:
+        target = window.crop - 1 - target
+    return slice(window.start + int(first), window.start + int(end)), target
+
+
+# ------------------------------------------------------------------------------------------ colours
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """One draw of torchvision's ColorJitter.
+
+    Attributes:
+        order: "brightness", "contrast", "saturation" and "hue", as they are applied.
+        brightness, contrast, saturation: factors.
+        hue: a rotation, in turns.
+    """
+
+    order: tuple[str, ...]
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+
+
+def draw_jitters(sparse: bool, rng: np.random.Generator) -> tuple[Jitter, Jitter]:
+    """A jitter for each image: the same one, unless dense and with probability 0.2."""
+    first = _draw_jitter(sparse, rng)
+    if not sparse and rng.random() < ASYMMETRIC_PROBABILITY:
+        return first, _draw_jitter(sparse, rng)
+    return first, first
+
+
+def _draw_jitter(sparse: bool, rng: np.random.Generator) -> Jitter:
+    strength = 0.3 if sparse else 0.4
+    hue = (0.3 if sparse else 0.5) / np.pi
+    names = ("brightness", "contrast", "saturation", "hue")
+    order = tuple(names[i] for i in rng.permutation(len(names)))
+    brightness, contrast, saturation = (float(f) for f in rng.uniform(1 - strength, 1 + strength, 3))
+    return Jitter(order, brightness, contrast, saturation, float(rng.uniform(-hue, hue)))
+
+
+def apply_jitters(windows: list[Frame], frames: Sequence[Frame], jitters: tuple[Jitter, Jitter]) -> list[Frame]:
+    """Jitters the windows as if whole frames were: contrast's mean is that of the frames, both for a common jitter."""
+    thumbnails = [_thumbnail(frame) for frame in frames]
+    if jitters[0] is jitters[1]:
+        steps = _steps(jitters[0], np.concatenate(thumbnails))
+        return [_applied(window, steps) for window in windows]
+    return [
+        _applied(window, _steps(jitter, thumbnail))
+        for window, jitter, thumbnail in zip(windows, jitters, thumbnails, strict=True)
+    ]
+
+
+def _thumbnail(frame: Frame) -> Frame:
+    """Every 4th pixel of every 4th row: enough for a mean. Single pixels, as jitter does not commute with blurring."""
+    small: Frame = cv2.resize(frame, None, fx=1 / _STRIDE, fy=1 / _STRIDE, interpolation=cv2.INTER_NEAREST)
+    return small
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """A 3×4 colour matrix on 0..255; `overflows` where it can leave that range."""
+
+    matrix: npt.NDArray[np.float64]
+    overflows: bool
+
+    def __call__(self, colours: Floats) -> Floats:
+        colours = cv2.transform(colours, self.matrix)
+        return np.clip(colours, 0, 255, out=colours) if self.overflows else colours
+
+    def after(self, first: "_Linear") -> "_Linear":
+        """Both as one, where `first` cannot overflow."""
+        matrix = self.matrix[:, :3] @ first.matrix
+        matrix[:, 3] += self.matrix[:, 3]
+        return _Linear(matrix, self.overflows)
+
+
+@dataclass(frozen=True)
+class _Hue:
+    """A rotation in HSV. In float32: OpenCV's 8-bit HSV is no faster, and off by grey levels in saturated colours."""
+
+    turns: float
+
+    def __call__(self, colours: Floats) -> Floats:
+        hsv = cv2.cvtColor(colours, cv2.COLOR_RGB2HSV)
+        hsv[..., 0] += self.turns % 1 * 360  # OpenCV wraps above 360°, not below 0°
+        rotated: Floats = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, dst=colours)
+        return rotated
+
+
+_Step = _Linear | _Hue
+
+
+def _steps(jitter: Jitter, thumbnail: Frame) -> list[_Step]:
+    """What to do to every pixel. The thumbnail goes through the steps before contrast, which needs its mean grey."""
+    steps: list[_Step] = []
+    for name in jitter.order:
+        if name == "hue":
+            steps.append(_Hue(jitter.hue))
+            continue
+        factor = float(getattr(jitter, name))
+        if name == "contrast":
+            offset = np.full(3, (1 - factor) * _mean_grey(thumbnail, steps))
+            step = _linear(factor * np.eye(3), offset, factor)
+        elif name == "saturation":
+            step = _linear(factor * np.eye(3) + (1 - factor) * _GREY, np.zeros(3), factor)
+        else:
+            step = _linear(factor * np.eye(3), np.zeros(3), factor)
+        if steps and isinstance(last := steps[-1], _Linear) and not last.overflows:
+            steps[-1] = step.after(last)
+        else:
+            steps.append(step)
+    return steps
+
+
+def _linear(matrix: npt.NDArray[np.float64], offset: npt.NDArray[np.float64], factor: float) -> _Linear:
+    # Up to a factor of 1 the result lies between two colours of the range.
+    return _Linear(np.column_stack([matrix, offset]), overflows=factor > 1)
+
+
+def _mean_grey(image: Frame, steps: list[_Step]) -> float:
+    return float(np.dot(cv2.mean(_applied(image, steps))[:3], _GREY))
+
+
+def _applied(image: Frame, steps: list[_Step]) -> Frame:
+    """All steps in float32, rounded once; a strip at a time, so that the copies stay in the cache."""
+    result = np.empty(image.shape, np.uint8)
+    rows = max(_STRIP // image.shape[1], 1)
+    for top in range(0, image.shape[0], rows):
+        colours = image[top : top + rows].astype(np.float32)
+        for step in steps:
+            colours = step(colours)
+        cv2.convertScaleAbs(colours, dst=result[top : top + rows])
+    return result

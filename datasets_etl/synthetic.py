@@ -1,0 +1,442 @@
+"""Small datasets in the five official layouts, with exact ground truth: for the demo and for tests.
+
+A scene is a textured ground with textured shapes over it, each with its own translation, rotation and zoom. Texture,
+outline and motion are functions of continuous coordinates, so flow and occlusion are computed, not estimated.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import cos, sin
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from datasets_etl.formats import (
+    Flow,
+    Frame,
+    Mask,
+    encode_flo,
+    encode_frame_png,
+    encode_frame_ppm,
+    encode_kitti_flow,
+    encode_mask,
+    encode_pfm,
+)
+from datasets_etl.samples import FlowSample
+
+Floats = npt.NDArray[np.float32]
+Matrix = npt.NDArray[np.float64]
+
+FRAMES_PER_SCENE = 3
+MAX_MOTION = 0.36
+"""The fastest shapes' speed as a share of the frame's width: 46 px on a frame 128 px wide."""
+
+_FAST_SCENE_EVERY = 3  # so that even a handful of scenes holds fast motion
+_HARMONICS = 4
+
+
+# ----------------------------------------------------------------------------------------- the scene
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A textured thing in rigid motion with zoom. Its own coordinates have their origin in its middle.
+
+    Attributes:
+        texture: float32 [h, w, 3], 0..255; mirrored beyond its border.
+        outline: the radius in pixels at each of many equal angles; None for the ground, which has no end.
+        centre: position (x, y) in the frame at time 0.
+        velocity: pixels a frame.
+        angle, spin: radians, and radians a frame.
+        zoom: factor a frame.
+    """
+
+    texture: Floats
+    outline: Floats | None
+    centre: tuple[float, float]
+    velocity: tuple[float, float]
+    angle: float
+    spin: float
+    zoom: float
+
+    def pose(self, time: int) -> Matrix:
+        """The 3×3 matrix from the layer's coordinates to the frame's."""
+        scale, angle = self.zoom**time, self.angle + self.spin * time
+        c, s = scale * cos(angle), scale * sin(angle)
+        x, y = (self.centre[i] + self.velocity[i] * time for i in (0, 1))
+        return np.array([[c, -s, x], [s, c, y], [0, 0, 1]])
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Layers from the ground up, seen in a frame of height × width pixels at times 0, 1, 2, …"""
+
+    height: int
+    width: int
+    layers: tuple[Layer, ...]
+
+    def render(self, time: int) -> Frame:
+        """The frame at a time: uint8 [H, W, 3]."""
+        canvas = np.zeros((self.height, self.width, 3), np.float32)
+        for layer in self.layers:
+            colour = self._texture(layer, time)
+            if layer.outline is None:
+                canvas = colour
+            else:
+                canvas += self._coverage(layer, time)[..., None] * (colour - canvas)
+        return np.rint(np.clip(canvas, 0, 255)).astype(np.uint8)
+
+    def flow(self, start: int, end: int) -> tuple[Flow, Mask]:
+        """Where each pixel of the frame at `start` is at `end`.
+
+        Returns:
+            flow float32 [H, W, 2], and occluded bool [H, W]: covered by another layer at `end`, or out of the frame.
+        """
+        x, y = self._grid()
+        flow = np.zeros((self.height, self.width, 2), np.float32)
+        hidden = np.zeros((self.height, self.width), np.bool_)
+        for number, layer in enumerate(self.layers):
+            visible = self._coverage(layer, start) >= 0.5
+            motion = layer.pose(end) @ np.linalg.inv(layer.pose(start)) - np.eye(3)
+            u, v = (_row(motion[i], x, y)[visible] for i in (0, 1))
+            flow[visible] = np.stack([u, v], axis=-1)
+            target = x[visible] + u, y[visible] + v
+            covered = np.zeros(u.shape, np.bool_)
+            for above in self.layers[number + 1 :]:
+                covered |= _coverage_at(above, end, *target) >= 0.5
+            hidden[visible] = covered
+        x1, y1 = x + flow[..., 0], y + flow[..., 1]
+        outside = (x1 < 0) | (x1 > self.width - 1) | (y1 < 0) | (y1 > self.height - 1)
+        return flow, hidden | outside
+
+    def _grid(self) -> tuple[Floats, Floats]:
+        x, y = np.meshgrid(np.arange(self.width, dtype=np.float32), np.arange(self.height, dtype=np.float32))
+        return x, y
+
+    def _texture(self, layer: Layer, time: int) -> Floats:
+        middle = np.array([[1, 0, layer.texture.shape[1] / 2], [0, 1, layer.texture.shape[0] / 2], [0, 0, 1]])
+        inverse = middle @ np.linalg.inv(layer.pose(time))
+        colour: Floats = cv2.warpAffine(
+            layer.texture,
+            inverse[:2],
+            (self.width, self.height),
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REFLECT_101,
+        )
+        return colour
+
+    def _coverage(self, layer: Layer, time: int) -> Floats:
+        return _coverage_at(layer, time, *self._grid())
+
+
+def _row(row: Matrix, x: Floats, y: Floats) -> Floats:
+    return np.float32(row[0]) * x + np.float32(row[1]) * y + np.float32(row[2])
+
+
+def _coverage_at(layer: Layer, time: int, x: Floats, y: Floats) -> Floats:
+    """How much of each frame position the layer covers, 0..1: smooth over the pixel at its edge."""
+    if layer.outline is None:
+        return np.ones_like(x)
+    inverse = np.linalg.inv(layer.pose(time))
+    own_x, own_y = _row(inverse[0], x, y), _row(inverse[1], x, y)
+    turn = np.arctan2(own_y, own_x) * np.float32(layer.outline.size / (2 * np.pi))
+    low = np.floor(turn)
+    at = low.astype(np.intp)
+    radius = layer.outline.take(at, mode="wrap")
+    radius += (turn - low) * (layer.outline.take(at + 1, mode="wrap") - radius)
+    return np.clip(radius - np.hypot(own_x, own_y) + np.float32(0.5), 0, 1)
+
+
+# ------------------------------------------------------------------------------------- drawing scenes
+
+
+def make_scene(
+    rng: np.random.Generator, height: int, width: int, *, max_motion: float = MAX_MOTION, fast: bool = False
+) -> Scene:
+    """Draws a scene of three to five shapes: mostly moderate motion, seldom up to the maximum.
+
+    Args:
+        rng: the only source of chance.
+        height, width: of the frames, in pixels.
+        max_motion: the fastest shapes' speed as a share of the width.
+        fast: one shape certainly moves at 0.95 to 1 of the maximum.
+    """
+    top_speed = max_motion * width
+    layers = [_ground(rng, height, width, top_speed)]
+    count = int(rng.integers(3, 6))
+    for number in range(count):
+        share = rng.uniform() ** 3  # a quarter of the shapes under 2 % of the maximum, one in 30 over 90 %
+        if fast and number == count - 1:  # the topmost, so nothing hides it
+            share = rng.uniform(0.95, 1)
+        layers.append(_shape(rng, height, width, float(share) * top_speed))
+    return Scene(height, width, tuple(layers))
+
+
+def _ground(rng: np.random.Generator, height: int, width: int, top_speed: float) -> Layer:
+    # Uniform over a disc of velocities: most pixels are ground, so this is the typical motion.
+    speed, direction = 0.25 * top_speed * rng.uniform() ** 0.5, rng.uniform(0, 2 * np.pi)
+    return Layer(
+        texture=_texture(rng, height + height // 2, width + width // 2),
+        outline=None,
+        centre=((width - 1) / 2, (height - 1) / 2),
+        velocity=(float(speed * np.cos(direction)), float(speed * np.sin(direction))),
+        angle=0.0,
+        spin=float(rng.uniform(-0.02, 0.02)),
+        zoom=float(np.exp(rng.uniform(-0.02, 0.02))),
+    )
+
+
+def _shape(rng: np.random.Generator, height: int, width: int, speed: float) -> Layer:
+    size = float(rng.uniform(0.14, 0.3)) * min(height, width)
+    # A fast shape moves along the frame's longer axis: across the shorter one it would leave at once.
+    tilt = rng.uniform(-0.5, 0.5) if speed > height / 4 else rng.uniform(-np.pi, np.pi)
+    direction = tilt + np.pi * rng.integers(2)
+    velocity = float(speed * np.cos(direction)), float(speed * np.sin(direction))
+    middle = float(rng.uniform(0.3, 0.7)) * width, float(rng.uniform(0.25, 0.75)) * height
+    half_time = (FRAMES_PER_SCENE - 2) / 2  # the first pair's shape is around `middle`
+    side = int(2.6 * size) + 4
+    return Layer(
+        texture=_texture(rng, side, side),
+        outline=size
+        * _OUTLINES[int(rng.integers(len(_OUTLINES)))](rng, np.linspace(0, 2 * np.pi, 720, endpoint=False)),
+        centre=(middle[0] - half_time * velocity[0], middle[1] - half_time * velocity[1]),
+        velocity=velocity,
+        angle=float(rng.uniform(0, 2 * np.pi)),
+        spin=float(rng.uniform(-0.15, 0.15)),
+        zoom=float(np.exp(rng.uniform(-0.06, 0.06))),
+    )
+
+
+def _ellipse(rng: np.random.Generator, angle: npt.NDArray[np.float64]) -> Floats:
+    ratio = rng.uniform(0.55, 1)
+    return (ratio / np.hypot(ratio * np.cos(angle), np.sin(angle))).astype(np.float32)
+
+
+def _rectangle(rng: np.random.Generator, angle: npt.NDArray[np.float64]) -> Floats:
+    ratio = rng.uniform(0.5, 1)
+    tiny = 1e-9
+    to_side, to_top = 1 / np.maximum(np.abs(np.cos(angle)), tiny), ratio / np.maximum(np.abs(np.sin(angle)), tiny)
+    return (0.85 * np.minimum(to_side, to_top)).astype(np.float32)
+
+
+def _polygon(rng: np.random.Generator, angle: npt.NDArray[np.float64]) -> Floats:
+    wedge = 2 * np.pi / int(rng.integers(3, 7))
+    return (1 / np.cos(angle % wedge - wedge / 2) * np.cos(wedge / 2) * 1.1).astype(np.float32)
+
+
+def _blob(rng: np.random.Generator, angle: npt.NDArray[np.float64]) -> Floats:
+    orders = np.arange(2, 2 + _HARMONICS)[:, None]
+    phases, weights = rng.uniform(0, 2 * np.pi, (_HARMONICS, 1)), rng.uniform(0, 0.18, (_HARMONICS, 1))
+    return (0.85 + (weights * np.cos(orders * angle + phases)).sum(axis=0)).astype(np.float32)
+
+
+_OUTLINES: tuple[Callable[[np.random.Generator, npt.NDArray[np.float64]], Floats], ...] = (
+    _ellipse,
+    _rectangle,
+    _polygon,
+    _blob,
+)
+
+
+def _texture(rng: np.random.Generator, height: int, width: int) -> Floats:
+    """Smooth colour noise over several octaves around a colour of its own: float32 [height, width, 3], 0..255.
+
+    The finest cells are 4 px wide: fine enough to match by, coarse enough that a bilinear warp is exact to about a grey
+    level.
+    """
+    noise = np.zeros((height, width, 3), np.float32)
+    cell = 4
+    while cell <= max(16, max(height, width) // 4):
+        grid = rng.standard_normal((height // cell + 3, width // cell + 3, 3), dtype=np.float32)
+        grown = cv2.resize(grid, None, fx=cell, fy=cell, interpolation=cv2.INTER_CUBIC)
+        noise += grown[cell : cell + height, cell : cell + width]
+        cell *= 2
+    colour = rng.uniform(70, 185, 3).astype(np.float32)
+    return np.clip(colour + noise * (rng.uniform(35, 50) / noise.std()), 0, 255).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------- writing the layouts
+
+
+def synthetic_pair(
+    seed: int, height: int, width: int, *, max_motion: float = MAX_MOTION, sparse: bool = False
+) -> FlowSample:
+    """One pair in memory, without any file: dense ground truth with occlusions, or sparse as KITTI's."""
+    rng = np.random.default_rng(seed)
+    scene = make_scene(rng, height, width, max_motion=max_motion, fast=True)
+    flow, occluded = scene.flow(0, 1)
+    valid = _scan(rng, height, width) if sparse else np.ones((height, width), np.bool_)
+    return FlowSample(
+        key=f"synthetic_{seed}",
+        dataset="kitti" if sparse else "sintel",
+        subset="training" if sparse else "training-clean",
+        sparse=sparse,
+        image0=scene.render(0),
+        image1=scene.render(1),
+        flow=flow * valid[..., None],
+        valid=valid,
+        occluded=None if sparse else occluded,
+    )
+
+
+def write_dataset(
+    name: str,
+    root: Path,
+    *,
+    pairs: int,
+    height: int,
+    width: int,
+    seed: int,
+    held_out: int = 0,
+    max_motion: float = MAX_MOTION,
+) -> None:
+    """Writes a synthetic dataset in an official layout. The same arguments write the same bytes.
+
+    Args:
+        name: "chairs", "things", "sintel", "kitti" or "hd1k".
+        root: the dataset's folder, made when missing.
+        pairs: labelled pairs to train on (in each pass; Things counts both directions, so an even number).
+        height, width: of the frames, in pixels.
+        seed: of everything that is drawn. Scene n of a seed is the same whatever `pairs` is.
+        held_out: pairs of the dataset's other part: chairs "val" and Things TEST with ground truth, Sintel "test" and
+            KITTI "testing" without, as published. HD1K has none. For labelled pairs never seen, write another seed.
+        max_motion: the fastest shapes' speed as a share of the width.
+
+    Raises:
+        ValueError: an unknown name, an odd number for Things, or held-out pairs for HD1K.
+    """
+    if name not in _WRITERS:
+        raise ValueError(f"there is no synthetic {name!r}: choose from {', '.join(_WRITERS)}")
+    if name == "things" and (pairs % 2 or held_out % 2):
+        raise ValueError(f"Things has pairs in both directions: {pairs} and {held_out} must be even")
+    if name == "hd1k" and held_out:
+        raise ValueError("HD1K has no other part to hold pairs out in")
+    studio = _Studio(root, height, width, seed, max_motion)
+    _WRITERS[name](studio, pairs, held_out)
+
+
+@dataclass(frozen=True)
+class _Studio:
+    """Draws numbered scenes and writes files below a root."""
+
+    root: Path
+    height: int
+    width: int
+    seed: int
+    max_motion: float
+
+    def scene(self, number: int) -> tuple[Scene, np.random.Generator]:
+        rng = np.random.default_rng([self.seed, number])
+        fast = number % _FAST_SCENE_EVERY == 0
+        return make_scene(rng, self.height, self.width, max_motion=self.max_motion, fast=fast), rng
+
+    def scenes(self, pairs: int, first: int = 0) -> Iterator[tuple[int, Scene, int, np.random.Generator]]:
+        """Number, scene and frames of as many scenes as hold the pairs."""
+        pairs_each = FRAMES_PER_SCENE - 1
+        for number in range(-(-pairs // pairs_each)):
+            scene, rng = self.scene(first + number)
+            yield first + number, scene, min(pairs_each, pairs - number * pairs_each) + 1, rng
+
+    def write(self, path: str, data: bytes) -> None:
+        target = self.root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+
+
+def _write_chairs(studio: _Studio, pairs: int, held_out: int) -> None:
+    for number in range(pairs + held_out):
+        scene, _ = studio.scene(number)
+        stem = f"data/{number + 1:05d}"
+        studio.write(f"{stem}_img1.ppm", encode_frame_ppm(scene.render(0)))
+        studio.write(f"{stem}_img2.ppm", encode_frame_ppm(scene.render(1)))
+        studio.write(f"{stem}_flow.flo", encode_flo(scene.flow(0, 1)[0]))
+    studio.write("FlyingChairs_train_val.txt", b"1\n" * pairs + b"2\n" * held_out)
+
+
+def _write_things(studio: _Studio, pairs: int, held_out: int) -> None:
+    for part, count, first in (("TRAIN", pairs // 2, 0), ("TEST", held_out // 2, pairs)):
+        for number, scene, frames, rng in studio.scenes(count, first):
+            folder = f"{part}/A/{number:04d}"
+            for time in range(frames):
+                frame = time + 6
+                clean = scene.render(time)
+                studio.write(f"frames_cleanpass/{folder}/left/{frame:04d}.png", encode_frame_png(clean))
+                studio.write(f"frames_finalpass/{folder}/left/{frame:04d}.png", encode_frame_png(_final(clean)))
+                for way, step in (("Future", 1), ("Past", -1)):  # published for the outermost frames as well
+                    flow, _ = scene.flow(time, time + step)
+                    flow[_disc(rng, studio)] = np.nan  # as the published files have in places
+                    path = f"optical_flow/{folder}/into_{way.lower()}/left/OpticalFlowInto{way}_{frame:04d}_L.pfm"
+                    studio.write(path, encode_pfm(flow))
+
+
+def _write_sintel(studio: _Studio, pairs: int, held_out: int) -> None:
+    for part, count, first in (("training", pairs, 0), ("test", held_out, pairs)):
+        for number, scene, frames, rng in studio.scenes(count, first):
+            for time in range(frames):
+                stem = f"scene_{number:04d}/frame_{time + 1:04d}"
+                clean = scene.render(time)
+                studio.write(f"{part}/clean/{stem}.png", encode_frame_png(clean))
+                studio.write(f"{part}/final/{stem}.png", encode_frame_png(_final(clean)))
+                if part == "training" and time + 1 < frames:
+                    flow, occluded = scene.flow(time, time + 1)
+                    studio.write(f"{part}/flow/{stem}.flo", encode_flo(flow))
+                    studio.write(f"{part}/occlusions/{stem}.png", encode_mask(occluded))
+                    studio.write(f"{part}/invalid/{stem}.png", encode_mask(_disc(rng, studio)))
+
+
+def _write_kitti(studio: _Studio, pairs: int, held_out: int) -> None:
+    for part, count, first in (("training", pairs, 0), ("testing", held_out, pairs)):
+        for number in range(count):
+            scene, rng = studio.scene(first + number)
+            for time in (0, 1):
+                image = encode_frame_png(scene.render(time))
+                studio.write(f"{part}/image_2/{number:06d}_{10 + time}.png", image)
+            if part == "training":
+                flow, occluded = scene.flow(0, 1)
+                scanned = _scan(rng, studio.height, studio.width)
+                studio.write(f"{part}/flow_occ/{number:06d}_10.png", encode_kitti_flow(flow, scanned))
+                studio.write(f"{part}/flow_noc/{number:06d}_10.png", encode_kitti_flow(flow, scanned & ~occluded))
+
+
+def _write_hd1k(studio: _Studio, pairs: int, held_out: int) -> None:
+    for number, scene, frames, rng in studio.scenes(pairs + held_out):
+        for time in range(frames):
+            stem = f"{number:06d}_{10 * (time + 1):04d}"
+            studio.write(f"hd1k_input/image_2/{stem}.png", encode_frame_png(scene.render(time)))
+            # The last frame's flow is published too, though the frame after it is not.
+            flow, _ = scene.flow(time, time + 1)
+            valid = _scan(rng, studio.height, studio.width)
+            studio.write(f"hd1k_flow_gt/flow_occ/{stem}.png", encode_kitti_flow(flow, valid))
+
+
+_WRITERS: dict[str, Callable[[_Studio, int, int], None]] = {
+    "chairs": _write_chairs,
+    "things": _write_things,
+    "sintel": _write_sintel,
+    "kitti": _write_kitti,
+    "hd1k": _write_hd1k,
+}
+
+
+def _final(clean: Frame) -> Frame:
+    """A "final" pass: softer, and in haze."""
+    return cv2.addWeighted(cv2.GaussianBlur(clean, (3, 3), 0.8), 0.85, np.full_like(clean, 170), 0.15, 0).astype(
+        np.uint8
+    )
+
+
+def _disc(rng: np.random.Generator, studio: _Studio) -> Mask:
+    """Where ground truth is unusable: a small disc somewhere."""
+    y, x = np.ogrid[: studio.height, : studio.width]
+    cy, cx = rng.uniform(0, studio.height), rng.uniform(0, studio.width)
+    disc: Mask = (y - cy) ** 2 + (x - cx) ** 2 < (0.05 * studio.height) ** 2
+    return disc
+
+
+def _scan(rng: np.random.Generator, height: int, width: int) -> Mask:
+    """Where a laser scanner sees something: a third of the pixels below the sky."""
+    seen = rng.uniform(size=(height, width)) < 1 / 3
+    seen[: height // 5] = False
+    return seen

@@ -1,0 +1,130 @@
+"""The stream of a run: the same samples for every world size, bit-equal in every worker, from any step."""
+
+import itertools
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from datasets_etl.augment import AugmentConfig
+from datasets_etl.errors import DataError
+from datasets_etl.loader import EvaluationSet, FlowBatch, MixturePart, PositionDataset, TrainingStream
+from datasets_etl.manifest import Manifest
+
+AUGMENTATION = AugmentConfig(crop=(32, 48), min_log2_scale=-0.1, max_log2_scale=0.4, hflip=0.5, vflip=0.1)
+
+
+@pytest.fixture(scope="module")
+def dataset(sharded_chairs, sharded_kitti) -> PositionDataset:
+    chairs, kitti = Manifest.load(sharded_chairs.manifest_url), Manifest.load(sharded_kitti.manifest_url)
+    return PositionDataset(
+        [MixturePart(chairs, "train", 1, AUGMENTATION), MixturePart(kitti, "training", 2, AUGMENTATION)], seed=4
+    )
+
+
+def stream(dataset: PositionDataset, steps: range, world_size: int, micro_batch: int = 2, workers: int = 0):
+    """Step → all ranks' micro-batches, joined."""
+    ranks = [
+        TrainingStream(
+            dataset,
+            steps,
+            global_batch=6,
+            micro_batch=micro_batch,
+            rank=rank,
+            world_size=world_size,
+            workers=workers,
+        )
+        for rank in range(world_size)
+    ]
+    joined = {}
+    for several in zip(*ranks, strict=True):
+        step = several[0][0]
+        batches = list(itertools.chain.from_iterable(batches for _, batches in several))
+        joined[step] = FlowBatch(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))
+    return joined
+
+
+def same(one: FlowBatch, other: FlowBatch) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_an_epoch_mixes_the_parts_as_often_as_they_are_repeated(dataset):
+    assert dataset.order.epoch_length == 6 + 2 * 3
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(2, 2), (3, 1), (4, 2), (6, 1), (1, 6)])
+def test_every_world_size_and_micro_batch_sees_the_same_batches(dataset, world_size, micro_batch):
+    expected = stream(dataset, range(3), world_size=1)
+    found = stream(dataset, range(3), world_size, micro_batch)
+    assert all(same(found[step], expected[step]) for step in range(3))
+
+
+def test_a_stream_begun_at_a_step_continues_the_one_that_ended_there(dataset):
+    whole = stream(dataset, range(5), world_size=2)
+    rest = stream(dataset, range(3, 5), world_size=2)
+    assert list(rest) == [3, 4]
+    assert all(same(rest[step], whole[step]) for step in rest)
+
+
+@pytest.mark.slow
+def test_loader_processes_give_the_same_bits(dataset):
+    here = stream(dataset, range(2), world_size=1)
+    there = stream(dataset, range(2), world_size=1, workers=2)
+    assert all(same(there[step], here[step]) for step in range(2))
+
+
+def test_batches_have_the_shapes_and_types_they_promise(dataset):
+    batch = stream(dataset, range(1), world_size=1)[0]
+    assert batch.image0.shape == batch.image1.shape == (6, 3, 32, 48)
+    assert batch.image0.dtype == torch.uint8
+    assert batch.flow.shape == (6, 2, 32, 48)
+    assert batch.flow.dtype == torch.float32
+    assert batch.valid.shape == (6, 32, 48)
+    assert batch.valid.dtype == torch.bool
+    assert torch.isfinite(batch.flow).all()
+
+
+def test_the_same_sample_is_augmented_anew_each_time_it_comes(dataset):
+    positions = range(3 * dataset.order.epoch_length)
+    parts, samples = dataset.order.locate(positions)
+    times = [p for p in positions if parts[p] == 0 and samples[p] == 0]
+    crops = {zlib.crc32(dataset[p].image0.numpy().tobytes()) for p in times}
+    assert len(times) == len(crops) == 3
+
+
+def test_an_evaluation_set_is_the_subset_in_order_untouched(sharded_chairs):
+    chosen = EvaluationSet(Manifest.load(sharded_chairs.manifest_url), "val")
+    assert [chosen[i].key for i in range(len(chosen))] == ["val_00007", "val_00008"]
+    assert len(EvaluationSet(chosen.manifest, None, limit=3)) == 3
+
+
+def test_samples_without_truth_are_never_trained_or_scored_on(sharded_kitti):
+    manifest = Manifest.load(sharded_kitti.manifest_url)
+    assert manifest.subsets == {"testing": 1, "training": 3}
+    assert len(EvaluationSet(manifest, None)) == 3
+    with pytest.raises(DataError, match="no sample with ground truth in testing"):
+        EvaluationSet(manifest, "testing")
+
+
+def test_a_damaged_byte_names_shard_and_sample(sharded_chairs, tmp_path):
+    source = Path(sharded_chairs.manifest_url.removeprefix("file://"))
+    manifest = Manifest.load(sharded_chairs.manifest_url)
+    shard, entry = manifest.place(1)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / source.name).write_bytes(source.read_bytes())
+    data = bytearray(manifest.store().read(shard.name))
+    data[entry.offset + entry.length // 2] ^= 1
+    (tmp_path / shard.name).write_bytes(bytes(data))
+    copy = EvaluationSet(Manifest.load(str(tmp_path / source.name)), None)
+    assert copy[0].key != entry.key
+    with pytest.raises(DataError, match=rf"{Path(shard.name).name}: sample {entry.key} .*damaged"):
+        copy[1]
+
+
+def test_generators_of_ranks_leave_the_global_generators_alone(dataset):
+    before = np.random.get_state()[1].copy(), torch.random.get_rng_state()
+    stream(dataset, range(2), world_size=2)
+    assert (np.random.get_state()[1] == before[0]).all()
+    assert torch.equal(torch.random.get_rng_state(), before[1])

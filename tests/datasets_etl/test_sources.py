@@ -1,0 +1,395 @@
+"""The official layouts of the five datasets, on listings alone."""
+
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from datasets_etl.errors import DataError
+from datasets_etl.sources import EXPECTED_COUNTS, SOURCES, SampleRef, SourceTree, chairs, is_sparse
+
+
+def listing(files: list[str], contents: dict[str, bytes] | None = None, root: str = "/data/set") -> SourceTree:
+    held = contents or {}
+    return SourceTree(root, sorted([*files, *held]), lambda path: held[path])
+
+
+def folder(root: Path) -> SourceTree:
+    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    return SourceTree(str(root), files, lambda path: (root / path).read_bytes())
+
+
+# --------------------------------------------------------------- whole datasets, as their authors publish them
+
+
+def chairs_files(pairs: int = 22872) -> list[str]:
+    kinds = ("img1.ppm", "img2.ppm", "flow.flo")
+    return [f"data/{number:05d}_{kind}" for number in range(1, pairs + 1) for kind in kinds] + ["README.txt"]
+
+
+def chairs_split(pairs: int = 22872, val: int = 640) -> str:
+    return "".join("2\n" if number * val // pairs != (number + 1) * val // pairs else "1\n" for number in range(pairs))
+
+
+def things_files(train_scenes: int = 2239, test_scenes: int = 437) -> list[str]:
+    files = []
+    for part, count in (("TRAIN", train_scenes), ("TEST", test_scenes)):
+        for i in range(count):
+            scene = f"{part}/{'ABC'[i * 3 // count]}/{i:04d}"
+            for number in range(6, 16):
+                for pass_name in ("clean", "final"):
+                    images = f"frames_{pass_name}pass/{scene}"
+                    files += [f"{images}/{camera}/{number:04d}.png" for camera in ("left", "right")]
+                for way, camera in (("Future", "left"), ("Future", "right"), ("Past", "left"), ("Past", "right")):
+                    flow = f"OpticalFlowInto{way}_{number:04d}_{camera[0].upper()}.pfm"
+                    files.append(f"optical_flow/{scene}/into_{way.lower()}/{camera}/{flow}")
+    return files
+
+
+def sintel_files() -> list[str]:
+    files = []
+    lengths = [50] * 20 + [33, 20, 11]  # 23 scenes, 1,064 frames
+    for i, length in enumerate(lengths):
+        for number in range(1, length + 1):
+            stem = f"scene_{i}/frame_{number:04d}"
+            files += [f"training/{pass_name}/{stem}.png" for pass_name in ("albedo", "clean", "final")]
+            files.append(f"training/invalid/{stem}.png")
+            if number < length:
+                files += [
+                    f"training/flow/{stem}.flo",
+                    f"training/occlusions/{stem}.png",
+                    f"training/flow_viz/{stem}.png",
+                ]
+    for i in range(12):  # 564 frames
+        for number in range(1, 48):
+            files += [f"test/{pass_name}/shot_{i}/frame_{number:04d}.png" for pass_name in ("clean", "final")]
+    return files
+
+
+def kitti_files() -> list[str]:
+    files = []
+    for scene in range(200):
+        for part in ("training", "testing"):
+            for camera in ("image_2", "image_3"):
+                files += [f"{part}/{camera}/{scene:06d}_{frame}.png" for frame in ("10", "11")]
+        for kind in ("flow_occ", "flow_noc", "disp_occ_0"):
+            files.append(f"training/{kind}/{scene:06d}_10.png")
+    return files
+
+
+def hd1k_files() -> list[str]:
+    files = []
+    for scene in range(36):
+        for i in range(31 if scene < 3 else 30):  # 36 sequences, 1,083 frames
+            name = f"{scene:06d}_{10 * i:04d}.png"
+            files += [
+                f"hd1k_input/image_2/{name}",
+                f"hd1k_flow_gt/flow_occ/{name}",
+                f"hd1k_flow_uncertainty/flow_unc/{name}",
+            ]
+    return [*files, "hd1k_challenge/image_2/000000_0000.png"]
+
+
+def whole(dataset: str) -> SourceTree:
+    if dataset == "chairs":
+        return listing(chairs_files(), {"FlyingChairs_train_val.txt": chairs_split().encode()})
+    return listing(
+        {"things": things_files, "sintel": sintel_files, "kitti": kitti_files, "hd1k": hd1k_files}[dataset]()
+    )
+
+
+@pytest.fixture(scope="module", params=list(SOURCES))
+def dataset(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_a_whole_dataset_gives_its_published_counts(dataset: str) -> None:
+    refs = SOURCES[dataset](whole(dataset))
+    assert Counter(ref.subset for ref in refs) == EXPECTED_COUNTS[dataset]
+
+
+def test_expected_counts_add_up_to_the_published_ones() -> None:
+    assert EXPECTED_COUNTS["chairs"] == {"train": 22232, "val": 640}
+    things = EXPECTED_COUNTS["things"]
+    assert things["train-clean"] == things["train-final"] == 40302
+    assert things["val-clean"] == 1024
+    assert things["val-clean"] + things["test-clean"] == things["val-final"] + things["test-final"] == 7866
+    assert EXPECTED_COUNTS["sintel"]["training-clean"] == EXPECTED_COUNTS["sintel"]["training-final"] == 1041
+    assert EXPECTED_COUNTS["kitti"]["training"] == 200
+    assert EXPECTED_COUNTS["hd1k"] == {"training": 1047}
+
+
+def test_keys_are_unique_in_order_and_fit_for_a_tar(dataset: str) -> None:
+    refs = SOURCES[dataset](whole(dataset))
+    keys = [ref.key for ref in refs]
+    assert keys == sorted(set(keys))
+    assert not any("." in key or "/" in key for key in keys)
+    assert {ref.dataset for ref in refs} == {dataset}
+
+
+def test_every_path_of_a_ref_is_in_the_listing(dataset: str) -> None:
+    tree = whole(dataset)
+    files = set(tree.files)
+    for ref in SOURCES[dataset](tree):
+        paths = (ref.image0, ref.image1, ref.flow, ref.occlusion, ref.invalid, ref.flow_noc)
+        assert {path for path in paths if path is not None} <= files
+        assert (ref.flow is None) == (ref.subset in ("test-clean", "test-final", "testing") and dataset != "things")
+
+
+def test_indexing_does_not_depend_on_where_below_the_root_the_layout_lies(dataset: str) -> None:
+    tree = whole(dataset)
+    prefix = "mirror/of.2020/"
+    moved = SourceTree(
+        tree.root, [prefix + path for path in tree.files], lambda path: tree.read(path.removeprefix(prefix))
+    )
+    paths = ("image0", "image1", "flow", "occlusion", "invalid", "flow_noc")
+
+    def strip(ref: SampleRef) -> SampleRef:
+        held = {name: getattr(ref, name) for name in paths}
+        return dataclasses.replace(ref, **{name: path and path.removeprefix(prefix) for name, path in held.items()})
+
+    assert [strip(ref) for ref in SOURCES[dataset](moved)] == SOURCES[dataset](tree)
+
+
+def test_litter_in_the_tree_changes_nothing(dataset: str) -> None:
+    tree = whole(dataset)
+    sample = next(path for path in tree.files if path.endswith((".ppm", ".png")))
+    head, _, tail = sample.rpartition("/")
+    litter = [".DS_Store", f"{head}/._{tail}", f"__MACOSX/{head}/._{tail}", f"{head}/Thumbs.db"]
+    littered = SourceTree(tree.root, sorted([*tree.files, *litter]), tree.read)
+    assert SOURCES[dataset](littered) == SOURCES[dataset](tree)
+
+
+# ----------------------------------------------------------------------------------------------- each dataset
+
+
+def small_sintel(*missing: str) -> SourceTree:
+    stems = [f"alley_1/frame_{number:04d}" for number in (1, 2, 3, 4)]
+    files = [f"training/{pass_name}/{stem}.png" for pass_name in ("clean", "final") for stem in stems]
+    files += [f"training/flow/{stem}.flo" for stem in stems[:3]]
+    files += [f"training/occlusions/{stem}.png" for stem in stems[:3]] + [
+        f"training/invalid/{stem}.png" for stem in stems
+    ]
+    return listing([path for path in files if path not in missing])
+
+
+def small_things(*missing: str) -> SourceTree:
+    return listing([path for path in things_files(2, 1) if path not in missing])
+
+
+def small_chairs(split: str = "1\n2\n1\n", missing: str = "") -> SourceTree:
+    files = [path for path in chairs_files(3) if path != missing]
+    return listing(files, {"FlyingChairs_train_val.txt": split.encode()})
+
+
+def test_chairs_follow_the_official_list_by_number_even_in_an_excerpt() -> None:
+    tree = listing(chairs_files(3)[3:], {"FlyingChairs_train_val.txt": b"1\n2\n1\n"})
+    assert [(ref.key, ref.flow) for ref in chairs.index(tree)] == [
+        ("train_00003", "data/00003_flow.flo"),
+        ("val_00002", "data/00002_flow.flo"),
+    ]
+
+
+def test_chairs_take_the_list_from_elsewhere_or_split_by_hash() -> None:
+    tree = listing(chairs_files())
+    given_list = chairs.index(tree, split_list=chairs_split())
+    assert Counter(ref.subset for ref in given_list) == EXPECTED_COUNTS["chairs"]
+    hashed = chairs.index_by_hash(tree)
+    val = sum(ref.subset == "val" for ref in hashed)
+    assert abs(val - 640) < 4 * 640**0.5
+    excerpt = {ref.scene: ref.subset for ref in chairs.index_by_hash(listing(chairs_files(2000)))}
+    assert excerpt == {ref.scene: ref.subset for ref in hashed if ref.scene in excerpt}
+
+
+@pytest.mark.parametrize(
+    ("split", "words"), [("1\n2\n", "2 lines"), ("1\n2\n3\n", "'3'"), ("", "0 lines"), ("train\n" * 3, "'train'")]
+)
+def test_a_chairs_list_that_does_not_fit_is_refused(split: str, words: str) -> None:
+    assert words in refusal(lambda: chairs.index(small_chairs(split)))
+
+
+def test_things_pairs_into_the_past_are_frame_t_and_the_one_before() -> None:
+    refs = {ref.key: ref for ref in SOURCES["things"](small_things())}
+    past = refs["train-final_into_past_A_0000_0007"]
+    assert past.image0 == "frames_finalpass/TRAIN/A/0000/left/0007.png"
+    assert past.image1 == "frames_finalpass/TRAIN/A/0000/left/0006.png"
+    assert past.flow == "optical_flow/TRAIN/A/0000/into_past/left/OpticalFlowIntoPast_0007_L.pfm"
+    future = refs["train-final_into_future_A_0000_0006"]
+    assert (future.image0, future.image1) == (past.image1, past.image0)
+    assert future.flow == "optical_flow/TRAIN/A/0000/into_future/left/OpticalFlowIntoFuture_0006_L.pfm"
+
+
+def test_things_validation_subset_is_every_7th_of_the_first_7168_test_pairs() -> None:
+    # As GMFlow lists the test set: direction outermost, then scenes, then frames.
+    tree = listing(things_files(0, 437))
+    scenes = sorted(
+        {path.split("/left/")[0] for path in tree.files if path.startswith("frames_cleanpass") and "/left/" in path}
+    )
+    flows = []
+    for way, numbers in (("Future", range(6, 15)), ("Past", range(7, 16))):
+        for scene in scenes:
+            place = scene.replace("frames_cleanpass", "optical_flow")
+            flows += [f"{place}/into_{way.lower()}/left/OpticalFlowInto{way}_{number:04d}_L.pfm" for number in numbers]
+    assert len(flows) == 7866
+    expected = flows[:-698][::7]
+    refs = SOURCES["things"](tree)
+    assert [ref.flow for ref in refs if ref.subset == "val-clean"] == expected
+    assert [ref.flow for ref in refs if ref.subset == "val-final"] == expected
+    assert sorted([*expected, *(str(ref.flow) for ref in refs if ref.subset == "test-clean")]) == sorted(flows)
+
+
+def test_sintel_pairs_have_flow_and_masks_of_their_first_frame() -> None:
+    refs = SOURCES["sintel"](small_sintel())
+    assert [ref.key for ref in refs][:3] == [f"training-clean_alley_1_frame_000{n}" for n in (1, 2, 3)]
+    ref = refs[-1]
+    assert ref.image0 == "training/final/alley_1/frame_0003.png"
+    assert ref.image1 == "training/final/alley_1/frame_0004.png"
+    assert ref.flow == "training/flow/alley_1/frame_0003.flo"
+    assert ref.occlusion == "training/occlusions/alley_1/frame_0003.png"
+    assert ref.invalid == "training/invalid/alley_1/frame_0003.png"
+
+
+def test_sintel_without_masks_or_with_one_pass_is_what_it_is() -> None:
+    full = small_sintel()
+    kept = [path for path in full.files if "/clean/" in path or "/flow/" in path]
+    refs = SOURCES["sintel"](listing(kept))
+    assert {(ref.subset, ref.occlusion, ref.invalid) for ref in refs} == {("training-clean", None, None)}
+
+
+@pytest.mark.parametrize("dataset", ["sintel", "kitti"])
+def test_the_training_folder_itself_will_do(dataset: str) -> None:
+    inner = [path.removeprefix("training/") for path in whole(dataset).files if path.startswith("training/")]
+    refs = SOURCES[dataset](listing(inner))
+    kept = {subset: count for subset, count in EXPECTED_COUNTS[dataset].items() if subset.startswith("training")}
+    assert Counter(ref.subset for ref in refs) == kept
+
+
+def test_kitti_pairs_carry_both_ground_truths() -> None:
+    ref = next(ref for ref in SOURCES["kitti"](whole("kitti")) if ref.key == "training_000007_10")
+    assert (ref.image0, ref.image1) == ("training/image_2/000007_10.png", "training/image_2/000007_11.png")
+    assert (ref.flow, ref.flow_noc) == ("training/flow_occ/000007_10.png", "training/flow_noc/000007_10.png")
+
+
+def test_hd1k_pairs_are_neighbours_and_never_cross_sequences() -> None:
+    refs = SOURCES["hd1k"](whole("hd1k"))
+    assert [ref.image1 for ref in refs if ref.scene == "000000"][:2] == [
+        "hd1k_input/image_2/000000_0010.png",
+        "hd1k_input/image_2/000000_0020.png",
+    ]
+    assert all(f"/{ref.scene}_" in ref.image0 and f"/{ref.scene}_" in ref.image1 for ref in refs)
+
+
+def test_only_kitti_and_hd1k_are_sparse() -> None:
+    assert [name for name in SOURCES if is_sparse(name)] == ["kitti", "hd1k"]
+
+
+# ------------------------------------------------------------------------------------------------ wrong input
+
+
+def refusal(read: Callable[[], object]) -> str:
+    with pytest.raises(DataError) as caught:
+        read()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_an_empty_root_is_named_with_what_was_looked_for(dataset: str) -> None:
+    message = refusal(lambda: SOURCES[dataset](listing([], root="/data/nowhere")))
+    assert "/data/nowhere is empty or does not exist" in message
+    assert any(word in message for word in ("img1.ppm", "frame_0001.png", "0006.png", "000000_"))
+
+
+def test_another_datasets_layout_is_refused_naming_what_is_there(dataset: str) -> None:
+    other = whole("kitti" if dataset != "kitti" else "hd1k")
+    message = refusal(lambda: SOURCES[dataset](other))
+    assert "/data/set does not hold" in message
+    assert ("training" if dataset != "kitti" else "hd1k_input") in message
+
+
+def test_two_copies_below_the_root_are_ambiguous(dataset: str) -> None:
+    tree = whole(dataset)
+    twice = SourceTree(tree.root, [f"{copy}/{path}" for copy in ("old", "new") for path in tree.files], tree.read)
+    message = refusal(lambda: SOURCES[dataset](twice))
+    assert "several copies" in message
+    assert "new/" in message
+
+
+@pytest.mark.parametrize(
+    ("dataset", "tree", "missing"),
+    [
+        ("chairs", small_chairs(missing="data/00002_img2.ppm"), "data/00002_img2.ppm"),
+        ("chairs", small_chairs(missing="data/00003_flow.flo"), "data/00003_flow.flo"),
+        ("chairs", listing(chairs_files(3)), "FlyingChairs_train_val.txt"),
+        ("sintel", small_sintel("training/flow/alley_1/frame_0002.flo"), "training/flow/alley_1/frame_0002.flo"),
+        ("sintel", small_sintel("training/clean/alley_1/frame_0002.png"), "training/clean/alley_1/frame_0002.png"),
+        ("sintel", small_sintel("training/final/alley_1/frame_0004.png"), "training/final/alley_1/frame_0004.png"),
+        (
+            "sintel",
+            small_sintel("training/occlusions/alley_1/frame_0001.png"),
+            "training/occlusions/alley_1/frame_0001.png",
+        ),
+        (
+            "things",
+            small_things("frames_cleanpass/TEST/A/0000/left/0009.png"),
+            "frames_cleanpass/TEST/A/0000/left/0009.png",
+        ),
+        (
+            "things",
+            small_things("optical_flow/TRAIN/A/0000/into_past/left/OpticalFlowIntoPast_0015_L.pfm"),
+            "optical_flow/TRAIN/A/0000/into_past/left/OpticalFlowIntoPast_0015_L.pfm",
+        ),
+        (
+            "things",
+            listing([path for path in things_files(2, 1) if not path.startswith("frames_finalpass/TEST/")]),
+            "frames_finalpass/TEST/A/0000/left/0006.png",
+        ),
+        (
+            "kitti",
+            listing([p for p in kitti_files() if p != "training/image_2/000003_11.png"]),
+            "training/image_2/000003_11.png",
+        ),
+        (
+            "kitti",
+            listing([p for p in kitti_files() if p != "training/flow_occ/000003_10.png"]),
+            "training/flow_occ/000003_10.png",
+        ),
+        ("kitti", listing([p for p in kitti_files() if "image_2/000003" not in p]), "training/image_2/000003_10.png"),
+        (
+            "hd1k",
+            listing([p for p in hd1k_files() if p != "hd1k_input/image_2/000002_0040.png"]),
+            "hd1k_input/image_2/000002_0040.png",
+        ),
+        (
+            "hd1k",
+            listing([p for p in hd1k_files() if p != "hd1k_flow_gt/flow_occ/000002_0040.png"]),
+            "hd1k_flow_gt/flow_occ/000002_0040.png",
+        ),
+    ],
+)
+def test_a_missing_partner_file_is_named(dataset: str, tree: SourceTree, missing: str) -> None:
+    message = refusal(lambda: SOURCES[dataset](tree))
+    assert f"/data/set lacks {missing}" in message
+
+
+# ------------------------------------------------------------------------------------------------- real files
+
+
+@pytest.mark.parametrize(
+    ("dataset", "variable", "place", "counts"),
+    [
+        ("chairs", "GMFLOW_SAMPLES", "FlyingChairs_release", {"train": 4, "val": 2}),
+        ("sintel", "GMFLOW_SAMPLES", "Sintel", {"training-clean": 2, "training-final": 2}),
+        ("kitti", "GMFLOW_SAMPLES", "KITTI", {"training": 1}),
+        ("things", "GMFLOW_FORMAT_SAMPLES", "FlyingThings3D", {"train-clean": 2, "train-final": 2}),
+        ("hd1k", "GMFLOW_FORMAT_SAMPLES", "HD1K", {"training": 1}),
+    ],
+)
+def test_real_samples_are_indexed(dataset: str, variable: str, place: str, counts: dict[str, int]) -> None:
+    root = os.environ.get(variable)
+    if not root:
+        pytest.skip(f"{variable} is not set: it names the folder of sample files")
+    assert Counter(ref.subset for ref in SOURCES[dataset](folder(Path(root) / place))) == counts

@@ -1,0 +1,143 @@
+"""Objects on disk and on a real S3 server behave alike."""
+
+import boto3
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from datasets_etl import storage
+from datasets_etl.errors import DataError
+from datasets_etl.storage import open_store, split_url
+
+
+@pytest.fixture(params=["file", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path):
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        return open_store(f"s3://data/{tmp_path.name}")
+    return open_store(str(tmp_path / "root"))
+
+
+def test_what_was_written_is_read_whole_and_in_ranges(store):
+    store.write("a/b.bin", b"0123456789")
+    assert store.read("a/b.bin") == b"0123456789"
+    assert store.read_range("a/b.bin", 3, 4) == b"3456"
+    assert store.size("a/b.bin") == 10
+
+
+def test_an_upload_larger_than_a_part_arrives_whole(store, tmp_path):
+    path = tmp_path / "large"
+    path.write_bytes(bytes(range(256)) * 50_000)  # 12.8 MB: two parts on S3
+    store.upload(path, "large.tar")
+    assert store.size("large.tar") == path.stat().st_size
+    assert store.read_range("large.tar", 9_000_000, 300) == path.read_bytes()[9_000_000:9_000_300]
+
+
+def test_writing_again_replaces(store):
+    store.write("x", b"old")
+    store.write("x", b"new")
+    assert store.read("x") == b"new"
+
+
+def test_what_is_not_there_has_no_size_and_reading_it_names_it(store):
+    assert store.size("no/such") is None
+    with pytest.raises(DataError, match="no/such"):
+        store.read("no/such")
+
+
+def test_a_range_past_the_end_is_an_error_not_a_short_answer(store):
+    store.write("short", b"0123456789")
+    with pytest.raises(DataError, match=r"short.*(8|instead|InvalidRange|2 bytes)"):
+        store.read_range("short", 8, 5)
+
+
+def test_a_walk_lists_everything_below_a_prefix_sorted(store):
+    for key in ("b/2", "a", "b/10", "c/d/e"):
+        store.write(key, key.encode())
+    assert [(info.key, info.size) for info in store.walk()] == [("a", 1), ("b/10", 4), ("b/2", 3), ("c/d/e", 5)]
+    assert [info.key for info in store.walk("b/")] == ["b/10", "b/2"]
+
+
+def test_a_stamp_changes_with_the_content(store):
+    store.write("x", b"one")
+    (before,) = store.walk()
+    store.write("x", b"two")
+    (after,) = store.walk()
+    assert before.stamp != after.stamp
+
+
+def test_a_walk_passes_a_thousand_keys_on_s3(s3, tmp_path):
+    store = open_store(f"s3://data/{tmp_path.name}")
+    for number in range(1005):
+        store.write(f"{number:04d}", b"")
+    assert [info.key for info in store.walk()] == [f"{number:04d}" for number in range(1005)]
+
+
+def test_a_failed_write_leaves_neither_the_object_nor_a_part_of_it(tmp_path):
+    store = open_store(str(tmp_path / "root"))
+    store.write("kept", b"old")
+    with pytest.raises(DataError, match="missing"):
+        store.upload(tmp_path / "missing", "kept")
+    assert store.read("kept") == b"old"
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["kept"]
+
+
+@pytest.fixture
+def fresh_client():
+    """Settings are read when a process makes its client."""
+    storage._s3_of_process.cache_clear()
+    yield
+    storage._s3_of_process.cache_clear()
+
+
+def test_wrong_credentials_are_said_in_a_line(s3, fresh_client, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(DataError, match="access denied; check AWS_ACCESS_KEY_ID"):
+        open_store("s3://data").read("ready")
+
+
+def test_a_missing_bucket_is_said_in_a_line(s3):
+    with pytest.raises(DataError, match="no bucket nothing-here"):
+        open_store("s3://nothing-here/prefix").write("x", b"")
+
+
+def test_a_server_that_is_away_is_said_in_a_line(s3, fresh_client, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(DataError, match=r"s3://data/x.*object store"):
+        open_store("s3://data").size("x")
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary(max_size=300), cut=st.tuples(st.integers(0, 300), st.integers(0, 300)))
+def test_any_range_of_a_file_is_that_slice(tmp_path, data, cut):
+    store = open_store(str(tmp_path))
+    store.write("x", data)
+    start, end = sorted(min(c, len(data)) for c in cut)
+    assert store.read_range("x", start, end - start) == data[start:end]
+
+
+@pytest.mark.parametrize(
+    ("url", "root", "key"),
+    [
+        ("s3://b/a/c.json", "s3://b/a", "c.json"),
+        ("s3://b/c.json", "s3://b", "c.json"),
+        ("file:///x/y/c.json", "file:///x/y", "c.json"),
+        ("/x/c.json", "file:///x", "c.json"),
+    ],
+)
+def test_an_objects_url_splits_into_its_store_and_its_key(url, root, key):
+    store, found = split_url(url)
+    assert (store.url, found) == (root, key)
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/x", "s3://", "file://host/x", "http://x/y"])
+def test_other_urls_are_refused_with_the_way_out(url):
+    with pytest.raises(DataError, match=r"file://|s3://|slashes"):
+        open_store(url)
+
+
+def test_stores_open_the_bucket_they_are_told(s3, tmp_path):
+    open_store(f"s3://data/{tmp_path.name}/deep").write("k", b"v")
+    body = boto3.client("s3").get_object(Bucket="data", Key=f"{tmp_path.name}/deep/k")["Body"].read()
+    assert body == b"v"
