@@ -9,6 +9,8 @@ from collections.abc import Iterator
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 # Ray would otherwise warn about a change of defaults for workers without a GPU.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Ray Train notices a finished or lost worker after this long; its default of 2 s adds up over four stages.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 import ray
 

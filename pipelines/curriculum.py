@@ -110,7 +110,7 @@ class _StagePlan:
     @property
     def used_data(self) -> dict[str, str]:
         """Data name → manifest URL of all the stage reads."""
-        names = {used.data for used in (*self.stage.mixture, *self.stage.validation)}
+        names = {used.data for used in self.stage.reads}
         return {name: self.manifests[name].url for name in sorted(names)}
 
 
@@ -245,9 +245,8 @@ def _lineage(plan: _StagePlan, metrics: Mapping[str, float]) -> registry.Lineage
 
 def _load_manifests(config: CurriculumConfig) -> dict[str, Manifest]:
     """The datasets the selected stages use, with every subset they name."""
-    used = [part for stage in config.selected_stages for part in (*stage.mixture, *stage.validation)]
     manifests: dict[str, Manifest] = {}
-    for part in used:
+    for part in (part for stage in config.selected_stages for part in stage.reads):
         url = config.data[part.data]
         if part.data not in manifests and url is not None:
             manifests[part.data] = Manifest.load(_absolute(url))

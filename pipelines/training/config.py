@@ -105,6 +105,11 @@ class StageConfig(_Frozen):
     checkpoint_every: PositiveInt = 1000
     log_every: PositiveInt = 50
 
+    @property
+    def reads(self) -> tuple[PartConfig | SetConfig, ...]:
+        """Every subset the stage reads, for training and for validation."""
+        return (*self.mixture, *self.validation)
+
     def recipe(self) -> dict[str, Any]:
         """The part that decides the weights."""
         watched = {"validation", "validate_every", "checkpoint_every", "log_every"}
@@ -186,7 +191,7 @@ class CurriculumConfig(_Frozen):
         return self
 
     def _check_stage(self, stage: StageConfig, multiple: int) -> None:
-        for used in (*stage.mixture, *stage.validation):
+        for used in stage.reads:
             if used.data not in self.data:
                 raise ValueError(f"stage {stage.name}: no data {used.data!r}; data has {', '.join(self.data)}")
             if self.data[used.data] is None:

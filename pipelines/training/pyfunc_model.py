@@ -7,7 +7,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from gmflow import load_model, predict_flow
 
 
-class GMFlowPyfunc(PythonModel):  # type: ignore[misc]
+class GMFlowPyfunc(PythonModel):
     """Frame pairs → flow."""
 
     def load_context(self, context: PythonModelContext) -> None:

@@ -1,7 +1,9 @@
 """Registered models with their lineage, and models by reference."""
 
 import json
+import logging
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version as package_version
@@ -25,8 +27,8 @@ from pipelines.training.config import PromotionConfig
 CHAMPION = "champion"
 
 _SIGNATURE = ModelSignature(
-    inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, 2, -1, -1, 3), "frames")]),
-    outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, -1, -1, 2), "flow")]),
+    inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, 2, -1, -1, 3))]),
+    outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, -1, -1, 2))]),
 )
 
 
@@ -91,6 +93,9 @@ def _registered(client: MlflowClient, model_name: str, lineage: Lineage) -> Mode
 
 
 def _log_model(model_name: str, run_id: str, weights: Path, lineage: Lineage) -> ModelVersion:
+    # MLflow recommends type hints on predict, but reads them as a schema that knows no arrays.
+    warnings.filterwarnings("ignore", message=".*type hint", module="mlflow")
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
     with mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
             name="model",

@@ -210,7 +210,7 @@ class _Worker:
         if step % stage.log_every and step != stage.steps:
             return
         metrics = self.since_log.metrics(stage.global_batch)
-        metrics["train/lr"] = self.state.schedule.get_last_lr()[0]
+        metrics["train/lr"] = float(self.state.schedule.get_last_lr()[0])
         metrics["train/skipped_steps"] = float(self.state.skipped)
         self.since_log = _Interval()
         self.state.record(step, metrics)

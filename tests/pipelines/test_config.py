@@ -1,0 +1,128 @@
+"""Configs: what is written is what is run, and what is wrong is said with the way out."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.errors import PipelineError
+from pipelines.training.config import CurriculumConfig, load_config
+from tests.conftest import ROOT
+
+CONFIGS = ROOT / "pipelines" / "configs"
+URLS = [f"data.{name}=file:///x/{name}.json" for name in ("chairs", "things", "sintel", "kitti", "hd1k")]
+
+
+@pytest.fixture
+def small() -> dict:
+    stage = {"name": "chairs", "steps": 10, "global_batch": 4, "peak_lr": 1e-4, "crop": [32, 48]}
+    stage["mixture"] = [{"data": "chairs", "subset": "train"}]
+    return {"name": "small", "storage": "s", "data": {"chairs": "c.json"}, "stages": [stage]}
+
+
+@pytest.fixture
+def load(tmp_path: Path):
+    def _load(tree: dict, *overrides: str) -> CurriculumConfig:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return load_config(CurriculumConfig, str(path), overrides)
+
+    return _load
+
+
+RECIPE = {  # model_spec, section 4
+    "chairs": (100_000, 16, 4e-4, (384, 512)),
+    "things": (800_000, 8, 2e-4, (384, 768)),
+    "sintel": (200_000, 8, 2e-4, (320, 896)),
+    "kitti": (100_000, 8, 2e-4, (320, 1152)),
+}
+
+
+@pytest.mark.parametrize(("file", "variant"), [("curriculum_base.yaml", "base"), ("curriculum_refine.yaml", "refine")])
+def test_the_ready_configs_are_the_papers_recipe(file, variant):
+    config = load_config(CurriculumConfig, str(CONFIGS / file), URLS)
+    found = {s.name: (s.steps, s.global_batch, s.peak_lr, s.crop) for s in config.stages}
+    assert found == RECIPE
+    assert config.model.build().num_scales == {"base": 1, "refine": 2}[variant]
+    assert {(s.weight_decay, s.warmup, s.clip_norm, s.gamma, s.max_flow) for s in config.stages} == {
+        (1e-4, 0.05, 1.0, 0.9, 400.0)
+    }
+    mixture = config.stages[2].mixture
+    copies = {(part.data, part.subset): part.repeats for part in mixture}
+    assert copies == {
+        ("sintel", "training-clean"): 100,
+        ("sintel", "training-final"): 100,
+        ("kitti", "training"): 200,
+        ("hd1k", "training"): 5,
+        ("things", "train-clean"): 1,
+    }
+    assert {part.data: (part.min_log2_scale, part.max_log2_scale, part.hflip, part.vflip) for part in mixture} == {
+        "sintel": (-0.2, 0.6, 0.5, 0.1),
+        "things": (-0.2, 0.6, 0.5, 0.1),
+        "kitti": (-0.3, 0.5, 0.5, 0.0),
+        "hd1k": (-0.5, 0.2, 0.5, 0.0),
+    }
+
+
+def test_overrides_reach_sections_and_stages_by_name_or_number(small, load):
+    config = load(small, "seed=3", "stages.chairs.steps=7", "stages.0.peak_lr=2e-4", "machine.num_workers=2")
+    assert (config.seed, config.stages[0].steps, config.stages[0].peak_lr) == (3, 7, 2e-4)
+    assert config.machine.num_workers == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sead=3", r"unknown key sead; did you mean seed\?"),
+        ("stages.chairs.stpes=3", r"unknown key stages\.0\.stpes; did you mean steps\?"),
+        ("machine.num_worker=3", r"unknown key machine\.num_worker; did you mean num_workers\?"),
+        ("stages.things.steps=3", r"no 'things' here; there is chairs"),
+        ("stages.chairs.steps=many", r"stages\.0\.steps: .*not 'many'"),
+        ("stages.chairs.steps=0", r"stages\.0\.steps: .*greater than 0"),
+        ("seed", r"write key=value"),
+        ("seed.deeper=1", r"seed"),
+        ("stages.chairs.crop=[32, 50]", r"stage chairs: crop \(32, 50\) must be divisible by 16"),
+        ("model.attn_splits=[0]", r"attn_splits"),
+        ("model.variant=bass", r"model\.variant"),
+        ("machine.num_workers=5", r"global_batch 4 cannot feed machine\.num_workers 5"),
+        ("stages.0.mixture.0.data=things", r"stage chairs: no data 'things'; data has chairs"),
+        ("data.chairs=null", r"data\.chairs is not set"),
+        ("promotion={data: chairs, subset: val}", r"validation lacks chairs/val"),
+        ("only=[kitti]", r"no stage 'kitti'"),
+        ("stages.0.mixture.0.min_log2_scale=0.5", r"is above max_log2_scale"),
+    ],
+)
+def test_what_is_wrong_is_one_line_naming_it(small, load, override, message):
+    small["stages"][0]["mixture"][0]["max_log2_scale"] = 0.1
+    small["seed"] = 1
+    with pytest.raises(PipelineError, match=message) as caught:
+        load(small, override)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_file_without_yaml_are_named(tmp_path):
+    with pytest.raises(PipelineError, match=r"nothing\.yaml: no such config file"):
+        load_config(CurriculumConfig, str(tmp_path / "nothing.yaml"), [])
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(PipelineError, match=r"broken\.yaml: not readable as YAML"):
+        load_config(CurriculumConfig, str(tmp_path / "broken.yaml"), [])
+
+
+def test_what_decides_the_weights_decides_the_hash_and_nothing_else(small, load):
+    def hashed(*overrides: str, version: str = "v1", parent: str = "random") -> str:
+        config = load(small, *overrides)
+        return config.stage_hash(config.stages[0], {"chairs": version}, parent)
+
+    first = hashed()
+    unchanged = ["machine.num_workers=4", "stages.0.checkpoint_every=3", "storage=elsewhere", "data.chairs=moved.json"]
+    assert {hashed(override) for override in unchanged} == {first}
+    changed = [hashed(f"stages.0.{key}") for key in ("steps=11", "peak_lr=2e-4", "crop=[48, 48]", "gamma=0.8")]
+    changed += [hashed("seed=9"), hashed("model.num_layers=2"), hashed("precision=bf16")]
+    changed += [hashed(version="v2"), hashed(parent="x.pth")]
+    assert len({first, *changed}) == len(changed) + 1
+
+
+def test_a_stage_runs_alone(small, load):
+    second = {**small["stages"][0], "name": "kitti"}
+    config = load({**small, "stages": [small["stages"][0], second]}, "only=[kitti]")
+    assert [stage.name for stage in config.selected_stages] == ["kitti"]

@@ -1,0 +1,108 @@
+"""A checkpoint brings back everything, to the bit, or says why not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pipelines.errors import PipelineError
+from pipelines.training.config import StageConfig
+from pipelines.training.state import TrainingState, read_checkpoint
+
+STAGE = StageConfig(
+    name="s", steps=20, global_batch=2, peak_lr=1e-2, crop=(16, 16), mixture=[{"data": "d", "subset": "train"}]
+)
+
+
+def fresh(width: int = 3) -> TrainingState:
+    model = nn.Linear(width, 2)
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.copy_(torch.arange(parameter.numel()).reshape(parameter.shape) / 7 + number)
+    return TrainingState.fresh(model, STAGE)
+
+
+def train(state: TrainingState, until: int) -> list[float]:
+    losses = []
+    while state.step < until:
+        inputs = torch.sin(torch.arange(6.0) + state.step).reshape(2, 3)
+        loss = state.model(inputs).square().mean()
+        state.optimizer.zero_grad()
+        loss.backward()
+        state.optimizer.step()
+        state.schedule.step()
+        state.step += 1
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(tmp_path: Path):
+    undisturbed = fresh()
+    expected = train(undisturbed, 20)
+    first = fresh()
+    losses = train(first, 9)
+    first.record(9, {"loss": 1.0})
+    first.save(tmp_path)
+    second = fresh()
+    second.restore(tmp_path)
+    assert (second.step, second.records) == (9, [(9, {"loss": 1.0})])
+    assert losses + train(second, 20) == expected
+    assert all(
+        torch.equal(a, b) for a, b in zip(second.model.parameters(), undisturbed.model.parameters(), strict=True)
+    )
+
+
+def test_the_schedule_is_one_cycle_over_steps_and_ten():
+    state = fresh()
+    rates = []
+    for _ in range(20):
+        rates.append(state.schedule.get_last_lr()[0])
+        state.optimizer.step()
+        state.schedule.step()
+    assert rates[0] == pytest.approx(1e-2 / 25)
+    assert max(rates) == pytest.approx(1e-2, rel=0.05)
+    assert rates.index(max(rates)) in (0, 1)  # 5 % of 30 steps
+    assert rates[-1] > 1e-4  # ten steps before its end
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "facts"])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, damage: str):
+    fresh().save(tmp_path)
+    path = tmp_path / "state.pt"
+    data = path.read_bytes()
+    if damage == "flip":
+        path.write_bytes(data[:900] + bytes([data[900] ^ 1]) + data[901:])
+    elif damage == "cut":
+        path.write_bytes(data[:-10])
+    elif damage == "gone":
+        path.unlink()
+    else:
+        (tmp_path / "state.json").write_text("{")
+    with pytest.raises(PipelineError, match=str(tmp_path)):
+        read_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path):
+    fresh(width=4).save(tmp_path)
+    with pytest.raises(PipelineError, match="another architecture"):
+        fresh(width=3).restore(tmp_path)
+
+
+def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path: Path):
+    class Evil:
+        def __reduce__(self):
+            return (Path(tmp_path / "touched").touch, ())
+
+    state = fresh()
+    state.save(tmp_path)
+    torch.save({"model": Evil()}, tmp_path / "state.pt")
+    import hashlib
+    import json
+
+    facts = json.loads((tmp_path / "state.json").read_text())
+    facts["sha256"] = hashlib.sha256((tmp_path / "state.pt").read_bytes()).hexdigest()
+    (tmp_path / "state.json").write_text(json.dumps(facts))
+    with pytest.raises(Exception, match="weights_only|Weights only"):
+        read_checkpoint(tmp_path)
+    assert not (tmp_path / "touched").exists()
