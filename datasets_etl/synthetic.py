@@ -155,7 +155,7 @@ def _coverage_at(layer: Layer, time: int, x: Floats, y: Floats) -> Floats:
 def make_scene(
     rng: np.random.Generator, height: int, width: int, *, max_motion: float = MAX_MOTION, fast: bool = False
 ) -> Scene:
-    """Draws a scene of three to five shapes: mostly moderate motion, seldom up to the maximum.
+    """Draws a scene of two to four shapes: mostly moderate motion, seldom up to the maximum.
 
     Args:
         rng: the only source of chance.
@@ -165,7 +165,7 @@ def make_scene(
     """
     top_speed = max_motion * width
     layers = [_ground(rng, height, width, top_speed)]
-    count = int(rng.integers(3, 6))
+    count = int(rng.integers(2, 5))
     for number in range(count):
         share = rng.uniform() ** 3  # a quarter of the shapes under 2 % of the maximum, one in 30 over 90 %
         if fast and number == count - 1:  # the topmost, so nothing hides it
@@ -176,7 +176,7 @@ def make_scene(
 
 def _ground(rng: np.random.Generator, height: int, width: int, top_speed: float) -> Layer:
     # Uniform over a disc of velocities: most pixels are ground, so this is the typical motion.
-    speed, direction = 0.25 * top_speed * rng.uniform() ** 0.5, rng.uniform(0, 2 * np.pi)
+    speed, direction = 0.4 * top_speed * rng.uniform() ** 0.5, rng.uniform(0, 2 * np.pi)
     return Layer(
         texture=_texture(rng, height + height // 2, width + width // 2),
         outline=None,

@@ -59,14 +59,14 @@ class StageResult:
     mlflow_run: str
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train GMFlow through a staged curriculum on Ray.")
     parser.add_argument("--config", required=True, help="a YAML file, such as pipelines/configs/curriculum_base.yaml")
     parser.add_argument("--verbose", action="store_true", help="show the output of Ray's workers too")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="config overrides, such as stages.chairs.steps=100"
     )
-    return parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(argv)
 
 
 def run_curriculum(config: CurriculumConfig) -> list[StageResult]:

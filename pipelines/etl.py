@@ -19,7 +19,7 @@ from pipelines.errors import command
 console = Console(stderr=True)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Shard a raw optical-flow dataset into WebDataset tars by Ray tasks.")
     parser.add_argument("--dataset", required=True, choices=sorted(SOURCES))
     parser.add_argument("--source", required=True, help="the unpacked dataset: a folder, file:// or s3:// URL")
@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
         help="raw MiB of pixels and flow in a shard (default: %(default)s)",
     )
     parser.add_argument("--verbose", action="store_true", help="show the output of Ray's workers too")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def shard_dataset(dataset: str, source: str, target: str, workers: int | None, shard_bytes: int) -> EtlResult:

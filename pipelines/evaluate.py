@@ -53,7 +53,7 @@ def evaluate(
     return Evaluation(pooled.compute(), images)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a model on a sharded dataset.")
     parser.add_argument("--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION, .pth or .safetensors")
     parser.add_argument("--data", required=True, help="URL of a manifest, as pipelines/etl.py prints it")
@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--device", type=device, default=device("auto"), help="cpu, cuda, cuda:1 (default: best there is)"
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def show(evaluation: Evaluation) -> None:

@@ -31,7 +31,7 @@ _VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 console = Console(stderr=True)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Optical flow between consecutive frames.")
     parser.add_argument("--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION, .pth or .safetensors")
     parser.add_argument("--output", required=True, help="folder or URL for .flo and .png")
@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
         "--device", type=device, default=device("auto"), help="cpu, cuda, cuda:1 (default: best there is)"
     )
     parser.add_argument("frames", nargs="+", metavar="FRAME", help="two or more images, a folder of them, or a video")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 class FrameSource:

@@ -124,7 +124,7 @@ def test_a_damaged_byte_names_shard_and_sample(sharded_chairs, tmp_path):
 
 
 def test_generators_of_ranks_leave_the_global_generators_alone(dataset):
-    before = np.random.get_state()[1].copy(), torch.random.get_rng_state()
+    before = np.random.get_state()[1].copy(), torch.random.get_rng_state()  # noqa: NPY002
     stream(dataset, range(2), world_size=2)
-    assert (np.random.get_state()[1] == before[0]).all()
+    assert (np.random.get_state()[1] == before[0]).all()  # noqa: NPY002
     assert torch.equal(torch.random.get_rng_state(), before[1])

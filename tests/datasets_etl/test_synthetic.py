@@ -58,7 +58,7 @@ def test_warping_frame_1_by_the_flow_gives_frame_0_where_nothing_is_occluded(see
         error = np.abs(warp(scene.render(end), flow) - scene.render(start)).mean(axis=-1)
         lands_steady = warp(steady(scene.flow(end, start)[0]).astype(np.uint8), flow) == 1
         seen = ~occluded & steady(flow) & lands_steady
-        assert seen.mean() > 0.35
+        assert seen.mean() > 0.25
         assert error[seen].mean() < 1.5
         assert error[seen].max() < 8
         assert error[occluded].mean() > 20  # so a wrong mask or a wrong flow would show above
@@ -85,7 +85,7 @@ def test_motion_is_moderate_mostly_and_over_40_px_sometimes() -> None:
     for number in range(60):
         flow, _ = make_scene(np.random.default_rng(number), HEIGHT, WIDTH, fast=number % 3 == 0).flow(0, 1)
         speeds.append(np.hypot(flow[..., 0], flow[..., 1]))
-    assert 6 < np.mean(speeds) < 13
+    assert 6 < np.mean(speeds) < 16
     assert np.median(speeds) < 10
     assert 0.01 < np.mean(np.array(speeds) > 40) < 0.15
 

@@ -56,13 +56,17 @@ class Workplace:
 
 @pytest.fixture
 def workplace(tmp_path: Path, manifests: dict[str, str]) -> Workplace:
+    return workplace_in(tmp_path, manifests)
+
+
+def workplace_in(folder: Path, manifests: dict[str, str]) -> Workplace:
     """Two stages of a tiny model on two workers."""
     stage = {"steps": 40, "global_batch": 4, "peak_lr": 1e-3, "crop": [32, 48], "checkpoint_every": 5, "log_every": 2}
     augmented = {"min_log2_scale": -0.1, "max_log2_scale": 0.3, "hflip": 0.5}
     validation = [{"data": "chairs", "subset": "val"}]
     config = {
         "name": "tiny",
-        "storage": str(tmp_path / "storage"),
+        "storage": str(folder / "storage"),
         "seed": 7,
         "data": dict(manifests),
         "model": {"backbone_channels": [8, 8, 8], "feature_channels": 16, "num_layers": 1},
@@ -86,4 +90,4 @@ def workplace(tmp_path: Path, manifests: dict[str, str]) -> Workplace:
             },
         ],
     }
-    return Workplace(tmp_path, config)
+    return Workplace(folder, config)

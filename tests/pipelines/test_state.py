@@ -103,6 +103,6 @@ def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path: Path):
     facts = json.loads((tmp_path / "state.json").read_text())
     facts["sha256"] = hashlib.sha256((tmp_path / "state.pt").read_bytes()).hexdigest()
     (tmp_path / "state.json").write_text(json.dumps(facts))
-    with pytest.raises(Exception, match="weights_only|Weights only"):
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
         read_checkpoint(tmp_path)
     assert not (tmp_path / "touched").exists()

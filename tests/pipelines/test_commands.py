@@ -1,0 +1,228 @@
+"""The commands as a user meets them: what they print, where, and what a wrong input gets."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+import pipelines.curriculum
+import pipelines.etl
+import pipelines.evaluate
+import pipelines.predict
+from datasets_etl import formats
+from datasets_etl.synthetic import synthetic_pair
+from gmflow import GMFlow, GMFlowConfig, save_weights
+from tests.conftest import ROOT
+
+TINY = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_weights(GMFlow(TINY), path)
+    return path
+
+
+@pytest.fixture
+def frames(tmp_path: Path) -> list[str]:
+    """Three frames of a size no network likes."""
+    pair = synthetic_pair(3, 45, 70)
+    paths = []
+    for number, image in enumerate([pair.image0, pair.image1, pair.image0]):
+        path = tmp_path / f"frame_{number:04d}.png"
+        path.write_bytes(formats.encode_frame_png(image))
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Runs a command's main() with arguments; returns (exit code, stdout, stderr)."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+
+    def _call(module, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        try:
+            module.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return _call
+
+
+def assert_one_line(result: tuple[int, str, str], *fragments: str) -> None:
+    code, out, err = result
+    assert code == 2, err
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert "Traceback" not in err
+    assert out == ""
+    for fragment in fragments:
+        assert fragment in lines[0]
+
+
+@pytest.mark.usefixtures("local_ray")
+class TestEtl:
+    def test_the_last_line_is_the_manifests_url(self, call, samples, tmp_path):
+        code, out, err = call(
+            pipelines.etl, "--dataset", "kitti", "--source", samples / "KITTI", "--target", tmp_path / "out"
+        )
+        assert code == 0
+        (manifest,) = (tmp_path / "out" / "kitti").glob("manifest-*.json")
+        assert out.splitlines()[-1] == manifest.as_uri()
+        assert "training" in err
+        assert "200: not complete" in err
+
+    def test_a_missing_folder(self, call, tmp_path):
+        result = call(pipelines.etl, "--dataset", "kitti", "--source", tmp_path / "no", "--target", tmp_path / "out")
+        assert_one_line(result, str(tmp_path / "no"), "no such folder")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_wrong_layout(self, call, tmp_path):
+        (tmp_path / "raw").mkdir()
+        (tmp_path / "raw" / "x.png").write_bytes(b"x")
+        result = call(pipelines.etl, "--dataset", "hd1k", "--source", tmp_path / "raw", "--target", tmp_path / "out")
+        assert_one_line(result, str(tmp_path / "raw"), "hd1k")
+        assert not (tmp_path / "out").exists()
+
+    def test_an_unknown_dataset(self, call, tmp_path):
+        code, _, err = call(pipelines.etl, "--dataset", "middlebury", "--source", tmp_path, "--target", tmp_path)
+        assert code == 2
+        assert "invalid choice: 'middlebury'" in err
+
+
+class TestEvaluate:
+    def test_the_last_line_is_json_with_the_promised_figures(self, call, weights, manifests, tmp_path):
+        code, out, _ = call(
+            pipelines.evaluate, "--model", weights, "--data", manifests["sintel"], "--output", tmp_path / "scores"
+        )
+        assert code == 0
+        figures = json.loads(out.splitlines()[-1])
+        promised = {"epe", "px1", "px3", "px5", "s0_10", "s10_40", "s40_plus", "f1_all", "matched", "unmatched"}
+        assert promised <= set(figures)
+        written = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+        assert written["pooled"]["epe"] == figures["epe"]
+        assert len(written["images"]) == figures["pairs"] == len(list((tmp_path / "scores").glob("*.png"))) == 12
+
+    def test_no_such_manifest(self, call, weights, tmp_path):
+        result = call(pipelines.evaluate, "--model", weights, "--data", tmp_path / "m.json")
+        assert_one_line(result, str(tmp_path / "m.json"), "pipelines/etl.py")
+
+    def test_no_such_subset(self, call, weights, manifests):
+        result = call(pipelines.evaluate, "--model", weights, "--data", manifests["chairs"], "--subset", "vall")
+        assert_one_line(result, "vall", "train, val")
+
+    @pytest.mark.parametrize(
+        ("reference", "fragment"),
+        [
+            ("models:/gmflow@champion", "no such model"),
+            ("models:/gmflow/7", "no such model"),
+            ("nothing.pth", "nothing.pth"),
+            ("gmflow@champion", "models:/NAME@ALIAS"),
+        ],
+    )
+    def test_no_such_model(self, call, manifests, reference, fragment):
+        result = call(pipelines.evaluate, "--model", reference, "--data", manifests["chairs"])
+        assert_one_line(result, reference, fragment)
+
+    def test_a_file_that_holds_no_model(self, call, manifests, tmp_path):
+        (tmp_path / "x.safetensors").write_bytes(b"hello")
+        result = call(pipelines.evaluate, "--model", tmp_path / "x.safetensors", "--data", manifests["chairs"])
+        assert_one_line(result, "x.safetensors")
+
+
+class TestPredict:
+    def test_every_pair_gives_a_flow_and_a_picture(self, call, weights, frames, tmp_path):
+        output = tmp_path / "flow"
+        code, out, _ = call(pipelines.predict, "--model", weights, "--output", output, *frames)
+        assert code == 0
+        assert out.splitlines()[-1] == output.as_uri()
+        assert sorted(path.name for path in output.iterdir()) == [
+            "frame_0000.flo",
+            "frame_0000.png",
+            "frame_0001.flo",
+            "frame_0001.png",
+        ]
+        flow = formats.decode_flo((output / "frame_0000.flo").read_bytes(), "x")
+        assert flow.shape == (45, 70, 2)
+        assert cv2.imread(str(output / "frame_0000.png")).shape == (45, 70, 3)
+
+    def test_a_folder_and_a_video_are_frames_too(self, call, weights, frames, tmp_path):
+        folder = tmp_path / "frames"
+        folder.mkdir()
+        for path in frames:
+            Path(path).rename(folder / Path(path).name)
+        assert call(pipelines.predict, "--model", weights, "--output", tmp_path / "a", folder)[0] == 0
+        assert len(list((tmp_path / "a").glob("*.flo"))) == 2
+
+        video = cv2.VideoWriter(str(tmp_path / "v.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 48))
+        for number in range(3):
+            video.write(np.full((48, 64, 3), 60 * number, np.uint8))
+        video.release()
+        assert call(pipelines.predict, "--model", weights, "--output", tmp_path / "b", tmp_path / "v.avi")[0] == 0
+        assert sorted(path.name for path in (tmp_path / "b").glob("*.flo")) == ["v_000000.flo", "v_000001.flo"]
+
+    def test_one_frame_makes_no_pair(self, call, weights, frames, tmp_path):
+        result = call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", frames[0])
+        assert_one_line(result, frames[0], "two frames")
+
+    def test_frames_of_different_size(self, call, weights, frames, tmp_path):
+        Path(frames[1]).write_bytes(formats.encode_frame_png(np.zeros((45, 71, 3), np.uint8)))
+        result = call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", *frames[:2])
+        assert_one_line(result, "70x45", "71x45")
+        assert not (tmp_path / "o").exists()
+
+    def test_a_file_that_is_no_picture(self, call, weights, frames, tmp_path):
+        Path(frames[1]).write_bytes(b"not a picture")
+        result = call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", *frames[:2])
+        assert_one_line(result, frames[1])
+        assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.usefixtures("local_ray")
+class TestCurriculum:
+    @pytest.mark.parametrize(
+        ("override", "fragments"),
+        [
+            ("stages.chairs.stepz=3", ("unknown key", "did you mean steps?")),
+            ("data.chairs=/no/manifest.json", ("/no/manifest.json", "pipelines/etl.py")),
+            ("stages.chairs.mixture.0.subset=trian", ("no subset 'trian'", "train, val")),
+            ("init_from=models:/gmflow@champion", ("models:/gmflow@champion", "no such model")),
+            ("init_from=/no/weights.pth", ("/no/weights.pth",)),
+        ],
+    )
+    def test_a_wrong_config(self, call, workplace, override, fragments):
+        result = call(pipelines.curriculum, "--config", workplace.write(), override)
+        assert_one_line(result, *fragments)
+        assert not list((workplace.folder / "storage").rglob("*.safetensors"))
+
+    def test_initial_weights_of_another_architecture(self, call, workplace, tmp_path):
+        other = tmp_path / "other.safetensors"
+        save_weights(GMFlow(GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=32, num_layers=1)), other)
+        result = call(pipelines.curriculum, "--config", workplace.write(), f"init_from={other}")
+        assert_one_line(result, "other.safetensors")
+        assert not list((workplace.folder / "storage").rglob("*.safetensors"))
+
+
+def test_a_script_run_by_itself_prints_the_line_and_exits_with_2(tmp_path: Path):
+    command = [
+        sys.executable,
+        str(ROOT / "pipelines/predict.py"),
+        "--model",
+        "no.pth",
+        "--output",
+        "o",
+        "no.png",
+        "no2.png",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: no.png: no such file or folder\n"

@@ -1,0 +1,181 @@
+"""The curriculum as a user runs it: stages in order, resumed after a kill to the bit, told once to MLflow."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from safetensors.torch import load_file
+
+from pipelines.curriculum import run_curriculum
+from pipelines.training.config import CurriculumConfig, load_config
+from pipelines.training.registry import resolve_model
+from tests.pipelines.conftest import Workplace, workplace_in
+
+pytestmark = pytest.mark.slow
+
+WAIT_SECONDS = 240
+
+
+def run(workplace: Workplace, *overrides: str) -> str:
+    process = workplace.start("curriculum.py", "--config", str(workplace.write()), *overrides)
+    output, errors = process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == 0, errors
+    return output
+
+
+def stage_folder(workplace: Workplace, stage: str) -> Path:
+    (folder,) = (workplace.folder / "storage").glob(f"tiny-{stage}-*")
+    return folder
+
+
+def final_weights(workplace: Workplace, stage: str) -> dict[str, torch.Tensor]:
+    return load_file(stage_folder(workplace, stage) / "final.safetensors")
+
+
+def wait_for_checkpoint(process: subprocess.Popen[str], workplace: Workplace, stage: str) -> None:
+    """Until the stage has a second checkpoint: Ray has taken note of the first by then."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    pattern = f"storage/tiny-{stage}-*/checkpoint_*/state.json"
+    while len(list(workplace.folder.glob(pattern))) < 2:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"no checkpoint of {stage}"
+        time.sleep(0.02)
+
+
+def train_workers(driver: int) -> list[int]:
+    """Process ids of Ray Train's workers below a driver."""
+    parents, workers = {}, []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if (folder / "cmdline").read_bytes().startswith(b"ray::RayTrainWorker"):
+                workers.append(int(folder.name))
+        except OSError:  # gone in the meantime
+            continue
+
+    def descends(pid: int) -> bool:
+        while pid in parents and pid != driver:
+            pid = parents[pid]
+        return pid == driver
+
+    return [pid for pid in workers if descends(pid)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, manifests) -> Workplace:
+    """A whole run nobody interfered with."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    workplace = workplace_in(folder, manifests)
+    run(workplace)
+    return workplace
+
+
+def test_a_killed_worker_and_a_killed_driver_change_no_bit(undisturbed: Workplace, workplace: Workplace):
+    config = str(workplace.write())
+    first = workplace.start("curriculum.py", "--config", config)
+    wait_for_checkpoint(first, workplace, "chairs")
+    victim = train_workers(first.pid)[0]
+    os.kill(victim, signal.SIGKILL)
+    wait_for_checkpoint(first, workplace, "mix")
+    first.kill()
+    told, _ = first.communicate()
+    assert "stage=chairs" in told
+    assert "resumes" in told, "the worker was killed before its first checkpoint or after its last"
+    assert not (stage_folder(workplace, "mix") / "result.json").exists()
+
+    output = run(workplace)
+    assert "stage=chairs finished earlier" in output
+    assert "resumes" in output
+    for stage in ("chairs", "mix"):
+        expected, found = final_weights(undisturbed, stage), final_weights(workplace, stage)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), stage
+    assert_told_once(workplace)
+
+
+def assert_told_once(workplace: Workplace) -> None:
+    """One parent, one child a stage, every step once and in order, the same values as undisturbed."""
+    client = MlflowClient(workplace.tracking_uri)
+    experiment = client.get_experiment_by_name("gmflow")
+    runs = client.search_runs([experiment.experiment_id])
+    children = {run.data.tags["stage"]: run for run in runs if "stage" in run.data.tags}
+    assert len(runs) == 3
+    assert set(children) == {"chairs", "mix"}
+    for child in children.values():
+        assert child.info.status == "FINISHED"
+        steps = [metric.step for metric in client.get_metric_history(child.info.run_id, "train/loss")]
+        assert steps == list(range(2, 41, 2))
+
+
+def test_mlflow_holds_curves_config_manifests_and_pictures(undisturbed: Workplace):
+    assert_told_once(undisturbed)
+    client = MlflowClient(undisturbed.tracking_uri)
+    runs = client.search_runs([client.get_experiment_by_name("gmflow").experiment_id])
+    (parent,) = [run for run in runs if "stage" not in run.data.tags]
+    names = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
+    assert {"config.yaml", "manifests.json"} <= names
+    assert parent.data.tags["manifest.chairs"].endswith(".json")
+    for child in (run for run in runs if "stage" in run.data.tags):
+        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert {"train/loss", "train/epe", "train/lr", "train/grad_norm", "val/chairs/val/epe"} <= set(
+            child.data.metrics
+        )
+        (picture,) = client.list_artifacts(child.info.run_id, "pictures")
+        assert picture.path == "pictures/chairs_val_step_000040.png"
+
+
+def test_every_stage_is_registered_with_its_lineage(undisturbed: Workplace):
+    client = MlflowClient(undisturbed.tracking_uri, undisturbed.tracking_uri)
+    versions = {version.tags["stage"]: version for version in client.search_model_versions("name = 'gmflow'")}
+    assert set(versions) == {"chairs", "mix"}
+    results = {stage: json.loads((stage_folder(undisturbed, stage) / "result.json").read_text()) for stage in versions}
+    for stage, version in versions.items():
+        assert version.tags["config_hash"] == results[stage]["config_hash"]
+        assert "sources:" in version.tags["code_version"]
+        assert float(version.tags["val.chairs.val.epe"]) == pytest.approx(
+            results[stage]["metrics"]["val/chairs/val/epe"], rel=1e-4
+        )
+    assert versions["chairs"].tags["parent"] == "random"
+    assert versions["mix"].tags["parent"] == f"models:/gmflow/{versions['chairs'].version}"
+    assert set(json.loads(versions["mix"].tags["manifests"])) == {"sintel", "kitti"}
+
+    aliases = client.get_registered_model("gmflow").aliases
+    assert (aliases["chairs"], aliases["mix"]) == (versions["chairs"].version, versions["mix"].version)
+    epe = {stage: result["metrics"]["val/chairs/val/epe"] for stage, result in results.items()}
+    best = "mix" if epe["mix"] < epe["chairs"] else "chairs"
+    assert aliases["champion"] == versions[best].version
+
+
+def test_a_registered_model_comes_back_with_the_stages_weights(undisturbed: Workplace):
+    model = resolve_model("models:/gmflow@mix", undisturbed.tracking_uri)
+    expected = final_weights(undisturbed, "mix")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_finished_curriculum_is_skipped_whole(undisturbed: Workplace):
+    before = final_weights(undisturbed, "mix")
+    output = run(undisturbed)
+    assert output.count("finished earlier") == 2
+    assert "starts" not in output
+    assert "resumes" not in output
+    assert all(torch.equal(tensor, before[name]) for name, tensor in final_weights(undisturbed, "mix").items())
+    assert_told_once(undisturbed)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_one_worker_and_two_train_the_same_model(undisturbed: Workplace, workplace: Workplace):
+    overrides = ["machine={num_workers: 1, micro_batch: 4}", "only=[chairs]"]
+    config = load_config(CurriculumConfig, str(workplace.write()), overrides)
+    config = config.model_copy(
+        update={"mlflow": config.mlflow.model_copy(update={"tracking_uri": workplace.tracking_uri})}
+    )
+    run_curriculum(config)
+    expected, found = final_weights(undisturbed, "chairs"), final_weights(workplace, "chairs")
+    assert max((found[name] - tensor).abs().max() for name, tensor in expected.items()) < 1e-5

@@ -1,0 +1,60 @@
+"""What the README shows is run: its Python, and its commands as far as they need no cluster."""
+
+import re
+import shlex
+
+import numpy as np
+import pytest
+
+import pipelines.curriculum
+import pipelines.etl
+import pipelines.evaluate
+import pipelines.predict
+from pipelines.training.config import CurriculumConfig, load_config
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+SHELL = "\n".join(text for kind, text in BLOCKS if not kind).replace("\\\n", " ")
+COMMANDS = [line for line in SHELL.splitlines() if line.startswith("python pipelines/")]
+SCRIPTS = {
+    f"pipelines/{module.__name__.rpartition('.')[2]}.py": module
+    for module in (pipelines.curriculum, pipelines.etl, pipelines.evaluate, pipelines.predict)
+}
+
+
+def test_every_everyday_command_is_shown():
+    assert {shlex.split(line)[1] for line in COMMANDS} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_is_understood_by_its_script(line):
+    _, script, *arguments = shlex.split(line)
+    parsed = SCRIPTS[script].parse_arguments(arguments)
+    if script.endswith("curriculum.py"):
+        config = load_config(CurriculumConfig, str(ROOT / parsed.config), parsed.overrides)
+        assert config.machine.num_workers == 8
+        assert config.stages[0].steps == 50000
+
+
+@pytest.mark.parametrize("overrides", re.findall(r"^\| .* \| `(\S*=[^`]*)`.*\|$", README, re.MULTILINE))
+def test_an_override_in_the_table_is_a_valid_one(overrides):
+    urls = [f"data.{name}=URL" for name in ("chairs", "things", "sintel", "kitti", "hd1k")]
+    split = re.split(r" (?=\w[\w.]*=)", overrides)
+    load_config(CurriculumConfig, str(ROOT / "pipelines/configs/curriculum_base.yaml"), [*urls, *split])
+
+
+def test_the_librarys_example_runs():
+    (code,) = [text for kind, text in BLOCKS if kind == "python"]
+    frames = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), dtype=np.uint8)
+    names = {"frame0": frames[0], "frame1": frames[1]}
+    exec(code, names)
+    assert names["flow"].shape == (40, 50, 2)
+    assert names["flow"].dtype == np.float32
+    assert names["picture"].shape == (40, 50, 3)
+    assert names["picture"].dtype == np.uint8
+
+
+def test_the_two_commands_are_targets_of_the_makefile():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"^make (\w+)", SHELL, re.MULTILINE)) == {"demo", "test"} <= targets
