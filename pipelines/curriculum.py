@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +278,7 @@ def _finished(folder: ObjectStore) -> StageResult | None:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    print(f"{datetime.now():%H:%M:%S} {line}", flush=True)
 
 
 def show_summary(config: CurriculumConfig, results: list[StageResult]) -> None:

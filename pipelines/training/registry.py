@@ -1,9 +1,9 @@
 """Registered models with their lineage, and models by reference."""
 
+import contextlib
+import io
 import json
-import logging
 import tempfile
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version as package_version
@@ -93,10 +93,8 @@ def _registered(client: MlflowClient, model_name: str, lineage: Lineage) -> Mode
 
 
 def _log_model(model_name: str, run_id: str, weights: Path, lineage: Lineage) -> ModelVersion:
-    # MLflow recommends type hints on predict, but reads them as a schema that knows no arrays.
-    warnings.filterwarnings("ignore", message=".*type hint", module="mlflow")
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
-    with mlflow.start_run(run_id=run_id):
+    # MLflow advises type hints on predict (but knows none for arrays) and tells what it does; failures are raised.
+    with contextlib.redirect_stderr(io.StringIO()), mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),

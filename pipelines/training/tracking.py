@@ -1,6 +1,7 @@
 """MLflow runs of a curriculum: one parent, one child a stage, found again when the same command is given again."""
 
 import contextlib
+import logging
 import os
 import tempfile
 import time
@@ -29,6 +30,7 @@ def tracking_uri(configured: str | None) -> str:
 
 def connect(configured: str | None) -> MlflowClient:
     """A client whose server answered. Raises PipelineError where there is none."""
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # not every table it makes is news
     uri = tracking_uri(configured)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
