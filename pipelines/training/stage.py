@@ -1,6 +1,7 @@
 """One stage, as every worker runs it: load, accumulate, decide, step, validate, checkpoint, report."""
 
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -230,7 +231,8 @@ class _Worker:
         pictures: dict[str, bytes] = {}
         for name, evaluation in self.validation.items():
             scores, first = validate(self.model, evaluation, self.device, self.rank, self.world_size)
-            metrics |= {f"val/{name}/{metric}": value for metric, value in scores.items()}
+            # A speed range without a pixel has no figure.
+            metrics |= {f"val/{name}/{metric}": value for metric, value in scores.items() if not math.isnan(value)}
             if first is not None:
                 pictures[f"{name.replace('/', '_')}_step_{step:06d}.png"] = comparison_png(first)
         if metrics:

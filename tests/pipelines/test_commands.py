@@ -1,6 +1,7 @@
 """The commands as a user meets them: what they print, where, and what a wrong input gets."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -210,6 +211,32 @@ class TestCurriculum:
         result = call(pipelines.curriculum, "--config", workplace.write(), f"init_from={other}")
         assert_one_line(result, "other.safetensors")
         assert not list((workplace.folder / "storage").rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_sample_that_was_damaged_on_storage_stops_the_stage_with_its_name(call, workplace, manifests, tmp_path):
+    source = Path(manifests["chairs"].removeprefix("file://"))
+    folder = tmp_path / "chairs"
+    shutil.copytree(source.parent, folder)
+    (shard,) = (folder / "shards").iterdir()
+    data = bytearray(shard.read_bytes())
+    for at in range(5000, len(data), 10_000):
+        data[at] ^= 1
+    shard.write_bytes(bytes(data))
+    result = call(
+        pipelines.curriculum,
+        "--config",
+        workplace.write(),
+        f"data.chairs={folder / source.name}",
+        "machine.max_failures=0",
+    )
+    code, _, err = result
+    assert code == 2, err
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert shard.name in line
+    assert "damaged" in line
+    assert "Traceback" not in err
 
 
 def test_a_script_run_by_itself_prints_the_line_and_exits_with_2(tmp_path: Path):

@@ -190,3 +190,19 @@ def test_one_worker_and_two_train_the_same_model(manifests: dict[str, str], tmp_
     for name, tensor in weights.items():
         if not name.endswith(FREE_BIASES):
             torch.testing.assert_close(other_weights[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_storage_may_be_s3(manifests: dict[str, str], tmp_path: Path):
+    workplace = workplace_in(tmp_path, manifests)
+    overrides = [f"storage=s3://data/{tmp_path.name}", "only=[chairs]", "stages.chairs.steps=6"]
+    overrides += [f"mlflow={{tracking_uri: '{workplace.tracking_uri}'}}"]
+    config = load_config(CurriculumConfig, str(workplace.write()), overrides)
+    (result,) = run_curriculum(config)
+    assert result.weights.startswith(f"s3://data/{tmp_path.name}/tiny-chairs-")
+    trained, registered = (
+        resolve_model(ref, workplace.tracking_uri) for ref in (result.weights, "models:/gmflow@chairs")
+    )
+    assert all(torch.equal(tensor, trained.state_dict()[name]) for name, tensor in registered.state_dict().items())
+    assert run_curriculum(config) == [result]
+    assert not (tmp_path / "storage").exists()

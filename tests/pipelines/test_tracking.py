@@ -1,0 +1,152 @@
+"""Runs and registered models on a real MLflow server whose artifacts lie on S3."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from mlflow.exceptions import MlflowException
+
+from gmflow import GMFlow, GMFlowConfig, predict_flow, save_weights
+from pipelines.errors import PipelineError
+from pipelines.training import registry, tracking
+from pipelines.training.config import MlflowConfig, PromotionConfig
+from pipelines.training.feed import Record
+from tests.conftest import S3Server, free_ports
+
+TINY = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def server(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of the server."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", "s3://data/mlflow"]
+    environment = {
+        **os.environ,
+        "MLFLOW_S3_ENDPOINT_URL": s3.endpoint,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 120
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=2)
+                break
+            except OSError:
+                assert process.poll() is None, (folder / "server.log").read_text()
+                assert time.monotonic() < deadline, (folder / "server.log").read_text()
+                time.sleep(0.3)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+@pytest.fixture
+def stage_run(server: str, request: pytest.FixtureRequest) -> tracking.StageRun:
+    client = tracking.connect(server)
+    run = tracking.CurriculumRun(client, MlflowConfig(tracking_uri=server), "test", key=request.node.name)
+    return run.stage("chairs", key=f"{request.node.name}/chairs")
+
+
+def lineage(stage: str, config_hash: str, epe: float) -> registry.Lineage:
+    return registry.Lineage(stage, "random", {"chairs": "file:///c"}, config_hash, "sources:x", {"val/c/val/epe": epe})
+
+
+def history(run: tracking.StageRun, metric: str) -> list[tuple[int, float]]:
+    return [(entry.step, entry.value) for entry in run.client.get_metric_history(run.run_id, metric)]
+
+
+def test_a_second_attempt_finds_the_same_runs(server, stage_run, request):
+    client = tracking.connect(server)
+    again = tracking.CurriculumRun(client, MlflowConfig(tracking_uri=server), "test", key=request.node.name)
+    assert again.stage("chairs", key=f"{request.node.name}/chairs").run_id == stage_run.run_id
+    other = tracking.CurriculumRun(client, MlflowConfig(tracking_uri=server), "test", key="another config")
+    assert other.run_id != again.run_id
+
+
+def test_steps_told_again_after_a_resume_are_not_told_twice(stage_run):
+    for step in (2, 4, 6):
+        stage_run.log(Record(step, {"train/loss": step / 10}))
+    resumed = tracking.StageRun(stage_run.client, stage_run.client.get_run(stage_run.run_id))
+    for step in (4, 6, 8):
+        resumed.log(Record(step, {"train/loss": step / 10, "val/epe": 1.0}))
+    assert history(stage_run, "train/loss") == [(2, 0.2), (4, 0.4), (6, 0.6), (8, 0.8)]
+    assert history(stage_run, "val/epe") == [(4, 1.0), (6, 1.0), (8, 1.0)]
+
+
+def test_a_registered_model_is_the_same_one_and_opens_no_pickle(server, stage_run, tmp_path: Path, monkeypatch):
+    model = GMFlow(TINY).eval()
+    save_weights(model, tmp_path / "model.safetensors")
+    version = registry.register(
+        stage_run.client, "pulled", stage_run.run_id, tmp_path / "model.safetensors", lineage("chairs", "h1", 3.0), None
+    )
+    pulled = registry.resolve_model("models:/pulled@champion", server)
+    assert pulled.config == TINY
+    assert all(torch.equal(tensor, pulled.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert version.tags["config_hash"] == "h1"
+
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    frames = np.random.default_rng(0).integers(0, 256, (1, 2, 40, 56, 3), dtype=np.uint8)
+    flow = mlflow.pyfunc.load_model("models:/pulled/1").predict(frames)
+    np.testing.assert_array_equal(flow[0], predict_flow(model, frames[0, 0], frames[0, 1]))
+    local = Path(mlflow.artifacts.download_artifacts("models:/pulled/1", dst_path=str(tmp_path / "local")))
+    assert not [path for path in local.rglob("*") if path.suffix in (".pkl", ".pickle", ".pt", ".pth")]
+
+
+def test_registering_again_gives_the_first_version_and_champion_moves_only_when_better(stage_run, tmp_path: Path):
+    weights = tmp_path / "model.safetensors"
+    save_weights(GMFlow(TINY), weights)
+    rule = PromotionConfig(data="c", subset="val")
+
+    def register(stage: str, config_hash: str, epe: float) -> str:
+        found = lineage(stage, config_hash, epe)
+        return registry.register(stage_run.client, "ruled", stage_run.run_id, weights, found, rule).version
+
+    def alias(name: str) -> str:
+        return stage_run.client.get_model_version_by_alias("ruled", name).version
+
+    first = register("chairs", "h1", 3.0)
+    assert register("chairs", "h1", 3.0) == first
+    worse = register("things", "h2", 3.5)
+    assert worse != first
+    assert (alias("things"), alias("champion")) == (worse, first)
+    better = register("kitti", "h3", 2.5)
+    assert (alias("champion"), alias("chairs")) == (better, first)
+
+
+def test_a_missing_model_names_those_there_are(server, stage_run, tmp_path: Path):
+    save_weights(GMFlow(TINY), tmp_path / "model.safetensors")
+    registry.register(
+        stage_run.client, "named", stage_run.run_id, tmp_path / "model.safetensors", lineage("chairs", "h1", 1.0), None
+    )
+    with pytest.raises(PipelineError, match=r"models:/named@best: no such model.*models:/named@champion"):
+        registry.resolve_model("models:/named@best", server)
+
+
+def test_a_run_that_fails_is_marked_so(server, stage_run):
+    run = tracking.CurriculumRun(stage_run.client, MlflowConfig(tracking_uri=server), "test", key="failing")
+    with pytest.raises(MlflowException), run.running(run.run_id):
+        raise MlflowException("no")
+    assert stage_run.client.get_run(run.run_id).info.status == "FAILED"
+
+
+def test_a_server_that_is_away_is_said_in_a_line(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(PipelineError, match=r"MLflow at http://127\.0\.0\.1:9 does not answer"):
+        tracking.connect("http://127.0.0.1:9")
