@@ -1,0 +1,222 @@
+"""Speed and memory of the model, as a table: seconds, work, fraction of the machine's peak, bytes kept for backward.
+
+    python -m benchmarks.model                # base and refine, inference, training, growth up to 4K
+    python -m benchmarks.model --quick        # small images, one repetition
+    python -m benchmarks.model --device cuda
+
+Work is counted, not assumed: once per row, the products in plain formulas (the oracle's operations: every window of a
+shifted grid whole, nothing recomputed). The peak is that of square matrix products, measured before and after every
+repetition; each row is the median of its repetitions. On a machine shared with others add `--threads 1 --clock cpu`:
+processor time of one thread does not count the time that others took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmflow import GMFlow, GMFlowConfig
+from gmflow.execution import ExecutionConfig, prepare_model
+from gmflow.loss import sequence_loss
+
+VARIANTS = {"base": GMFlowConfig.base(), "refine": GMFlowConfig.refine()}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to be measured; a process of its own, so that its peak memory is its own."""
+
+    variant: str
+    mode: str
+    height: int
+    width: int
+    precision: str = "fp32"
+    checkpointing: str = "none"
+    compile: bool = False
+    repetitions: int = 3
+
+
+def matrix_gflop(config: GMFlowConfig, height: int, width: int, training: bool) -> float:
+    """Work of the matrix products and convolutions for one pair of images, 10⁹ operations (a product is 2).
+
+    Backward is twice forward.
+    """
+    c, pixels = config.feature_channels, height * width
+    stem, middle, last = config.backbone_channels
+    stage3 = 64 if config.num_scales == 1 else 16  # image pixels to one of the last stage
+    convolutions = (
+        pixels / 4 * (147 * stem + 36 * stem * stem)
+        + pixels / 16 * (10 * stem * middle + 27 * middle * middle)
+        + pixels / stage3 * (10 * middle * last + 27 * last * last + last * c)
+    )
+    if config.num_scales == 2:
+        convolutions += 9 * c * c * (pixels / 16 + pixels / 64)
+    work = 2 * convolutions  # both images
+    for scale, stride in enumerate(config.strides):
+        tokens = pixels / stride**2
+        per_token = (8 + 6 * config.ffn_expansion) * c * c
+        attended = tokens / config.attn_splits[scale] ** 2
+        work += 2 * tokens * config.num_layers * (per_token + 4 * c * attended)
+        for radius in (config.corr_radius[scale], config.prop_radius[scale]):
+            work += tokens * (tokens if radius == -1 else (2 * radius + 1) ** 2) * (c + 2)
+        work += 2 * tokens * c * c
+    fine = pixels / config.strides[-1] ** 2
+    work += fine * 256 * (9 * (c + 2) + 9 * config.strides[-1] ** 2)
+    return 2 * work * (3 if training else 1) / 1e9
+
+
+def measure(case: Case, device: str, threads: int, clock: str) -> dict[str, Any]:
+    """Median seconds, fraction of peak, GiB kept for backward and peak GiB of one case."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = GMFlow(VARIANTS[case.variant])
+    training = case.mode == "train"
+    execution = ExecutionConfig(case.precision, case.checkpointing, case.compile)  # type: ignore[arg-type]
+    prepare_model(model.train(training), execution, device)
+    image0, image1 = torch.rand(2, 1, 3, case.height, case.width, device=device) * 255
+    step = _training_step(model, image0, image1) if training else _inference(model, image0, image1)
+    now = _clock(clock, device)
+    step()
+    seconds, peaks = [], [_peak(DTYPES[case.precision], device, now)]
+    for _ in range(case.repetitions):
+        start = now()
+        step()
+        seconds.append(now() - start)
+        peaks.append(_peak(DTYPES[case.precision], device, now))
+    gflop = matrix_gflop(model.config, case.height, case.width, training)
+    rates = [gflop / s / ((a + b) / 2) for s, a, b in zip(seconds, peaks[:-1], peaks[1:], strict=True)]
+    return {
+        "seconds": statistics.median(seconds),
+        "gflop": gflop,
+        "peak_gflops": statistics.median(peaks),
+        "fraction": statistics.median(rates),
+        "saved_gib": _saved_bytes(model, image0, image1) / 2**30 if training else None,
+        "peak_gib": _peak_memory(device) / 2**30,
+    }
+
+
+def _inference(model: GMFlow, image0: Tensor, image1: Tensor) -> Callable[[], None]:
+    def step() -> None:
+        with torch.inference_mode():
+            model(image0, image1)
+
+    return step
+
+
+def _training_step(model: GMFlow, image0: Tensor, image1: Tensor) -> Callable[[], None]:
+    target = torch.zeros_like(image0[:, :2])
+    valid = torch.ones_like(image0[:, 0], dtype=torch.bool)
+
+    def step() -> None:
+        model.zero_grad()
+        loss = sequence_loss(model(image0, image1).predictions, target, valid)
+        torch.autograd.backward(loss)
+
+    return step
+
+
+def _clock(name: str, device: str) -> Callable[[], float]:
+    if name == "cpu":
+        return time.process_time
+    if device == "cpu":
+        return time.perf_counter
+
+    def synchronised() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return synchronised
+
+
+def _peak(dtype: torch.dtype, device: str, now: Callable[[], float]) -> float:
+    """The best of a few square matrix products, GFLOP/s."""
+    size = 2048 if device == "cpu" else 8192
+    matrix = torch.randn(size, size, device=device).to(dtype)
+    out = torch.empty_like(matrix)
+    best = float("inf")
+    for _ in range(4):
+        start = now()
+        torch.mm(matrix, matrix, out=out)
+        best = min(best, now() - start)
+    return 2 * size**3 / best / 1e9
+
+
+def _saved_bytes(model: GMFlow, image0: Tensor, image1: Tensor) -> int:
+    """Bytes of all storages that autograd keeps between forward and backward, parameters aside."""
+    storages: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model(image0, image1)  # alive, so that no address is used twice
+    del out
+    return sum(storages.values())
+
+
+def _peak_memory(device: str) -> int:
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated()
+
+
+def cases(quick: bool) -> list[Case]:
+    """The rows of the table."""
+    if quick:
+        size = (128, 256)
+        return [Case(v, m, *size, repetitions=1) for v in VARIANTS for m in ("inference", "train")]
+    rows = [Case(v, "inference", 448, 1024, p) for v in VARIANTS for p in ("fp32", "bf16")]
+    rows += [Case(v, "train", 384, 512, p) for v in VARIANTS for p in ("fp32", "bf16")]
+    rows += [Case("refine", "train", 384, 512, checkpointing=c) for c in ("selective", "full")]
+    rows += [Case("refine", "inference", 448, 1024, compile=True)]
+    growth = [(1088, 1920), (1440, 2560), (2176, 3840)]
+    return rows + [Case("refine", "inference", *size, repetitions=1) for size in growth]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small images, one repetition")
+    parser.add_argument("--only", default="", help="rows whose name holds this text")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--json", action="store_true", help="one JSON object a row instead of the table")
+    arguments = parser.parse_args()
+    print(f"torch {torch.__version__}, {arguments.device}, {arguments.threads} thread(s), {arguments.clock} time")
+    print(f"{'case':52} {'s':>8} {'GFLOP':>8} {'peak':>8} {'of peak':>8} {'saved':>9} {'memory':>9}")
+    context = multiprocessing.get_context("spawn")
+    for case in cases(arguments.quick):
+        name = f"{case.variant} {case.mode} {case.height}×{case.width} {case.precision}"
+        name += f" ckpt={case.checkpointing}" * (case.checkpointing != "none") + " compiled" * case.compile
+        if arguments.only not in name:
+            continue
+        with context.Pool(1) as pool:
+            row = pool.apply(measure, (case, arguments.device, arguments.threads, arguments.clock))
+        if arguments.json:
+            print(json.dumps(asdict(case) | row), flush=True)
+            continue
+        saved = "–" if row["saved_gib"] is None else f"{row['saved_gib']:.2f} GiB"
+        print(
+            f"{name:52} {row['seconds']:8.2f} {row['gflop']:8.0f} {row['peak_gflops']:8.0f} "
+            f"{row['fraction']:8.0%} {saved:>9} {row['peak_gib']:5.2f} GiB",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Three ranges of one operation, softmax(q·k / √C) · v: windows, the whole map, a neighbourhood.
+
+None of them stores a score matrix of the whole map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+EXCLUDED = -1e9
+"""Score of a pair that must not match. Finite, so that a query without any partner stays free of NaN."""
+
+TILE = 8
+"""Side of the query tiles of `neighbourhood_attention`."""
+
+
+STRIP = 1 << 22
+"""Scores of `neighbourhood_attention` computed at a time, which bounds its memory at any image size."""
+
+CHUNK = 1 << 20
+"""Scores computed at a time on a CPU: 4 MiB of float32, which stay in the cache (docs/performance.md)."""
+
+CROSSING_PENALTY = -100.0
+"""Added to the score of two tokens from different regions of a window."""
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, regions: Tensor | None = None) -> Tensor:
+    """Every query attends to every key.
+
+    On accelerators this is the fused kernel. That of the CPU takes a cheaper exponential and other partial sums:
+    up to 0.004 px off the reference. There the scores are computed chunk by chunk, in the reference's order of
+    operations, and again in the backward pass.
+
+    Args:
+        query: `[N, L, C]`.
+        key: `[N, M, C]`.
+        value: `[N, M, D]` with D ≤ C.
+        regions: `[L]`, with M = L: pairs of different regions get -100 added to their score.
+
+    Returns:
+        `[N, L, D]`.
+    """
+    if computes_exactly(query):
+        out: Tensor = _ChunkedAttention.apply(query, key, value, regions)  # type: ignore[no-untyped-call]
+        return out
+    mask = None if regions is None else _crossing_bias(regions, regions).to(query.dtype)
+    wide = F.pad(value, (0, query.shape[-1] - value.shape[-1]))  # the fused kernels want values as wide as keys
+    return F.scaled_dot_product_attention(query, key, wide, attn_mask=mask)[..., : value.shape[-1]]
+
+
+def computes_exactly(tokens: Tensor) -> bool:
+    """Whether attention on these tokens is computed in the reference's order of operations: full precision on a CPU."""
+    return tokens.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
+def _crossing_bias(rows: Tensor, columns: Tensor) -> Tensor:
+    return (rows[:, None] != columns[None, :]).float() * CROSSING_PENALTY
+
+
+def _chunks(windows: int, queries: int, keys: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of windows and of their queries that need at most `CHUNK` scores, or those of a single query."""
+    many = max(1, CHUNK // (queries * keys))
+    rows = queries if many > 1 else max(1, min(queries, CHUNK // keys))
+    for window in range(0, windows, many):
+        for row in range(0, queries, rows):
+            yield slice(window, min(window + many, windows)), slice(row, min(row + rows, queries))
+
+
+Scratch = Callable[[tuple[int, ...]], Tensor]
+
+
+def scratch_scores(like: Tensor, keys: int) -> Scratch:
+    """Views of one reused buffer, for the scores of any chunk with this many keys: no fresh memory for each."""
+    memory = like.new_empty(max(CHUNK, keys))
+    return lambda shape: memory[: prod(shape)].view(shape)
+
+
+def softmax_weights(query: Tensor, key: Tensor, regions: Tensor | None, rows: slice, scratch: Scratch) -> Tensor:
+    """Softmax of the scores of queries `[n, l, C]`, `rows` of their windows, with keys `[n, M, C]`: `[n, l, M]`."""
+    scores = torch.bmm(query, key.transpose(1, 2), out=scratch((*query.shape[:2], key.shape[1])))
+    scores.div_(query.shape[-1] ** 0.5)  # the reference's order: divided after the product
+    if regions is not None:
+        scores.add_(_crossing_bias(regions[rows], regions))
+    return scores.softmax(dim=-1)
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, regions: Tensor | None) -> Tensor:
+        ctx.save_for_backward(query, key, value, regions)
+        out = value.new_empty(*query.shape[:2], value.shape[-1])
+        scratch = scratch_scores(query, key.shape[1])
+        for windows, rows in _chunks(len(query), query.shape[1], key.shape[1]):
+            part = query[windows, rows]
+            weights = softmax_weights(part, key[windows], regions, rows, scratch)
+            out[windows, rows] = torch.bmm(weights, value[windows])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, regions = ctx.saved_tensors
+        to_query, to_key = torch.empty_like(query), torch.zeros_like(key)
+        to_value = torch.zeros_like(value) if ctx.needs_input_grad[2] else None
+        scratch = scratch_scores(query, key.shape[1])
+        scale = query.shape[-1] ** -0.5
+        for windows, rows in _chunks(len(query), query.shape[1], key.shape[1]):
+            part, upper = query[windows, rows], gradient[windows, rows]
+            weights = softmax_weights(part, key[windows], regions, rows, scratch)
+            if to_value is not None:
+                to_value[windows].baddbmm_(weights.transpose(1, 2), upper)
+            to_weights = torch.bmm(upper, value[windows].transpose(1, 2), out=scratch(weights.shape))
+            to_scores = torch._softmax_backward_data(to_weights, weights, -1, weights.dtype)
+            to_query[windows, rows] = torch.bmm(to_scores, key[windows]).mul_(scale)
+            to_key[windows].baddbmm_(to_scores.transpose(1, 2), part, alpha=scale)
+        return to_query, to_key, to_value, None
+
+
+def neighbourhood_attention(query: Tensor, key: Tensor, value: Tensor, radius: int, *, exclude_outside: bool) -> Tensor:
+    """Every query attends to the (2·radius+1)² keys around it.
+
+    Tiles of queries meet the tiles of keys they can reach in one batched product; pairs further apart than the
+    radius are excluded from its softmax. That computes more scores than needed, and is still far cheaper than
+    gathering each query's neighbours.
+
+    Args:
+        query: `[B, h, w, C]`.
+        key: `[B, h, w, C]`.
+        value: `[B, h, w, D]`.
+        radius: at least 1.
+        exclude_outside: leave neighbours outside the map out of the softmax; otherwise they take part in it with a
+            zero key and a zero value.
+
+    Returns:
+        `[B, h, w, D]`.
+    """
+    batch, height, width, channels = query.shape
+    rows, columns = -(-height // TILE), -(-width // TILE)
+    reach = TILE + 2 * radius
+    fill = (0, 0, 0, columns * TILE - width, 0, rows * TILE - height)
+    border = (0, 0, radius, radius + fill[3], radius, radius + fill[5])
+    query, key, value = F.pad(query, fill), F.pad(key, border), F.pad(value, border)
+    beyond = _beyond_radius(radius, reach, query.device).to(query.dtype)  # [TILE², reach²]
+    inside = F.pad(query.new_ones(1, height, width, 1), border) if exclude_outside else None
+
+    strips: list[Tensor] = []
+    length = max(1, STRIP // (batch * columns * TILE**2 * reach**2))  # rows of tiles at a time
+    for start in range(0, rows, length):
+        own = slice(start * TILE, min(start + length, rows) * TILE)
+        reached = slice(own.start, own.stop + 2 * radius)
+        queries = query[:, own].reshape(batch, -1, TILE, columns, TILE, channels)
+        queries = queries.transpose(2, 3).reshape(-1, TILE**2, channels)  # [B*tiles, TILE², C]
+        excluded = beyond.expand(len(queries), -1, -1)  # [B*tiles, TILE², reach²]
+        if inside is not None:
+            outside = 1 - _overlapping_tiles(inside[:, reached], reach).transpose(1, 2)  # [tiles, 1, reach²]
+            excluded = excluded + outside.repeat(batch, 1, 1)
+        keys = _overlapping_tiles(key[:, reached], reach).transpose(1, 2)  # [B*tiles, C, reach²]
+        scores = torch.baddbmm(excluded, queries, keys, beta=EXCLUDED, alpha=channels**-0.5)
+        out = scores.softmax(dim=-1) @ _overlapping_tiles(value[:, reached], reach)  # [B*tiles, TILE², D]
+        out = out.view(batch, -1, columns, TILE, TILE, value.shape[-1]).transpose(2, 3)
+        strips.append(out.reshape(batch, -1, columns * TILE, value.shape[-1]))
+    return torch.cat(strips, dim=1)[:, :height, :width]
+
+
+def _overlapping_tiles(padded: Tensor, reach: int) -> Tensor:
+    """`[B, rows*TILE+2r, columns*TILE+2r, D]` → one tile of reach² pixels a query tile: `[B*tiles, reach², D]`."""
+    tiles = padded.unfold(1, reach, TILE).unfold(2, reach, TILE)  # [B, rows, columns, D, reach, reach]
+    return tiles.permute(0, 1, 2, 4, 5, 3).reshape(-1, reach * reach, padded.shape[-1])
+
+
+def _beyond_radius(radius: int, reach: int, device: torch.device) -> Tensor:
+    """1 where a query of a tile and a key of its reach are more than `radius` apart: float `[TILE², reach²]`."""
+    own = torch.arange(TILE, device=device) + radius
+    apart = (own[:, None] - torch.arange(reach, device=device)).abs() > radius  # [TILE, reach]
+    either = apart[:, None, :, None] | apart[None, :, None, :]  # [TILE y, TILE x, reach y, reach x]
+    return either.reshape(TILE * TILE, reach * reach).float()

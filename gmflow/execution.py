@@ -1,0 +1,111 @@
+"""How a finished model is run: precision, activation checkpointing, compilation, data parallelism.
+
+The model says what is computed and knows none of this; here is the one place that applies it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from gmflow.backbone import ResidualBlock
+from gmflow.errors import GMFlowError
+from gmflow.model import GMFlow
+from gmflow.transformer import FeedForward, TransformerBlock
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Checkpointing = Literal["none", "selective", "full"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_RECOMPUTED: dict[str, tuple[type[nn.Module], ...]] = {
+    "none": (),
+    "selective": (FeedForward, ResidualBlock),
+    "full": (TransformerBlock, ResidualBlock),
+}
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """How to run a model.
+
+    Attributes:
+        precision: "fp32"; "bf16" or "fp16" compute convolutions, attention and feed-forward in that type, while
+            parameters, residual stream, matching, propagation and flow stay in float32. "fp16" needs a gradient
+            scaler in training.
+        checkpointing: what is recomputed in the backward pass instead of kept. "selective": the feed-forward's hidden
+            layer and the residual blocks; "full": whole transformer blocks and the residual blocks.
+        compile: run through `torch.compile`.
+        ddp: wrap into DistributedDataParallel over the default process group.
+
+    Raises:
+        GMFlowError: an unknown value.
+    """
+
+    precision: Precision = "fp32"
+    checkpointing: Checkpointing = "none"
+    compile: bool = False
+    ddp: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("precision", self.precision, get_args(Precision))
+        _check_choice("checkpointing", self.checkpointing, get_args(Checkpointing))
+
+
+def prepare_model(model: GMFlow, config: ExecutionConfig, device: torch.device | str | None = None) -> nn.Module:
+    """Make a model run as configured.
+
+    The model is changed in place (its parameters and their names are not) and returned, in a
+    `DistributedDataParallel` where that was asked for: its `.module` is the model.
+
+    Args:
+        model: freshly built or loaded; not prepared before.
+        config: see `ExecutionConfig`.
+        device: moved there first; where it is left out, the model stays where it is.
+
+    Raises:
+        GMFlowError: DDP without an initialised process group, or a model that was prepared before.
+    """
+    if "forward" in vars(model):
+        raise GMFlowError("this model has been prepared already; build it afresh to run it differently")
+    if device is not None:
+        model.to(device)
+    for module in model.modules():
+        if isinstance(module, _RECOMPUTED[config.checkpointing]):
+            # No random numbers are drawn in the model, so there is no generator state to bring back.
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+    place = next(model.parameters()).device
+    if config.compile:
+        model.compile()
+    if config.precision != "fp32":
+        model.forward = autocast(place, config.precision)(model.forward)  # type: ignore[method-assign]
+    if not config.ddp:
+        return model
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise GMFlowError("ddp needs an initialised process group (torch.distributed.init_process_group)")
+    return DistributedDataParallel(
+        model,
+        device_ids=[place] if place.type == "cuda" else None,
+        broadcast_buffers=False,  # the only buffers are constants
+        gradient_as_bucket_view=True,
+    )
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """The context in which a forward pass runs in `precision` on `device`.
+
+    Raises:
+        GMFlowError: an unknown precision.
+    """
+    _check_choice("precision", precision, get_args(Precision))
+    return torch.autocast(device.type, dtype=_DTYPES.get(precision), enabled=precision in _DTYPES)
+
+
+def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise GMFlowError(f"{field} must be one of {', '.join(choices)}, not {value!r}")

@@ -1,0 +1,55 @@
+"""The supervised loss over a sequence of predictions (paper, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LARGEST_COMPONENT = 1000.0
+"""Dense ground truth marks unknown pixels with components of at least this (FlyingChairs, Sintel, FlyingThings3D)."""
+
+
+def sequence_loss(
+    predictions: Sequence[Tensor],
+    flow: Tensor,
+    valid: Tensor,
+    *,
+    gamma: float = 0.9,
+    max_flow: float = 400.0,
+    normalizer: float | None = None,
+) -> Tensor:
+    """Σ_i γ^(N-1-i) · mean over all B·2·H·W entries of valid · |prediction_i - flow|.
+
+    Args:
+        predictions: N tensors `[B, 2, H, W]`, final last, pixels.
+        flow: ground truth `[B, 2, H, W]`, pixels; may hold NaN and inf where it is unknown.
+        valid: bool `[B, H, W]`. Pixels with a non-finite component, a component of 1000 px or more, or a speed of
+            `max_flow` or more are left out as well.
+        gamma: weight of a prediction over that of the next.
+        max_flow: pixels.
+        normalizer: takes the place of B in the divisor. With the size of a global batch, the losses of its parts add
+            up to the loss of the whole, however it is split.
+
+    Returns:
+        A scalar, float32.
+    """
+    batch = flow.shape[0] if normalizer is None else normalizer
+    divisor = batch * flow[0].numel()
+    supervised = valid_pixels(flow, valid, max_flow=max_flow).unsqueeze(1)  # [B, 1, H, W]
+    # A product with the mask would not do: 0 · NaN is NaN, in the loss and in its gradient.
+    target = torch.where(supervised, flow, 0.0)
+    total = flow.new_zeros((), dtype=torch.float32)
+    for index, prediction in enumerate(predictions):
+        error = torch.where(supervised, prediction.float() - target, 0.0).abs().sum()
+        total = total + gamma ** (len(predictions) - 1 - index) * error / divisor
+    return total
+
+
+def valid_pixels(flow: Tensor, valid: Tensor, *, max_flow: float = 400.0) -> Tensor:
+    """Where ground truth `[B, 2, H, W]` can be learned from: bool `[B, H, W]`, never where it is NaN or inf."""
+    known = (flow.abs() < LARGEST_COMPONENT).all(dim=1)  # false for NaN and inf
+    slow = flow.norm(dim=1) < max_flow
+    usable: Tensor = valid.bool() & known & slow
+    return usable

@@ -1,0 +1,133 @@
+"""The benchmarks' error measures, pooled over every valid pixel of a set."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gmflow.errors import GMFlowError
+
+_SUMS = (
+    *("pixels", "epe", "px1", "px3", "px5", "f1_all"),
+    *("s0_10_pixels", "s0_10", "s10_40_pixels", "s10_40", "s40_plus_pixels", "s40_plus"),
+    *("matched_pixels", "matched", "unmatched_pixels", "unmatched"),
+    *("images", "epe_per_image", "images_with_occlusion"),
+)
+
+
+class FlowMetrics:
+    """Sums that add up over batches and ranks, and the figures they give.
+
+    ```python
+    metrics = FlowMetrics()
+    metrics.update(flow, target, valid)            # every batch
+    total = metrics.state(); all_reduce(total)     # sums: any number of ranks
+    print(FlowMetrics.from_state(total).compute())
+    ```
+    """
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(len(_SUMS), dtype=torch.float64)
+
+    @torch.no_grad()
+    def update(self, flow: Tensor, target: Tensor, valid: Tensor, occluded: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            flow: prediction `[B, 2, H, W]`, pixels.
+            target: ground truth `[B, 2, H, W]`, pixels; where it is not finite it counts as not valid.
+            valid: bool `[B, H, W]`.
+            occluded: bool `[B, H, W]`, true = hidden in image 1; pixels that leave the image count as unmatched too.
+
+        Raises:
+            GMFlowError: the shapes do not fit together.
+        """
+        _check_shapes(flow, target, valid, occluded)
+        valid = valid.bool() & target.isfinite().all(dim=1)
+        target = torch.where(valid.unsqueeze(1), target, 0.0).double()
+        error = (flow.double() - target).norm(dim=1)  # [B, H, W]
+        speed = target.norm(dim=1)
+
+        def total(values: Tensor, where: Tensor = valid) -> Tensor:
+            return torch.where(where, values.double(), 0.0).sum()
+
+        def count_and_total(where: Tensor) -> list[Tensor]:
+            return [where.sum().double(), total(error, where)]
+
+        pixels = valid.flatten(1).sum(dim=1)  # [B]
+        per_image = torch.where(valid, error, 0.0).flatten(1).sum(dim=1) / pixels.clamp(min=1)
+        nothing = pixels.new_zeros((), dtype=torch.float64)
+        sums = [*count_and_total(valid), *(total(error > limit) for limit in (1, 3, 5))]
+        sums += [total((error > 3) & (error > 0.05 * speed))]
+        sums += count_and_total(valid & (speed < 10))
+        sums += count_and_total(valid & (speed >= 10) & (speed <= 40))
+        sums += count_and_total(valid & (speed > 40))
+        if occluded is None:
+            sums += [nothing] * 4
+        else:
+            unmatched = occluded.bool() | _leaves_image(target)
+            sums += [*count_and_total(valid & ~unmatched), *count_and_total(valid & unmatched)]
+        sums += [(pixels > 0).sum().double(), per_image.sum()]
+        sums += [nothing if occluded is None else nothing + len(flow)]
+        self._sums = self._sums.to(flow.device) + torch.stack(sums)
+
+    def state(self) -> Tensor:
+        """All sums as a 1-D float64 tensor (a copy): states of ranks and of batches may be added up."""
+        return self._sums.clone()
+
+    @classmethod
+    def from_state(cls, state: Tensor) -> FlowMetrics:
+        """Metrics with these sums.
+
+        Raises:
+            GMFlowError: `state` does not come from `state()`.
+        """
+        if state.shape != (len(_SUMS),):
+            raise GMFlowError(f"a metrics state has shape [{len(_SUMS)}], not {list(state.shape)}")
+        metrics = cls()
+        metrics._sums = state.detach().to(torch.float64, copy=True)
+        return metrics
+
+    def merge(self, other: FlowMetrics) -> None:
+        """Add the sums of other metrics to these."""
+        self._sums = self._sums + other._sums.to(self._sums.device)
+
+    def compute(self) -> dict[str, float]:
+        """The figures over everything added so far.
+
+        Returns:
+            `epe`: mean end-point error in pixels; `px1`, `px3`, `px5`: **percent** of pixels with an error over 1, 3
+            and 5 px; `s0_10`, `s10_40`, `s40_plus`: EPE where the true speed is below 10, 10 to 40 and over 40 px;
+            `f1_all`: **percent** of pixels with an error over 3 px and over 5 % of the speed (KITTI);
+            `epe_per_image`: the mean of the images' EPEs; and, if any image came with its occlusion, `matched` and
+            `unmatched`: EPE of pixels visible and not visible in image 1. A figure without a single pixel is NaN.
+        """
+        sums = dict(zip(_SUMS, self._sums.tolist(), strict=True))
+        figures = {"epe": _ratio(sums["epe"], sums["pixels"])}
+        figures |= {name: 100 * _ratio(sums[name], sums["pixels"]) for name in ("px1", "px3", "px5", "f1_all")}
+        bins = ["s0_10", "s10_40", "s40_plus"]
+        if sums["images_with_occlusion"]:
+            bins += ["matched", "unmatched"]
+        figures |= {name: _ratio(sums[name], sums[f"{name}_pixels"]) for name in bins}
+        figures["epe_per_image"] = _ratio(sums["epe_per_image"], sums["images"])
+        return figures
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else float("nan")
+
+
+def _leaves_image(flow: Tensor) -> Tensor:
+    """Pixels whose flow `[B, 2, H, W]` ends outside the image: bool `[B, H, W]`."""
+    height, width = flow.shape[-2:]
+    x = torch.arange(width, device=flow.device) + flow[:, 0]
+    y = torch.arange(height, device=flow.device).unsqueeze(1) + flow[:, 1]
+    return (x < 0) | (x > width - 1) | (y < 0) | (y > height - 1)
+
+
+def _check_shapes(flow: Tensor, target: Tensor, valid: Tensor, occluded: Tensor | None) -> None:
+    pixels = (*flow.shape[:1], *flow.shape[2:])
+    masks = [valid] if occluded is None else [valid, occluded]
+    if flow.dim() != 4 or flow.shape[1] != 2 or target.shape != flow.shape or any(m.shape != pixels for m in masks):
+        shapes = ", ".join(str(list(t.shape)) for t in (flow, target, *masks))
+        raise GMFlowError(f"metrics need flow and target [B, 2, H, W] and masks [B, H, W], not {shapes}")

@@ -1,0 +1,69 @@
+"""Flow as a picture in the Middlebury colour coding (Baker et al., "A Database and Evaluation Methodology…")."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from gmflow.errors import GMFlowError
+
+UNKNOWN = 1e9
+"""Middlebury: a component beyond this marks an unknown pixel."""
+
+
+def color_wheel() -> npt.NDArray[np.float64]:
+    """The 55 colours of the wheel, red over yellow, green, cyan, blue and magenta back to red: `[55, 3]`, 0..255."""
+    # Transitions between neighbouring hues: length, channel that stays at 255, channel that changes, up or down.
+    transitions = (
+        (15, 0, 1, True),
+        (6, 1, 0, False),
+        (4, 1, 2, True),
+        (11, 2, 1, False),
+        (13, 2, 0, True),
+        (6, 0, 2, False),
+    )
+    parts = []
+    for length, full, changing, rising in transitions:
+        ramp = np.floor(255 * np.arange(length) / length)
+        part = np.zeros((length, 3))
+        part[:, full] = 255
+        part[:, changing] = ramp if rising else 255 - ramp
+        parts.append(part)
+    return np.concatenate(parts)
+
+
+def flow_to_image(flow: npt.NDArray[np.floating], max_flow: float | None = None) -> npt.NDArray[np.uint8]:
+    """Hue is the direction, saturation the speed.
+
+    Args:
+        flow: `[H, W, 2]`, pixels. Unknown pixels (NaN, inf, or beyond 1e9) are black.
+        max_flow: speed in pixels of full saturation; the largest in the flow where left out. Faster pixels are
+            darkened.
+
+    Returns:
+        RGB, uint8 `[H, W, 3]`.
+
+    Raises:
+        GMFlowError: `flow` is no flow field, or `max_flow` not positive.
+    """
+    flow = np.asarray(flow)
+    if flow.ndim != 3 or flow.shape[2] != 2:
+        raise GMFlowError(f"a flow field has shape [H, W, 2], not {list(flow.shape)}")
+    if max_flow is not None and not max_flow > 0:
+        raise GMFlowError(f"max_flow must be positive, not {max_flow}")
+    known = (np.abs(flow) <= UNKNOWN).all(axis=2)  # false for NaN
+    u, v = np.moveaxis(np.where(known[..., None], flow, 0).astype(np.float64), 2, 0)
+    speed = np.hypot(u, v)
+    largest = max_flow or speed.max(initial=0.0) or 1.0
+
+    wheel = color_wheel() / 255
+    angle = np.arctan2(-v, -u) / np.pi  # -1..1
+    position = (angle + 1) / 2 * (len(wheel) - 1)
+    lower = np.floor(position).astype(int)
+    fraction = (position - lower)[..., None]
+    hue = (1 - fraction) * wheel[lower] + fraction * wheel[(lower + 1) % len(wheel)]
+
+    saturation = (speed / largest)[..., None]
+    color = np.where(saturation <= 1, 1 - saturation * (1 - hue), 0.75 * hue)
+    image: npt.NDArray[np.uint8] = np.floor(255 * color * known[..., None]).astype(np.uint8)
+    return image

@@ -1,0 +1,222 @@
+"""Weights on disk: our `.safetensors`, and the published `.pth` with its own names for everything.
+
+Both load strictly, and neither runs code from the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gmflow.config import GMFlowConfig
+from gmflow.errors import GMFlowError
+from gmflow.model import GMFlow
+
+CONFIG_KEY = "gmflow_config"
+"""Metadata entry of our files: the `GMFlowConfig` as JSON."""
+
+ARCHITECTURE = ("num_scales", "backbone_channels", "feature_channels", "num_layers", "ffn_expansion")
+"""The settings that fix the weights' layout."""
+
+# Our names → published names, applied in turn.
+_PUBLISHED = (
+    (r"^backbone\.stem\.", "backbone.conv1."),
+    (r"^backbone\.projection\.", "backbone.conv2."),
+    (r"^backbone\.shared\.", "backbone.trident_conv."),
+    (r"^backbone\.stages\.(\d)\.", lambda found: f"backbone.layer{int(found[1]) + 1}."),
+    (r"\.shortcut\.", ".downsample.0."),
+    (r"^transformer\.blocks\.", "transformer.layers."),
+    (r"_attention\.(q|k|v)(uery|ey|alue)\.", r"_attention.\1_proj."),
+    (r"_attention\.norm\.", "_attention.norm1."),
+    (r"\.self_attention\.", ".self_attn."),
+    (r"\.cross_attention\.", ".cross_attn_ffn."),
+    (r"\.feed_forward\.expand\.", ".cross_attn_ffn.mlp.0."),
+    (r"\.feed_forward\.contract\.", ".cross_attn_ffn.mlp.2."),
+    (r"\.feed_forward\.norm\.", ".cross_attn_ffn.norm2."),
+    (r"^propagation\.(q|k)(uery|ey)\.", r"feature_flow_attn.\1_proj."),
+    (r"^upsampler\.hidden\.", "upsampler.0."),
+    (r"^upsampler\.weights\.", "upsampler.2."),
+)
+
+
+def published_name(name: str) -> str:
+    """What the published checkpoints call the parameter that this library calls `name`."""
+    for pattern, replacement in _PUBLISHED:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def load_model(path: str | Path, **overrides: Any) -> GMFlow:
+    """The model that a weight file holds, in evaluation mode on the CPU.
+
+    Our files carry their configuration; that of a `.pth` is read from its tensors' shapes, with the windows and radii
+    of `GMFlowConfig.base()` or `refine()`.
+
+    Args:
+        path: `.safetensors` of ours, or a published `.pth`.
+        overrides: `attn_splits`, `corr_radius` or `prop_radius` to use instead.
+
+    Raises:
+        GMFlowError: the file is missing, damaged or no GMFlow, or an override is unknown, out of range, or would
+            change the architecture.
+    """
+    fixed = sorted(set(overrides) - {"attn_splits", "corr_radius", "prop_radius"})
+    if fixed:
+        raise GMFlowError(
+            f"{', '.join(fixed)} cannot be changed on trained weights; attn_splits, corr_radius and prop_radius can"
+        )
+    path = Path(path)
+    config, tensors = _read(path)
+    model = GMFlow(replace(config, **overrides))
+    _fill(model, path, config, tensors)
+    return model.eval()
+
+
+def load_weights(model: GMFlow, path: str | Path) -> None:
+    """Fill a model with the weights of a published `.pth` or of our `.safetensors`, strictly.
+
+    The model keeps its own windows and radii.
+
+    Raises:
+        GMFlowError: the file is missing, damaged, or of another architecture; the model is then unchanged.
+    """
+    path = Path(path)
+    config, tensors = _read(path)
+    _fill(model, path, config, tensors)
+
+
+def save_weights(model: GMFlow, path: str | Path) -> None:
+    """Write the weights and the configuration as `.safetensors`; a file of that name is replaced whole or not at all.
+
+    Raises:
+        GMFlowError: `path` does not end in `.safetensors`, or its folder does not exist.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise GMFlowError(f"{path}: weights are saved as .safetensors (save_published writes a .pth)")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {"format": "pt", CONFIG_KEY: json.dumps(model.config.to_dict())}
+    _replace_file(path, lambda beside: save_file(tensors, beside, metadata))
+
+
+def save_published(model: GMFlow, path: str | Path) -> None:
+    """Write the weights in the published layout: a `.pth` of `{"model": state dict}` under the published names.
+
+    Raises:
+        GMFlowError: the folder of `path` does not exist.
+    """
+    tensors = {published_name(name): tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    _replace_file(Path(path), lambda beside: torch.save({"model": tensors}, beside))
+
+
+def _replace_file(path: Path, write: Any) -> None:
+    """Write beside `path`, then rename: nobody ever sees half a file."""
+    if not path.parent.is_dir():
+        raise GMFlowError(f"{path}: the folder {path.parent} does not exist")
+    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        write(beside)
+        # mkstemp makes a private file; weights are shared like any other.
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(beside).chmod(0o666 & ~umask)
+        Path(beside).replace(path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+
+
+def _read(path: Path) -> tuple[GMFlowConfig, dict[str, Tensor]]:
+    """Configuration and tensors of a file, the tensors under published names."""
+    if not path.is_file():
+        raise GMFlowError(f"{path}: no such weight file")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    tensors = _read_published(path)
+    return _config_from_shapes(path, tensors), tensors
+
+
+def _read_safetensors(path: Path) -> tuple[GMFlowConfig, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {published_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise GMFlowError(f"{path}: damaged, or no safetensors file ({error})") from error
+    if CONFIG_KEY not in metadata:
+        raise GMFlowError(f"{path}: not written by gmflow.save_weights (no {CONFIG_KEY} in its metadata)")
+    try:
+        return GMFlowConfig.from_dict(json.loads(metadata[CONFIG_KEY])), tensors
+    except (ValueError, TypeError, AttributeError) as error:
+        raise GMFlowError(f"{path}: its {CONFIG_KEY} is no model configuration ({error})") from error
+
+
+def _read_published(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise GMFlowError(f"{path}: damaged, or holds more than tensors; nothing but weights is loaded") from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise GMFlowError(f"{path}: damaged, or no PyTorch checkpoint ({type(error).__name__})") from error
+    state = content.get("model", content) if isinstance(content, Mapping) else content
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise GMFlowError(f'{path}: neither a state dict nor {{"model": state dict}}')
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _config_from_shapes(path: Path, tensors: Mapping[str, Tensor]) -> GMFlowConfig:
+    """The architecture that published tensors belong to, with the windows and radii of its variant."""
+
+    def width(name: str, axis: int = 0) -> int:
+        if name not in tensors or tensors[name].dim() <= axis:
+            raise GMFlowError(f"{path}: no GMFlow weights ({name} is missing)")
+        return tensors[name].shape[axis]
+
+    variant = GMFlowConfig.refine() if "backbone.trident_conv.weight" in tensors else GMFlowConfig.base()
+    blocks = {found[1] for name in tensors if (found := re.match(r"transformer\.layers\.(\d+)\.", name))}
+    hidden = "transformer.layers.0.cross_attn_ffn.mlp.0.weight"
+    return replace(
+        variant,
+        backbone_channels=(
+            width("backbone.layer1.0.conv1.weight"),
+            width("backbone.layer2.0.conv1.weight"),
+            width("backbone.layer3.0.conv1.weight"),
+        ),
+        feature_channels=width("backbone.conv2.weight"),
+        num_layers=len(blocks),
+        ffn_expansion=width(hidden) // max(width(hidden, 1), 1),
+    )
+
+
+def _fill(model: GMFlow, path: Path, config: GMFlowConfig, tensors: Mapping[str, Tensor]) -> None:
+    for field in ARCHITECTURE:
+        theirs, ours = getattr(config, field), getattr(model.config, field)
+        if theirs != ours:
+            raise GMFlowError(f"{path}: weights of another architecture: {field} is {theirs}, the model's is {ours}")
+    expected = {published_name(name): name for name in model.state_dict()}
+    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    if missing or unknown:
+        differences = [f"lacks {len(missing)} tensor(s) such as {missing[0]}"] if missing else []
+        differences += [f"has {len(unknown)} unknown tensor(s) such as {unknown[0]}"] if unknown else []
+        raise GMFlowError(f"{path}: weights of another architecture: {' and '.join(differences)}")
+    state = model.state_dict()
+    for theirs, ours in expected.items():
+        if tensors[theirs].shape != state[ours].shape:
+            raise GMFlowError(
+                f"{path}: weights of another architecture: {theirs} has shape {list(tensors[theirs].shape)}, "
+                f"the model's {list(state[ours].shape)}"
+            )
+    model.load_state_dict({ours: tensors[theirs] for theirs, ours in expected.items()})

@@ -1,0 +1,165 @@
+"""A whole attention layer inside windows: query, key and value projections, attention, merge.
+
+Plainly, each of its steps is a tensor of the size of the features, written to memory, read once, and kept for the
+backward pass. Here a few windows at a time go through all steps while they are in the cache; only the layer's inputs
+are kept, which the residual stream keeps anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gmflow.attention import CHUNK, attention, computes_exactly, scratch_scores, softmax_weights
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Consecutive windows that attend to other consecutive windows.
+
+    Attributes:
+        source: first token of the first window that attends.
+        target: first token of the first window that is attended to.
+        windows: how many.
+        length: tokens in each.
+        regions: as in `WindowGroup`.
+    """
+
+    source: int
+    target: int
+    windows: int
+    length: int
+    regions: Tensor | None
+
+
+def window_attention(
+    source: Tensor,
+    target: Tensor,
+    to_query: Tensor,
+    to_key: Tensor,
+    to_value: Tensor,
+    merge: Tensor,
+    pairings: list[Pairing],
+) -> Tensor:
+    """merge · softmax(query · key / √C) · value within windows.
+
+    Args:
+        source: tokens that attend, `[T, C]` in window order.
+        target: tokens that are attended to, `[T, C]` in window order.
+        to_query: `[C, C]`, as are `to_key`, `to_value` and `merge`.
+        to_key: of the target.
+        to_value: of the target.
+        merge: of the attended values.
+        pairings: every window once as a source and once as a target.
+
+    Returns:
+        `[T, C]`.
+    """
+    if computes_exactly(source):
+        out: Tensor = _WindowAttention.apply(  # type: ignore[no-untyped-call]
+            source, target, to_query, to_key, to_value, merge, pairings
+        )
+        return out
+    query, key, value = F.linear(source, to_query), F.linear(target, to_key), F.linear(target, to_value)
+    parts: list[Tensor] = []
+    for pairing in pairings:
+        size, shape = pairing.windows * pairing.length, (pairing.windows, pairing.length, -1)
+        own, other = slice(pairing.source, pairing.source + size), slice(pairing.target, pairing.target + size)
+        parts.append(
+            attention(query[own].view(shape), key[other].view(shape), value[other].view(shape), pairing.regions)
+        )
+    attended = torch.cat([part.flatten(0, 1) for part in parts])
+    return F.linear(attended, merge)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some windows of a pairing, as slices of tokens, and the slices of them that are attended in turn."""
+
+    target: slice
+    windows: int
+    length: int
+    regions: Tensor | None
+    sources: list[tuple[slice, slice]]
+    """Tokens of the source, and which rows of a window they are (all rows where there are several windows)."""
+
+
+def _chunks(pairings: list[Pairing]) -> Iterator[_Chunk]:
+    for pairing in pairings:
+        length = pairing.length
+        many = max(1, CHUNK // length**2)
+        rows = length if many > 1 else max(1, min(length, CHUNK // length))
+        for first in range(0, pairing.windows, many):
+            windows = min(many, pairing.windows - first)
+            start, other = pairing.source + first * length, pairing.target + first * length
+            sources = []
+            for row in range(0, length, rows):
+                stop = min(row + rows, length)
+                tokens = slice(start + row, start + (windows - 1) * length + stop)
+                sources.append((tokens, slice(row, stop)))
+            yield _Chunk(slice(other, other + windows * length), windows, length, pairing.regions, sources)
+
+
+class _WindowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        source: Tensor,
+        target: Tensor,
+        to_query: Tensor,
+        to_key: Tensor,
+        to_value: Tensor,
+        merge: Tensor,
+        pairings: list[Pairing],
+    ) -> Tensor:
+        ctx.save_for_backward(source, target, to_query, to_key, to_value, merge)
+        ctx.pairings = pairings
+        out = torch.empty_like(source)
+        scratch = scratch_scores(source, max(pairing.length for pairing in pairings))
+        for chunk in _chunks(pairings):
+            shape = (chunk.windows, -1, source.shape[1])
+            key = (target[chunk.target] @ to_key.T).view(shape)
+            value = (target[chunk.target] @ to_value.T).view(shape)
+            for tokens, rows in chunk.sources:
+                query = (source[tokens] @ to_query.T).view(shape)
+                weights = softmax_weights(query, key, chunk.regions, rows, scratch)
+                torch.mm(torch.bmm(weights, value).flatten(0, 1), merge.T, out=out[tokens])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        source, target, *matrices = ctx.saved_tensors
+        to_query, to_key, to_value, merge = matrices
+        for_source, for_target = torch.empty_like(source), torch.empty_like(target)
+        for_query, for_key, for_value, for_merge = (torch.zeros_like(matrix) for matrix in matrices)
+        scratch = scratch_scores(source, max(pairing.length for pairing in ctx.pairings))
+        scale = source.shape[1] ** -0.5
+        for chunk in _chunks(ctx.pairings):
+            shape = (chunk.windows, -1, source.shape[1])
+            part = target[chunk.target]
+            key, value = (part @ to_key.T).view(shape), (part @ to_value.T).view(shape)
+            upper_key, upper_value = torch.zeros_like(key), torch.zeros_like(value)
+            for tokens, rows in chunk.sources:
+                query = (source[tokens] @ to_query.T).view(shape)
+                weights = softmax_weights(query, key, chunk.regions, rows, scratch)
+                for_merge.addmm_(gradient[tokens].T, torch.bmm(weights, value).flatten(0, 1))
+                upper = (gradient[tokens] @ merge).view(shape)
+                upper_value.baddbmm_(weights.transpose(1, 2), upper)
+                upper_weights = torch.bmm(upper, value.transpose(1, 2), out=scratch(weights.shape))
+                upper_scores = torch._softmax_backward_data(upper_weights, weights, -1, weights.dtype)
+                upper_query = torch.bmm(upper_scores, key).mul_(scale).flatten(0, 1)
+                upper_key.baddbmm_(upper_scores.transpose(1, 2), query, alpha=scale)
+                for_query.addmm_(upper_query.T, source[tokens])
+                torch.mm(upper_query, to_query, out=for_source[tokens])
+            flat_key, flat_value = upper_key.flatten(0, 1), upper_value.flatten(0, 1)
+            for_key.addmm_(flat_key.T, part)
+            for_value.addmm_(flat_value.T, part)
+            torch.mm(flat_key, to_key, out=for_target[chunk.target]).addmm_(flat_value, to_value)
+        return for_source, for_target, for_query, for_key, for_value, for_merge, None

@@ -1,0 +1,97 @@
+"""The order in which the transformer keeps its tokens: window after window.
+
+In window order, attention inside a window reads consecutive rows of one matrix, and everything else a block does
+concerns single tokens and cares for no order. So windows are never cut out and put back: the tokens are permuted
+when the grid of windows moves from one block to the next, and at no other time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class WindowGroup:
+    """Windows of a grid that have the same regions, over all maps; those of the first half of the maps come first.
+
+    Attributes:
+        windows: how many.
+        length: tokens in each.
+        regions: int64 `[length]`; tokens of different regions are no neighbours in the map. None where all are.
+    """
+
+    windows: int
+    length: int
+    regions: Tensor | None
+
+
+@dataclass(frozen=True)
+class WindowGrid:
+    """A partition of N feature maps into windows, as an order of their N·h·w tokens.
+
+    Attributes:
+        order: int64 `[N*h*w]`; token i of the window order is token `order[i]` of the row-major order.
+        inverse: int64 `[N*h*w]`, the way back.
+        groups: the windows in this order.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    groups: tuple[WindowGroup, ...]
+
+
+def window_grid(maps: int, height: int, width: int, splits: int, *, shifted: bool, device: torch.device) -> WindowGrid:
+    """`splits` × `splits` windows; shifted, the grid moved down and right by half a window, around the border.
+
+    Only the windows that the border runs through have regions: a mask for a few, none for most.
+    """
+    starts = torch.arange(maps, device=device).view(-1, 1, 1, 1, 1) * (height * width)
+    order: list[Tensor] = []
+    groups: list[WindowGroup] = []
+    for rows, row_regions in _strips(height, splits, shifted, device):
+        for columns, column_regions in _strips(width, splits, shifted, device):
+            within = rows[:, None, :, None] * width + columns[None, :, None, :]  # [n, m, window h, window w]
+            order.append((starts + within).flatten())
+            regions = None
+            if row_regions is not None or column_regions is not None:
+                y = torch.zeros_like(rows[0]) if row_regions is None else row_regions
+                x = torch.zeros_like(columns[0]) if column_regions is None else column_regions
+                regions = (2 * y[:, None] + x).flatten()
+            length = rows.shape[1] * columns.shape[1]
+            groups.append(WindowGroup(maps * len(rows) * len(columns), length, regions))
+    tokens = torch.cat(order)
+    inverse = torch.empty_like(tokens)
+    inverse[tokens] = torch.arange(len(tokens), device=device)
+    return WindowGrid(tokens, inverse, tuple(groups))
+
+
+def _strips(length: int, splits: int, shifted: bool, device: torch.device) -> list[tuple[Tensor, Tensor | None]]:
+    """The windows' coordinates along one axis `[windows, size]`: whole ones, and the one around the border."""
+    size = length // splits
+    shift = size // 2 if shifted else 0
+    coordinates = torch.arange(length, device=device).roll(-shift).view(splits, size)
+    if shift == 0:
+        return [(coordinates, None)]
+    return [(coordinates[:-1], None), (coordinates[-1:], (coordinates[-1] < shift).long())]
+
+
+def permute_tokens(tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Rows of `tokens` `[T, C]` in the given order; its gradient is the inverse permutation, not a scatter."""
+    permuted: Tensor = _Permute.apply(tokens, order, inverse)  # type: ignore[no-untyped-call]
+    return permuted
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return tokens.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return permute_tokens(gradient, inverse, order), None, None

@@ -1,0 +1,416 @@
+"""Configuration, weight files, prediction on any size, pictures, and how a model is run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors import safe_open
+
+from gmflow import (
+    GMFlow,
+    GMFlowConfig,
+    GMFlowError,
+    flow_to_image,
+    load_model,
+    load_weights,
+    predict_flow,
+    save_weights,
+)
+from gmflow.execution import ExecutionConfig, prepare_model
+from gmflow.geometry import backward_warp, forward_backward_occlusion
+from gmflow.predict import Padding, padded_flow
+from gmflow.visualize import color_wheel
+from gmflow.weights import save_published
+
+TINY: dict[str, Any] = {"backbone_channels": (4, 6, 8), "feature_channels": 8, "num_layers": 2, "ffn_expansion": 2}
+BASE = GMFlowConfig(**TINY)
+REFINE = GMFlowConfig(num_scales=2, **TINY, attn_splits=(2, 8), corr_radius=(-1, 4), prop_radius=(-1, 1))
+
+
+def tiny(config: GMFlowConfig = REFINE) -> GMFlow:
+    torch.manual_seed(0)
+    return GMFlow(config)
+
+
+def frames(height: int, width: int) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 256, (height, width, 3), dtype=np.uint8) for _ in range(2)]
+
+
+# Configuration
+
+
+def test_variants_have_the_published_parameter_counts() -> None:
+    for config, parameters in ((GMFlowConfig.base(), 4_680_288), (GMFlowConfig.refine(), 4_716_720)):
+        assert sum(p.numel() for p in GMFlow(config).parameters()) == parameters
+
+
+def test_config_survives_json() -> None:
+    for config in (GMFlowConfig.base(), GMFlowConfig.refine(), REFINE):
+        assert GMFlowConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_scales", 3),
+        ("num_scales", True),
+        ("backbone_channels", (64, 96)),
+        ("backbone_channels", (64, 96, 0)),
+        ("feature_channels", 126),
+        ("num_layers", 0),
+        ("ffn_expansion", 1.5),
+        ("attn_splits", (2, 8)),
+        ("attn_splits", (0,)),
+        ("attn_splits", 2),
+        ("corr_radius", (0,)),
+        ("corr_radius", (-2,)),
+        ("prop_radius", ("1",)),
+    ],
+)
+def test_impossible_settings_name_the_field_and_the_value(field: str, value: Any) -> None:
+    with pytest.raises(GMFlowError, match=field) as error:
+        GMFlowConfig(**{field: value})
+    assert str(value).strip("(),'") in str(error.value)
+
+
+def test_unknown_setting_names_the_known_ones() -> None:
+    with pytest.raises(GMFlowError, match=r"atn_splits; known: .*attn_splits"):
+        GMFlowConfig.from_dict({"atn_splits": [2]})
+
+
+@pytest.mark.parametrize(
+    ("config", "multiple"),
+    [
+        (GMFlowConfig.base(), 16),
+        (GMFlowConfig.refine(), 32),
+        (GMFlowConfig(attn_splits=(3,)), 24),
+        (GMFlowConfig(2, attn_splits=(1, 1), corr_radius=(-1, 4), prop_radius=(-1, 1)), 8),
+    ],
+)
+def test_size_multiple(config: GMFlowConfig, multiple: int) -> None:
+    assert config.size_multiple == multiple
+
+
+# Weight files
+
+
+@pytest.mark.parametrize("config", [BASE, REFINE], ids=["base", "refine"])
+def test_our_weights_rebuild_the_model(config: GMFlowConfig, tmp_path: Path) -> None:
+    model = tiny(config)
+    path = tmp_path / "model.safetensors"
+    save_weights(model, path)
+    loaded = load_model(path)
+    assert loaded.config == config
+    assert not loaded.training
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    with safe_open(path, framework="pt") as file:
+        assert json.loads(file.metadata()["gmflow_config"]) == config.to_dict()
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["in a dict", "bare"])
+@pytest.mark.parametrize("config", [BASE, REFINE], ids=["base", "refine"])
+def test_published_layout_both_ways(config: GMFlowConfig, bare: bool, tmp_path: Path) -> None:
+    model = tiny(config)
+    path = tmp_path / "model.pth"
+    save_published(model, path)
+    if bare:
+        torch.save(torch.load(path, weights_only=True)["model"], path)
+    loaded = load_model(path)
+    assert loaded.config == config
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+
+
+def test_windows_and_radii_can_be_overridden_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_weights(tiny(), path)
+    assert load_model(path, corr_radius=(-1, 2), attn_splits=(1, 4)).size_multiple == 16
+    with pytest.raises(GMFlowError, match="num_layers cannot be changed"):
+        load_model(path, num_layers=3)
+    with pytest.raises(GMFlowError, match="corr_radius"):
+        load_model(path, corr_radius=(4,))
+
+
+def test_published_files_hold_124_and_123_tensors(reference: Path) -> None:
+    for name, config in (
+        ("gmflow_refine_published", GMFlowConfig.refine()),
+        ("gmflow_base_random", GMFlowConfig.base()),
+    ):
+        model = GMFlow(config)
+        load_weights(model, reference / f"{name}.pth")
+        assert load_model(reference / f"{name}.pth").config == config
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_layers": 3}, "num_layers is 2, the model's is 3"),
+        ({"feature_channels": 16}, "feature_channels is 8"),
+        ({"backbone_channels": (4, 6, 10)}, "backbone_channels"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_another_architecture_is_named_in_one_line(
+    change: dict[str, Any], named: str, suffix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"model{suffix}"
+    (save_weights if suffix == ".safetensors" else save_published)(tiny(BASE), path)
+    other = GMFlow(GMFlowConfig(**{**TINY, **change}))
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(GMFlowError, match=named) as error:
+        load_weights(other, path)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_missing_and_damaged_files(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"model{suffix}"
+    with pytest.raises(GMFlowError, match="no such weight file"):
+        load_model(path)
+    (save_weights if suffix == ".safetensors" else save_published)(tiny(), path)
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"not weights at all"):
+        path.write_bytes(damaged)
+        with pytest.raises(GMFlowError, match="damaged") as error:
+            load_model(path)
+        assert "\n" not in str(error.value)
+
+
+def test_missing_tensor_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    save_published(tiny(), path)
+    state = torch.load(path, weights_only=True)["model"]
+    del state["upsampler.0.bias"]
+    torch.save(state, path)
+    with pytest.raises(GMFlowError, match=r"lacks 1 tensor.*upsampler\.0\.bias"):
+        load_model(path)
+
+
+class _Dangerous:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("code from a weight file ran",)
+
+
+def test_no_code_from_a_weight_file_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.pth"
+    torch.save({"model": _Dangerous()}, path)
+    with pytest.raises(GMFlowError, match="more than tensors"):
+        load_model(path)
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_save_refuses_other_suffixes_and_missing_folders(tmp_path: Path) -> None:
+    with pytest.raises(GMFlowError, match=r"\.safetensors"):
+        save_weights(tiny(), tmp_path / "model.pth")
+    with pytest.raises(GMFlowError, match="does not exist"):
+        save_weights(tiny(), tmp_path / "missing" / "model.safetensors")
+
+
+# Prediction
+
+
+@pytest.mark.parametrize("padding", ["sintel", "kitti"])
+@pytest.mark.parametrize("size", [(16, 16), (1, 1), (5, 200), (33, 31), (64, 96), (97, 130)])
+@pytest.mark.parametrize("config", [BASE, REFINE], ids=["base", "refine"])
+def test_flow_for_frames_of_any_size(config: GMFlowConfig, size: tuple[int, int], padding: Any) -> None:
+    model = tiny(config).train()
+    flow = predict_flow(model, *frames(*size), padding=padding)
+    assert flow.shape == (*size, 2)
+    assert flow.dtype == np.float32
+    assert np.isfinite(flow).all()
+    assert model.training
+
+
+def test_padding_is_split_for_sintel_and_at_the_bottom_for_kitti() -> None:
+    sintel, kitti = Padding(437, 1021, 32, "sintel"), Padding(375, 1242, 32, "kitti")
+    assert (sintel.top, sintel.bottom, sintel.left, sintel.right) == (5, 6, 1, 2)
+    assert (kitti.top, kitti.bottom, kitti.left, kitti.right) == (0, 9, 3, 3)
+    images = torch.rand(2, 3, 437, 1021)
+    padded = sintel.pad(images)
+    assert padded.shape == (2, 3, 448, 1024)
+    assert torch.equal(sintel.crop(padded), images)
+    assert torch.equal(padded[:, :, 0], padded[:, :, 5])
+
+
+def test_a_batch_is_its_images() -> None:
+    model = tiny().eval()
+    image0, image1 = torch.rand(2, 2, 3, 50, 70) * 255
+    with torch.no_grad():
+        batch = padded_flow(model, image0, image1)
+        single = torch.cat([padded_flow(model, image0[i : i + 1], image1[i : i + 1]) for i in range(2)])
+    torch.testing.assert_close(batch, single, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (np.zeros((0, 8, 3), np.uint8), "non-empty"),
+        (np.zeros((32, 32), np.uint8), "RGB image"),
+        (np.zeros((32, 32, 3), np.float32), "float32"),
+        (np.zeros((32, 32, 4), np.uint8), "RGB image"),
+        ("frame.png", "str"),
+    ],
+)
+def test_what_is_no_frame_is_refused(wrong: Any, message: str) -> None:
+    with pytest.raises(GMFlowError, match=message):
+        predict_flow(tiny(), wrong, wrong)
+
+
+def test_frames_of_different_size_unknown_padding_and_precision_are_refused() -> None:
+    one, other = frames(32, 32)[0], frames(32, 40)[0]
+    with pytest.raises(GMFlowError, match="40"):
+        predict_flow(tiny(), one, other)
+    with pytest.raises(GMFlowError, match="padding must be one of sintel, kitti"):
+        predict_flow(tiny(), one, one, padding="reflect")  # type: ignore[arg-type]
+    with pytest.raises(GMFlowError, match="precision must be one of fp32, bf16, fp16"):
+        predict_flow(tiny(), one, one, precision="int8")  # type: ignore[arg-type]
+
+
+def test_model_refuses_sizes_that_do_not_divide() -> None:
+    with pytest.raises(GMFlowError, match="divisible by 32"):
+        tiny()(torch.zeros(1, 3, 48, 64), torch.zeros(1, 3, 48, 64))
+    with pytest.raises(GMFlowError, match="floating point"):
+        tiny()(*torch.zeros(2, 1, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_one_feature_pixel_is_refused() -> None:
+    model = GMFlow(GMFlowConfig(**TINY, attn_splits=(1,)))
+    with pytest.raises(GMFlowError, match="8×8"):
+        model(*torch.zeros(2, 1, 3, 8, 8))
+
+
+# Geometry and pictures
+
+
+def test_warp_reads_where_the_flow_points() -> None:
+    image = torch.arange(12.0).view(1, 1, 3, 4)
+    flow = torch.zeros(1, 2, 3, 4)
+    flow[:, 0] = 1
+    warped = backward_warp(image, flow)
+    torch.testing.assert_close(warped[..., :3], image[..., 1:])
+    assert warped[..., 3].abs().max() == 0
+
+
+def test_consistent_flow_has_no_occlusion() -> None:
+    flow = torch.zeros(1, 2, 4, 6)
+    flow[:, 0] = 2
+    forward, backward = forward_backward_occlusion(flow, -flow)
+    assert forward[0, 0].tolist() == [False] * 4 + [True] * 2
+    assert backward[0, 0].tolist() == [True] * 2 + [False] * 4
+
+
+def middlebury_color(u: float, v: float) -> list[int]:
+    """The benchmark's own computeColor, for one vector of at most length 1."""
+    wheel = []
+    for length, start, step in (
+        (15, (255, 0, 0), (0, 1, 0)),
+        (6, (255, 255, 0), (-1, 0, 0)),
+        (4, (0, 255, 0), (0, 0, 1)),
+        (11, (0, 255, 255), (0, -1, 0)),
+        (13, (0, 0, 255), (1, 0, 0)),
+        (6, (255, 0, 255), (0, 0, -1)),
+    ):
+        wheel += [[s + d * (255 * i // length) for s, d in zip(start, step, strict=True)] for i in range(length)]
+    position = (math.atan2(-v, -u) / math.pi + 1) / 2 * (len(wheel) - 1)
+    lower = int(position)
+    fraction = position - lower
+    color = []
+    for low, high in zip(wheel[lower], wheel[(lower + 1) % len(wheel)], strict=True):
+        value = (1 - fraction) * low / 255 + fraction * high / 255
+        color.append(int(255 * (1 - math.hypot(u, v) * (1 - value))))
+    return color
+
+
+def test_colors_are_those_of_middlebury() -> None:
+    assert color_wheel().shape == (55, 3)
+    generator = np.random.default_rng(0)
+    flow = generator.uniform(-0.7, 0.7, (20, 30, 2))
+    image = flow_to_image(flow, max_flow=1.0)
+    expected = np.array([[middlebury_color(*vector) for vector in row] for row in flow])
+    assert np.abs(image.astype(int) - expected).max() <= 1  # one ulp before the floor
+    assert (image == expected).mean() > 0.99
+
+
+def test_unknown_flow_is_black_and_no_flow_white() -> None:
+    flow = np.zeros((1, 4, 2), np.float32)
+    flow[0, 0, 0], flow[0, 1, 1], flow[0, 2] = np.nan, np.inf, 1e10
+    assert flow_to_image(flow).tolist() == [[[0, 0, 0]] * 3 + [[255, 255, 255]]]
+
+
+def test_what_is_no_flow_is_refused() -> None:
+    with pytest.raises(GMFlowError, match=r"\[H, W, 2\]"):
+        flow_to_image(np.zeros((4, 4, 3)))
+    with pytest.raises(GMFlowError, match="max_flow"):
+        flow_to_image(np.zeros((4, 4, 2)), max_flow=0)
+
+
+# Execution
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_keeps_float32_results_and_gradients(precision: Any) -> None:
+    model = tiny().train()
+    prepare_model(model, ExecutionConfig(precision=precision))
+    out = model(*torch.rand(2, 1, 3, 64, 64) * 255)
+    out.flow.abs().mean().backward()
+    assert out.flow.dtype == torch.float32
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("field", ["precision", "checkpointing"])
+def test_unknown_execution_settings_name_the_known_ones(field: str) -> None:
+    with pytest.raises(GMFlowError, match=f"{field} must be one of"):
+        ExecutionConfig(**{field: "fast"})
+
+
+def test_a_model_is_prepared_once_and_keeps_its_parameter_names() -> None:
+    model = tiny()
+    names = list(model.state_dict())
+    prepare_model(model, ExecutionConfig(precision="bf16", checkpointing="full"))
+    assert list(model.state_dict()) == names
+    with pytest.raises(GMFlowError, match="prepared already"):
+        prepare_model(model, ExecutionConfig())
+
+
+def test_ddp_without_a_process_group_is_refused() -> None:
+    with pytest.raises(GMFlowError, match="process group"):
+        prepare_model(tiny(), ExecutionConfig(ddp=True))
+
+
+def _train_as_a_rank(rank: int, folder: str, checkpointing: Any) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = prepare_model(tiny().train(), ExecutionConfig(ddp=True, checkpointing=checkpointing))
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(2):  # a second step fails where a parameter got no gradient in the first
+        model.zero_grad()
+        out = model(*torch.rand(2, 1, 3, 64, 64, generator=generator) * 255)
+        sum(prediction.abs().mean() for prediction in out.predictions).backward()
+    torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_ranks_under_ddp_get_the_same_gradients(checkpointing: str, tmp_path: Path) -> None:
+    mp.spawn(_train_as_a_rank, (str(tmp_path), checkpointing), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert all(a is not None and torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_the_library_knows_no_cluster() -> None:
+    code = "import sys, gmflow; print([m for m in ('ray', 'mlflow', 'boto3', 'pydantic', 'cv2') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

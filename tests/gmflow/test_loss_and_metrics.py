@@ -1,0 +1,126 @@
+"""The loss that is trained on and the figures that are reported."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from gmflow import GMFlowError
+from gmflow.loss import sequence_loss
+from gmflow.metrics import FlowMetrics
+
+
+def fields(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    flow = torch.randn(batch, 2, 6, 8, generator=generator) * 20
+    target = flow + torch.randn(flow.shape, generator=generator) * 3
+    return flow, target, torch.rand(batch, 6, 8, generator=generator) > 0.2
+
+
+def test_loss_weighs_later_predictions_more() -> None:
+    zero, valid = torch.zeros(1, 2, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool)
+    loss = sequence_loss([zero + 1, zero + 2], zero, valid, gamma=0.5)
+    assert loss.item() == pytest.approx(0.5 * 1 + 2)
+
+
+def test_loss_is_a_mean_over_all_entries_not_over_the_valid_ones() -> None:
+    zero = torch.zeros(1, 2, 2, 2)
+    valid = torch.tensor([[[True, False], [False, False]]])
+    assert sequence_loss([zero + 4], zero, valid).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("unknown", [math.nan, math.inf, -math.inf, 1e10, 1000.0, 399.99])
+def test_unknown_ground_truth_neither_counts_nor_poisons(unknown: float) -> None:
+    target = torch.zeros(1, 2, 2, 2)
+    target[0, :, 0, 0] = unknown
+    prediction = torch.ones(1, 2, 2, 2, requires_grad=True)
+    loss = sequence_loss([prediction], target, torch.ones(1, 2, 2, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == pytest.approx(0.75)
+    assert prediction.grad is not None
+    assert prediction.grad[0, :, 0, 0].tolist() == [0, 0]
+    assert prediction.grad.isfinite().all()
+
+
+def test_max_flow_bounds_the_speed_not_the_components() -> None:
+    zero, valid = torch.zeros(1, 2, 1, 1), torch.ones(1, 1, 1, dtype=torch.bool)
+    assert sequence_loss([zero], zero + 6, valid, max_flow=8.4).item() == 0
+    assert sequence_loss([zero], zero + 6, valid, max_flow=8.6).item() == pytest.approx(6)
+
+
+def test_parts_of_a_global_batch_add_up() -> None:
+    flow, target, valid = fields()
+    whole = sequence_loss([flow], target, valid)
+    parts = [sequence_loss([flow[i : i + 1]], target[i : i + 1], valid[i : i + 1], normalizer=3) for i in range(3)]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_metrics_are_pooled_over_pixels() -> None:
+    flow, target, valid = fields()
+    metrics = FlowMetrics()
+    metrics.update(flow, target, valid)
+    figures = metrics.compute()
+    error, speed = (flow - target).norm(dim=1)[valid], target.norm(dim=1)[valid]
+    assert figures["epe"] == pytest.approx(error.mean().item(), rel=1e-6)
+    for pixels in (1, 3, 5):
+        assert figures[f"px{pixels}"] == pytest.approx(100 * (error > pixels).float().mean().item())
+    outlier = (error > 3) & (error > 0.05 * speed)
+    assert figures["f1_all"] == pytest.approx(100 * outlier.float().mean().item())
+    for name, where in (
+        ("s0_10", speed < 10),
+        ("s10_40", (speed >= 10) & (speed <= 40)),
+        ("s40_plus", speed > 40),
+    ):
+        assert figures[name] == pytest.approx(error[where].mean().item(), rel=1e-6)
+    per_image = [(flow - target).norm(dim=1)[i][valid[i]].mean().item() for i in range(3)]
+    assert figures["epe_per_image"] == pytest.approx(sum(per_image) / 3, rel=1e-6)
+    assert "matched" not in figures
+
+
+def test_states_of_ranks_add_up() -> None:
+    flow, target, valid = fields()
+    whole, merged = FlowMetrics(), FlowMetrics()
+    whole.update(flow, target, valid, valid)
+    parts = []
+    for i in range(3):
+        part = FlowMetrics()
+        part.update(flow[i : i + 1], target[i : i + 1], valid[i : i + 1], valid[i : i + 1])
+        parts.append(part.state())
+        merged.merge(part)
+    total = FlowMetrics.from_state(torch.stack(parts).sum(dim=0)).compute()
+    assert total == pytest.approx(whole.compute(), nan_ok=True)
+    assert merged.compute() == pytest.approx(whole.compute(), nan_ok=True)
+
+
+def test_pixels_that_leave_the_image_are_unmatched() -> None:
+    target = torch.zeros(1, 2, 1, 4)
+    target[0, 0, 0] = torch.tensor([-0.5, 0.0, 1.0, 0.5])  # the first and the last leave
+    flow = target + torch.tensor([1.0, 0.0]).view(1, 2, 1, 1) * torch.tensor([1.0, 2.0, 3.0, 5.0])
+    occluded = torch.tensor([[[False, False, True, False]]])
+    metrics = FlowMetrics()
+    metrics.update(flow, target, torch.ones(1, 1, 4, dtype=torch.bool), occluded)
+    figures = metrics.compute()
+    assert figures["matched"] == pytest.approx(2)
+    assert figures["unmatched"] == pytest.approx(3)
+
+
+def test_nan_outside_the_valid_pixels_does_not_poison_metrics() -> None:
+    flow, target, valid = fields()
+    clean = FlowMetrics()
+    clean.update(flow, target, valid)
+    target = torch.where(valid.unsqueeze(1), target, torch.nan)
+    dirty = FlowMetrics()
+    dirty.update(flow, target, valid)
+    assert dirty.compute() == pytest.approx(clean.compute(), nan_ok=True)
+
+
+def test_a_figure_without_pixels_is_nan() -> None:
+    assert all(math.isnan(figure) for figure in FlowMetrics().compute().values())
+
+
+def test_masks_of_another_shape_are_refused() -> None:
+    flow, target, valid = fields()
+    with pytest.raises(GMFlowError, match=r"masks \[B, H, W\]"):
+        FlowMetrics().update(flow, target, valid[:1])

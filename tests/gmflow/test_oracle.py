@@ -1,0 +1,188 @@
+"""The fast paths compute what the oracle computes, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gmflow import GMFlow, GMFlowConfig
+from gmflow.attention import attention, neighbourhood_attention
+from gmflow.execution import ExecutionConfig, prepare_model
+from gmflow.feedforward import feed_forward
+from gmflow.geometry import pixel_grid
+from gmflow.matching import match
+from gmflow.position import position_encoding
+from gmflow.transformer import AttentionLayer
+from gmflow.upsampling import convex_upsample
+from gmflow.windows import permute_tokens, window_grid
+from tests.gmflow import oracle
+
+CHANNELS = 8
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def assert_same(ours: Tensor, theirs: Tensor, inputs: list[Tensor], tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    upper = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=ours.dtype)
+    for mine, other in zip(
+        torch.autograd.grad(ours, inputs, upper), torch.autograd.grad(theirs, inputs, upper), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
+
+
+@given(
+    splits=st.integers(1, 4),
+    window=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    maps=st.sampled_from([2, 4]),
+    shifted=st.booleans(),
+    cross=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_window_attention(splits: int, window: tuple[int, int], maps: int, shifted: bool, cross: bool) -> None:
+    height, width = splits * window[0], splits * window[1]
+    shifted = shifted and splits > 1
+    layer = AttentionLayer(CHANNELS).double()
+    source, target = (random(maps, height, width, CHANNELS, seed=seed) for seed in (1, 2))
+    grid = window_grid(maps, height, width, splits, shifted=shifted, device=source.device)
+    ordered = [permute_tokens(x.view(-1, CHANNELS), grid.order, grid.inverse) for x in (source, target)]
+    ours = permute_tokens(layer(*ordered, grid.groups, cross=cross), grid.inverse, grid.order)
+    seen = target.roll(maps // 2, 0) if cross else target
+    parameters = {f"layer.{name}": value for name, value in layer.named_parameters()}
+    theirs = oracle.attention_layer(parameters, "layer", source, seen, splits, shifted)
+    assert_same(ours.view_as(theirs), theirs, [source, target, *layer.parameters()])
+
+
+def test_attention_over_more_scores_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = random(3, 7, CHANNELS), random(3, 11, CHANNELS), random(3, 11, 2)
+    for chunk in (1, 20, 80, 200, 1 << 20):
+        monkeypatch.setattr("gmflow.attention.CHUNK", chunk)
+        theirs = (query @ key.transpose(1, 2) / CHANNELS**0.5).softmax(-1) @ value
+        assert_same(attention(query, key, value), theirs, [query, key, value])
+
+
+@pytest.mark.parametrize("chunk", [1, 30, 100, 1 << 20])
+def test_window_attention_in_chunks_of_any_size(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gmflow.attention.CHUNK", chunk)
+    monkeypatch.setattr("gmflow.window_attention.CHUNK", chunk)
+    test_window_attention.hypothesis.inner_test(2, (2, 3), 4, True, True)  # type: ignore[attr-defined]
+
+
+@given(size=st.tuples(st.integers(1, 19), st.integers(1, 19)), radius=st.integers(1, 6), batch=st.integers(1, 2))
+@settings(max_examples=40, deadline=None)
+def test_local_matching(size: tuple[int, int], radius: int, batch: int) -> None:
+    feature0, feature1 = (random(batch, CHANNELS, *size, seed=seed) for seed in (1, 2))
+    ours = match(feature0.permute(0, 2, 3, 1), feature1.permute(0, 2, 3, 1), radius)
+    theirs = oracle.match_locally(feature0, feature1, radius).float()
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    positions = pixel_grid(*size).double().expand(batch, -1, -1, -1)
+    exact = neighbourhood_attention(
+        feature0.permute(0, 2, 3, 1), feature1.permute(0, 2, 3, 1), positions, radius, exclude_outside=True
+    )
+    exact = exact.permute(0, 3, 1, 2) - oracle.grid_like(feature0)
+    assert_same(exact, oracle.match_locally(feature0, feature1, radius), [feature0, feature1])
+
+
+@given(size=st.tuples(st.integers(1, 19), st.integers(1, 19)), radius=st.integers(1, 4))
+@settings(max_examples=30, deadline=None)
+def test_local_propagation(size: tuple[int, int], radius: int) -> None:
+    query, key, flow = random(2, *size, CHANNELS, seed=1), random(2, *size, CHANNELS, seed=2), random(2, *size, 2)
+    ours = neighbourhood_attention(query, key, flow, radius, exclude_outside=False)
+    keys, flows = (oracle.gather(x.permute(0, 3, 1, 2), radius) for x in (key, flow))
+    scores = (query.flatten(1, 2).unsqueeze(2) * keys).sum(-1) / CHANNELS**0.5
+    theirs = (scores.softmax(-1).unsqueeze(-1) * flows).sum(2).view_as(flow)
+    assert_same(ours, theirs, [query, key, flow])
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 64, 65])
+def test_feed_forward(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gmflow.feedforward.CPU_CHUNK", 64 * 8 * CHANNELS)
+    source, message = random(tokens, CHANNELS, seed=1), random(tokens, CHANNELS, seed=2)
+    expand, contract = random(8 * CHANNELS, 2 * CHANNELS), random(CHANNELS, 8 * CHANNELS)
+    hidden = torch.nn.functional.gelu(torch.cat([source, message], -1) @ expand.T)
+    inputs = [source, message, expand, contract]
+    assert_same(feed_forward(source, message, expand, contract), hidden @ contract.T, inputs)
+
+
+@pytest.mark.parametrize("factor", [1, 4, 8])
+def test_convex_upsampling(factor: int) -> None:
+    flow, logits = random(2, 2, 3, 5), random(2, 9 * factor**2, 3, 5)
+    weights = logits.view(2, 1, 9, factor, factor, 3, 5).softmax(2)
+    columns = torch.nn.functional.unfold(factor * flow, 3, padding=1).view(2, 2, 9, 1, 1, 3, 5)
+    theirs = (weights * columns).sum(2).permute(0, 1, 4, 2, 5, 3).reshape(2, 2, 3 * factor, 5 * factor)
+    assert_same(convex_upsample(flow, logits, factor), theirs, [flow, logits])
+
+
+def test_position_encoding() -> None:
+    theirs = oracle.position(7, 5, 16, torch.float32).permute(1, 2, 0)
+    torch.testing.assert_close(position_encoding(7, 5, 16), theirs)
+
+
+SMALL = {"backbone_channels": (4, 6, 8), "feature_channels": CHANNELS, "num_layers": 2}
+CONFIGS = [
+    GMFlowConfig(**SMALL),  # type: ignore[arg-type]
+    GMFlowConfig(**SMALL, attn_splits=(1,), corr_radius=(2,), prop_radius=(1,)),  # type: ignore[arg-type]
+    GMFlowConfig(
+        num_scales=2,
+        **SMALL,
+        attn_splits=(2, 4),
+        corr_radius=(-1, 3),
+        prop_radius=(-1, 1),  # type: ignore[arg-type]
+    ),
+    GMFlowConfig(
+        num_scales=2,
+        **SMALL,
+        attn_splits=(1, 2),
+        corr_radius=(2, -1),
+        prop_radius=(2, -1),  # type: ignore[arg-type]
+    ),
+]
+
+
+def images(height: int = 48, width: int = 64, batch: int = 2) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    image0, image1 = torch.rand(2, batch, 3, height, width, generator=generator) * 255
+    return image0, image1
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_whole_model_and_its_gradients(config: GMFlowConfig, bidirectional: bool, checkpointing: str) -> None:
+    torch.manual_seed(0)
+    model = GMFlow(config).train()
+    image0, image1 = images(64, 96)
+    prepare_model(model, ExecutionConfig(checkpointing=checkpointing))  # type: ignore[arg-type]
+    out = model(image0, image1, bidirectional=bidirectional)
+    theirs = oracle.predictions(
+        dict(model.named_parameters()), config, image0, image1, training=True, bidirectional=bidirectional
+    )
+    assert len(out.predictions) == 2 * config.num_scales
+    for ours, other in zip(out.predictions, theirs, strict=True):
+        torch.testing.assert_close(ours, other[:2], rtol=1e-3, atol=5e-3)
+    if bidirectional:
+        torch.testing.assert_close(out.backward_flow, theirs[-1][2:], rtol=1e-3, atol=5e-3)
+
+    parameters = list(model.parameters())
+    ours_grad = torch.autograd.grad(sum(p.abs().mean() for p in out.predictions), parameters)  # type: ignore[arg-type]
+    theirs_grad = torch.autograd.grad(sum(p[:2].abs().mean() for p in theirs), parameters)  # type: ignore[arg-type]
+    ours_flat, theirs_flat = (torch.cat([g.flatten() for g in gradients]) for gradients in (ours_grad, theirs_grad))
+    assert (ours_flat - theirs_flat).norm() <= 5e-3 * theirs_flat.norm()
+
+
+def test_same_input_same_bits() -> None:
+    torch.manual_seed(0)
+    model = GMFlow(CONFIGS[2]).train()
+    runs = []
+    for _ in range(2):
+        model.zero_grad()
+        out = model(*images(64, 96))
+        out.flow.abs().mean().backward()
+        runs.append([out.flow.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

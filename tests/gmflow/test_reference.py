@@ -1,0 +1,186 @@
+"""The numbers of the published model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gmflow import load_model
+from gmflow.geometry import forward_backward_occlusion
+from gmflow.loss import sequence_loss
+from gmflow.metrics import FlowMetrics
+from gmflow.predict import padded_flow
+from gmflow.weights import published_name
+
+TOLERANCE = 1e-3  # pixels
+
+WEIGHTS = {"refine": "gmflow_refine_published.pth", "base": "gmflow_base_random.pth"}
+EVALUATED = [
+    "refine_eval",
+    "refine_bidir",
+    "refine_crop_splits1-8_radius4",
+    "refine_crop_splits2-4_radius2",
+    "refine_crop_splits2-8_radius6",
+    "refine_crop_splits4-8_radius4",
+    "refine_crop_splits1-1_radius4",
+    "base_crop_eval",
+    "base_crop_bidir",
+    "base_crop_splits1",
+    "base_crop_local_radius3",
+]
+
+Pair = tuple[Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _threads_of_the_reference() -> Iterator[None]:
+    """Two: another number changes partial sums, which the weights magnify past 1e-3 px (the oracle too)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def settings(key: str) -> dict[str, Any]:
+    found = re.fullmatch(r"refine_crop_splits(\d+)-(\d+)_radius(\d+)", key)
+    if found:
+        first, second, radius = map(int, found.groups())
+        return {"attn_splits": (first, second), "corr_radius": (-1, radius)}
+    return {
+        "base_crop_splits1": {"attn_splits": (1,)},
+        "base_crop_local_radius3": {"corr_radius": (3,), "prop_radius": (1,)},
+    }.get(key, {})
+
+
+@pytest.mark.parametrize("key", EVALUATED)
+def test_flow_is_that_of_the_reference(
+    key: str,
+    reference: Path,
+    reference_outputs: dict[str, np.ndarray],
+    reference_pair: Pair,
+    reference_crop: Pair,
+) -> None:
+    model = load_model(reference / WEIGHTS[key.split("_")[0]], **settings(key))
+    image0, image1, _ = reference_crop if "crop" in key else reference_pair
+    with torch.no_grad():
+        out = model(image0, image1, bidirectional="bidir" in key)
+    flow = out.flow if out.backward_flow is None else torch.cat([out.flow, out.backward_flow])
+    assert np.abs(flow.numpy() - reference_outputs[key]).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["refine", "base"])
+def test_training_predictions_loss_metrics_and_gradients_are_those_of_the_reference(
+    variant: str,
+    reference: Path,
+    reference_outputs: dict[str, np.ndarray],
+    reference_gradients: dict[str, Any],
+    reference_crop: Pair,
+) -> None:
+    image0, image1, target = reference_crop
+    expected = reference_gradients[variant]
+    model = load_model(reference / WEIGHTS[variant]).train()
+    predictions = model(image0, image1).predictions
+    assert len(predictions) == expected["num_preds"]
+    for index, prediction in enumerate(predictions):
+        error = np.abs(prediction.detach().numpy() - reference_outputs[f"{variant}_train_pred{index}"])
+        assert error.max() <= TOLERANCE
+
+    valid = torch.ones_like(target[:, 0], dtype=torch.bool)
+    loss = sequence_loss(predictions, target, valid)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected["loss"], abs=1e-4)
+
+    # A bias in front of an instance norm, and the key's bias where the key is of the whole map, change nothing:
+    # their gradients are zero but for rounding, which is all that the reference holds of them.
+    rounding = 1e-8 * expected["total_grad_norm"]
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        reference_norm = expected["grad_norm"][published_name(name)]
+        assert parameter.grad.norm().item() == pytest.approx(reference_norm, rel=1e-3, abs=rounding), name
+
+    metrics = FlowMetrics()
+    metrics.update(predictions[-1], target, valid)
+    figures = metrics.compute()
+    assert figures["epe"] == pytest.approx(expected["metrics"]["epe"], abs=1e-3)
+    for pixels in ("1", "3", "5"):
+        assert figures[f"px{pixels}"] / 100 == pytest.approx(expected["metrics"][f"{pixels}px"], abs=1e-3)
+
+
+def test_occlusion_is_that_of_the_reference(reference_outputs: dict[str, np.ndarray]) -> None:
+    flows = torch.from_numpy(reference_outputs["refine_bidir"])
+    forward, backward = forward_backward_occlusion(flows[:1], flows[1:])
+    np.testing.assert_array_equal(forward.numpy(), reference_outputs["occ_fwd"])
+    np.testing.assert_array_equal(backward.numpy(), reference_outputs["occ_bwd"])
+
+
+CHAIRS = [(f"{index:05}", epe) for index, epe in enumerate((1.977, 1.329, 0.880, 1.050, 1.358, 1.210), start=1)]
+SINTEL = [
+    ("clean", "alley_1", 0.328),
+    ("final", "alley_1", 0.357),
+    ("clean", "market_5", 1.225),
+    ("final", "market_5", 1.597),
+]
+
+
+def evaluate(
+    reference: Path, frames: list[np.ndarray], target: Tensor, valid: Tensor, padding: Any
+) -> dict[str, float]:
+    model = load_model(reference / WEIGHTS["refine"])
+    image0, image1 = (torch.from_numpy(frame).permute(2, 0, 1).unsqueeze(0).float() for frame in frames)
+    with torch.inference_mode():
+        flow = padded_flow(model, image0, image1, padding=padding)
+    metrics = FlowMetrics()
+    metrics.update(flow, target, valid)
+    return metrics.compute()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "epe"), CHAIRS)
+def test_chairs(
+    name: str, epe: float, reference: Path, samples: Path, read_image: Callable, read_flo: Callable
+) -> None:
+    data = samples / "FlyingChairs_release" / "data"
+    frames = [read_image(data / f"{name}_img{index}.ppm") for index in (1, 2)]
+    target = torch.from_numpy(read_flo(data / f"{name}_flow.flo")).permute(2, 0, 1).unsqueeze(0)
+    figures = evaluate(reference, frames, target, torch.ones_like(target[:, 0]).bool(), "sintel")
+    assert figures["epe"] == pytest.approx(epe, abs=1.1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("render", "scene", "epe"), SINTEL)
+def test_sintel(
+    render: str,
+    scene: str,
+    epe: float,
+    reference: Path,
+    samples: Path,
+    read_image: Callable,
+    read_flo: Callable,
+) -> None:
+    training = samples / "Sintel" / "training"
+    frames = [read_image(training / render / scene / f"frame_000{index}.png") for index in (2, 3)]
+    target = torch.from_numpy(read_flo(training / "flow" / scene / "frame_0002.flo")).permute(2, 0, 1)[None]
+    figures = evaluate(reference, frames, target, torch.ones_like(target[:, 0]).bool(), "sintel")
+    assert figures["epe"] == pytest.approx(epe, abs=1.1e-3)
+
+
+@pytest.mark.slow
+def test_kitti(reference: Path, samples: Path, read_image: Callable) -> None:
+    training = samples / "KITTI" / "training"
+    frames = [read_image(training / "image_2" / f"000000_1{index}.png") for index in (0, 1)]
+    raw = cv2.imread(str(training / "flow_occ" / "000000_10.png"), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR)
+    assert raw is not None
+    raw = raw[..., ::-1].astype(np.float32)  # u, v, valid
+    target = torch.from_numpy((raw[..., :2] - 2**15) / 64).permute(2, 0, 1).unsqueeze(0)
+    valid = torch.from_numpy(raw[..., 2] > 0).unsqueeze(0)
+    figures = evaluate(reference, frames, target, valid, "kitti")
+    assert figures["epe"] == pytest.approx(1.860, abs=1.1e-3)
+    assert figures["f1_all"] == pytest.approx(5.585, abs=2e-3)
