@@ -175,15 +175,16 @@ def _peak_memory(device: str) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(quick: bool, compiled: bool) -> list[Case]:
     """The rows of the table."""
+    if compiled:
+        return [Case("refine", "inference", 128, 256, compile=on) for on in (False, True)]
     if quick:
         size = (128, 256)
         return [Case(v, m, *size, repetitions=1) for v in VARIANTS for m in ("inference", "train")]
     rows = [Case(v, "inference", 448, 1024, p) for v in VARIANTS for p in ("fp32", "bf16")]
     rows += [Case(v, "train", 384, 512, p) for v in VARIANTS for p in ("fp32", "bf16")]
     rows += [Case("refine", "train", 384, 512, checkpointing=c) for c in ("selective", "full")]
-    rows += [Case("refine", "inference", 448, 1024, compile=True)]
     growth = [(1088, 1920), (1440, 2560), (2176, 3840)]
     return rows + [Case("refine", "inference", *size, repetitions=1) for size in growth]
 
@@ -191,6 +192,7 @@ def cases(quick: bool) -> list[Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small images, one repetition")
+    parser.add_argument("--compile", action="store_true", help="torch.compile beside eager, on small images")
     parser.add_argument("--only", default="", help="rows whose name holds this text")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -200,7 +202,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {arguments.device}, {arguments.threads} thread(s), {arguments.clock} time")
     print(f"{'case':52} {'s':>8} {'GFLOP':>8} {'peak':>8} {'of peak':>8} {'saved':>9} {'memory':>9}")
     context = multiprocessing.get_context("spawn")
-    for case in cases(arguments.quick):
+    for case in cases(arguments.quick, arguments.compile):
         name = f"{case.variant} {case.mode} {case.height}×{case.width} {case.precision}"
         name += f" ckpt={case.checkpointing}" * (case.checkpointing != "none") + " compiled" * case.compile
         if arguments.only not in name:

@@ -15,6 +15,7 @@ import pipelines.etl
 import pipelines.evaluate
 import pipelines.predict
 from datasets_etl import formats
+from datasets_etl.etl import run_etl
 from datasets_etl.synthetic import synthetic_pair
 from gmflow import GMFlow, GMFlowConfig, save_weights
 from tests.conftest import ROOT
@@ -138,6 +139,30 @@ class TestEvaluate:
         (tmp_path / "x.safetensors").write_bytes(b"hello")
         result = call(pipelines.evaluate, "--model", tmp_path / "x.safetensors", "--data", manifests["chairs"])
         assert_one_line(result, "x.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(
+    ("dataset", "folder", "subset", "epe"),
+    [
+        ("chairs", "FlyingChairs_release", "val", {"val_00005": 1.358, "val_00006": 1.210}),
+        ("kitti", "KITTI", "training", {"training_000000_10": 1.860}),
+    ],
+)
+def test_published_weights_score_as_published_on_shards(
+    call, samples, reference, tmp_path, dataset, folder, subset, epe
+):
+    manifest = run_etl(dataset, str(samples / folder), str(tmp_path)).manifest_url
+    weights = reference / "gmflow_refine_published.pth"
+    code, _, _ = call(
+        pipelines.evaluate, "--model", weights, "--data", manifest, "--subset", subset, "--output", tmp_path / "scores"
+    )
+    assert code == 0
+    scores = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    assert {key: metrics["epe"] for key, metrics in scores["images"].items()} == pytest.approx(epe, abs=1e-3)
+    if dataset == "kitti":
+        assert scores["pooled"]["f1_all"] == pytest.approx(5.585, abs=1e-3)
 
 
 class TestPredict:
