@@ -155,6 +155,10 @@ def images(height: int = 48, width: int = 64, batch: int = 2) -> tuple[Tensor, T
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "both"])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_whole_model_and_its_gradients(config: GMFlowConfig, bidirectional: bool, checkpointing: str) -> None:
+    assert_model_is_the_oracle(config, bidirectional, checkpointing, pixels=5e-3)
+
+
+def assert_model_is_the_oracle(config: GMFlowConfig, bidirectional: bool, checkpointing: str, pixels: float) -> None:
     torch.manual_seed(0)
     model = GMFlow(config).train()
     image0, image1 = images(64, 96)
@@ -165,9 +169,9 @@ def test_whole_model_and_its_gradients(config: GMFlowConfig, bidirectional: bool
     )
     assert len(out.predictions) == 2 * config.num_scales
     for ours, other in zip(out.predictions, theirs, strict=True):
-        torch.testing.assert_close(ours, other[:2], rtol=1e-3, atol=5e-3)
+        torch.testing.assert_close(ours, other[:2], rtol=1e-3, atol=pixels)
     if bidirectional:
-        torch.testing.assert_close(out.backward_flow, theirs[-1][2:], rtol=1e-3, atol=5e-3)
+        torch.testing.assert_close(out.backward_flow, theirs[-1][2:], rtol=1e-3, atol=pixels)
 
     parameters = list(model.parameters())
     ours_grad = torch.autograd.grad(sum(p.abs().mean() for p in out.predictions), parameters)  # type: ignore[arg-type]
@@ -186,3 +190,23 @@ def test_same_input_same_bits() -> None:
         out.flow.abs().mean().backward()
         runs.append([out.flow.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.fixture
+def accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path that accelerators take, through the fused kernels, here on the CPU."""
+    for module in ("attention", "window_attention"):
+        monkeypatch.setattr(f"gmflow.{module}.computes_exactly", lambda tokens: False)
+
+
+@pytest.mark.usefixtures("accelerated")
+@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
+def test_the_accelerators_path_computes_the_same(config: GMFlowConfig) -> None:
+    assert_model_is_the_oracle(config, True, "none", pixels=2e-2)  # other partial sums, which the model magnifies
+
+
+@pytest.mark.usefixtures("accelerated")
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("cross", [False, True])
+def test_the_accelerators_window_attention_is_the_oracles(shifted: bool, cross: bool) -> None:
+    test_window_attention.hypothesis.inner_test(3, (2, 5), 4, shifted, cross)  # type: ignore[attr-defined]
