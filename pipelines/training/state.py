@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR
 
 from pipelines.errors import PipelineError
 from pipelines.training.config import StageConfig
@@ -38,7 +39,7 @@ class TrainingState:
 
     model: nn.Module
     optimizer: AdamW
-    schedule: OneCycleLR
+    schedule: LambdaLR
     step: int = 0
     skipped: int = 0
     records: list[tuple[int, dict[str, float]]] = field(default_factory=list)
@@ -47,15 +48,7 @@ class TrainingState:
     def fresh(cls, model: nn.Module, stage: StageConfig) -> "TrainingState":
         """A new stage: the given weights with a fresh optimiser and schedule."""
         optimizer = AdamW(model.parameters(), lr=stage.peak_lr, weight_decay=stage.weight_decay)
-        schedule = OneCycleLR(
-            optimizer,
-            max_lr=stage.peak_lr,
-            total_steps=stage.steps + 10,
-            pct_start=stage.warmup,
-            cycle_momentum=False,
-            anneal_strategy="cos",
-        )
-        return cls(model, optimizer, schedule)
+        return cls(model, optimizer, LambdaLR(optimizer, lambda step: one_cycle(step, stage.steps + 10, stage.warmup)))
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         self.records = [*self.records, (step, metrics)][-_REMEMBERED_RECORDS:]
@@ -87,6 +80,21 @@ class TrainingState:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
         self.step, self.skipped, self.records = saved["step"], saved["skipped"], saved["records"]
+
+
+def one_cycle(step: int, total: int, warmup: float) -> float:
+    """Share of the peak rate at a step: up from 1/25 and down to 1/250,000, both as half a cosine.
+
+    PyTorch's `OneCycleLR` without momentum cycling, which divides by zero where the warm-up ends at step 0.
+    """
+    top = warmup * total - 1
+    if step < top:
+        return _cosine(1 / 25, 1.0, step / top)
+    return _cosine(1.0, 1 / 250_000, (step - top) / (total - 1 - top))
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
 
 from pipelines.errors import PipelineError
 from pipelines.training.config import StageConfig
@@ -53,17 +54,29 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(tmp_path: Path):
     )
 
 
-def test_the_schedule_is_one_cycle_over_steps_and_ten():
-    state = fresh()
-    rates = []
-    for _ in range(20):
-        rates.append(state.schedule.get_last_lr()[0])
-        state.optimizer.step()
-        state.schedule.step()
-    assert rates[0] == pytest.approx(1e-2 / 25)
-    assert max(rates) == pytest.approx(1e-2, rel=0.05)
-    assert rates.index(max(rates)) in (0, 1)  # 5 % of 30 steps
-    assert rates[-1] > 1e-4  # ten steps before its end
+def rates(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, steps: int) -> list[float]:
+    found = []
+    for _ in range(steps):
+        found.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize("steps", [20, 90, 1000])
+def test_the_schedule_is_pytorchs_one_cycle_over_steps_and_ten(steps: int):
+    model = nn.Linear(3, 2)
+    state = TrainingState.fresh(model, STAGE.model_copy(update={"steps": steps}))
+    optimizer = torch.optim.AdamW(model.parameters())
+    theirs = OneCycleLR(optimizer, STAGE.peak_lr, total_steps=steps + 10, pct_start=0.05, cycle_momentum=False)
+    assert rates(state.optimizer, state.schedule, steps) == pytest.approx(rates(optimizer, theirs, steps), rel=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 11])
+def test_a_stage_of_few_steps_has_a_schedule_too(steps: int):
+    state = TrainingState.fresh(nn.Linear(3, 2), STAGE.model_copy(update={"steps": steps}))
+    found = rates(state.optimizer, state.schedule, steps)
+    assert all(0 < rate <= STAGE.peak_lr for rate in found)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "facts"])
