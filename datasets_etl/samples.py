@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ import numpy.typing as npt
 import zstandard
 
 from datasets_etl import formats
-from datasets_etl.errors import DataError
+from datasets_etl.errors import DamagedError
 from datasets_etl.sources import SampleRef, SourceTree, is_sparse
 
 SCHEMA_VERSION = 1
@@ -77,7 +78,8 @@ class SampleFacts:
 def encode_sample(ref: SampleRef, tree: SourceTree) -> tuple[dict[str, bytes | str], SampleFacts]:
     """Raw files of one pair → members of its shard, as webdataset's writer takes them.
 
-    Raises DataError where a file is damaged or frames and ground truth differ in size.
+    Raises DamagedError where a file is damaged or frames and ground truth differ in size: one line with paths
+    relative to the dataset, the same wherever it lies.
     """
     raw: dict[str, bytes] = {}
 
@@ -87,7 +89,7 @@ def encode_sample(ref: SampleRef, tree: SourceTree) -> tuple[dict[str, bytes | s
 
     image0 = formats.decode_frame(read(ref.image0), ref.image0)
     image1 = formats.decode_frame(read(ref.image1), ref.image1)
-    _same_size(tree, ref.image0, image0, ref.image1, image1)
+    check_size(ref.image0, image0.shape, ref.image1, image1.shape)
     members: dict[str, bytes] = {"frame0.webp": _encode_frame(image0), "frame1.webp": _encode_frame(image1)}
     valid: npt.NDArray[np.bool_] | None = None
 
@@ -100,14 +102,15 @@ def encode_sample(ref: SampleRef, tree: SourceTree) -> tuple[dict[str, bytes | s
             flow = _decode_dense(data, ref.flow)
             valid = _dense_valid(flow)
             members["flow.zst"] = _encode_flow(flow)
-        _same_size(tree, ref.image0, image0, ref.flow, flow)
+        check_size(ref.image0, image0.shape, ref.flow, flow.shape)
         if ref.flow_noc is not None:
             _, seen_in_both = formats.decode_kitti_flow(read(ref.flow_noc), ref.flow_noc)
+            check_size(ref.image0, image0.shape, ref.flow_noc, seen_in_both.shape)
             members["occluded.png"] = formats.encode_mask(valid & ~seen_in_both)
     for extension, path in (("occluded.png", ref.occlusion), ("invalid.png", ref.invalid)):
         if path is not None:
             mask = formats.decode_mask(read(path), path)
-            _same_size(tree, ref.image0, image0, path, mask)
+            check_size(ref.image0, image0.shape, path, mask.shape)
             members[extension] = formats.encode_mask(mask)
 
     height, width = image0.shape[:2]
@@ -126,7 +129,7 @@ def encode_sample(ref: SampleRef, tree: SourceTree) -> tuple[dict[str, bytes | s
 
 
 def decode_sample(data: bytes, where: str) -> FlowSample:
-    """The bytes of one sample's members in a tar → the sample. `where` names the sample in errors (DataError)."""
+    """The bytes of one sample's members in a tar → the sample. `where` names the sample in errors (DamagedError)."""
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             members = {member.name.partition(".")[2]: _member(tar, member) for member in tar}
@@ -137,7 +140,9 @@ def decode_sample(data: bytes, where: str) -> FlowSample:
         flow, valid = _decode_truth(members, shape, where)
         occluded = formats.decode_mask(members["occluded.png"], where) if "occluded.png" in members else None
     except (tarfile.TarError, KeyError, ValueError, zstandard.ZstdError) as error:
-        raise DataError(f"{where}: damaged sample ({error}); write the dataset again with pipelines/etl.py") from error
+        raise DamagedError(
+            f"{where}: damaged sample ({error}); write the dataset again with pipelines/etl.py"
+        ) from error
     return FlowSample(
         key=described["key"],
         dataset=described["dataset"],
@@ -170,11 +175,11 @@ def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return file.read()
 
 
-def _same_size(tree: SourceTree, name: str, one: npt.NDArray[Any], other_name: str, other: npt.NDArray[Any]) -> None:
-    if one.shape[:2] != other.shape[:2]:
-        (h0, w0), (h1, w1) = one.shape[:2], other.shape[:2]
-        raise DataError(
-            f"{tree.root}: {name} is {w0}x{h0} but {other_name} is {w1}x{h1} pixels; "
+def check_size(name: str, size: Sequence[int], other_name: str, other_size: Sequence[int]) -> None:
+    """Two files of a pair have one (height, width). Raises DamagedError naming both."""
+    if tuple(size[:2]) != tuple(other_size[:2]):
+        raise DamagedError(
+            f"{name} is {size[1]}x{size[0]} but {other_name} is {other_size[1]}x{other_size[0]} pixels; "
             "frames and ground truth of a pair must have one size"
         )
 
