@@ -118,11 +118,12 @@ def decode_kitti_flow(data: bytes, name: str) -> tuple[Flow, Mask]:
         raise _bad(name, f"is a {depth}-bit PNG of colour type {colour}; flow is 16-bit RGB", "is it a frame?")
     encoded = _imdecode(data, cv2.IMREAD_UNCHANGED, name)  # [H, W, (valid, y, x)]: OpenCV's order is BGR
     valid = encoded[..., 0] != 0
-    flow = encoded[..., :0:-1].astype(np.float32)  # [H, W, (x, y)]
+    packed = np.empty((*valid.shape, 2), np.uint16)  # [H, W, (x, y)]
+    cv2.mixChannels([encoded], [packed], [2, 0, 1, 1])
+    flow = packed.astype(np.float32)
     flow -= 32768
     flow *= 1 / 64
-    flow *= valid[..., None]
-    return flow, valid
+    return cv2.copyTo(flow, valid.view(np.uint8)), valid  # 0 where the mask is
 
 
 def encode_kitti_flow(flow: Flow, valid: Mask) -> bytes:
