@@ -1,22 +1,26 @@
 """A raw dataset → shards and a manifest, by Ray tasks: index, plan, write, publish."""
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import ray
 
 from datasets_etl import formats
-from datasets_etl.errors import DataError
-from datasets_etl.manifest import ShardEntry, build
-from datasets_etl.shards import ShardPlan, finished_shard, plan_shards, raw_files, write_shard
-from datasets_etl.sources import SOURCES, SampleRef, SourceTree
+from datasets_etl.errors import DamagedError, DataError
+from datasets_etl.manifest import build
+from datasets_etl.samples import check_size
+from datasets_etl.shards import ShardPlan, WrittenShard, finished_shard, plan_shards, raw_files, write_shard
+from datasets_etl.sources import SOURCES, SampleRef, Source, SourceTree
 from datasets_etl.storage import ObjectInfo, open_store
 
 DEFAULT_SHARD_BYTES = 512 * 2**20
 
-# Enough for width and height in every raw format.
-_HEAD_BYTES = 64
+_HEADERS_AT_ONCE = 16
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class EtlResult:
         raw_bytes: size of the raw files that went in.
         stored_bytes: size of all shards.
         invalid_pixels: pixels without usable ground truth.
+        quarantined: damaged pairs that were left out: sample key → why, in a line.
     """
 
     manifest_url: str
@@ -39,6 +44,7 @@ class EtlResult:
     raw_bytes: int
     stored_bytes: int
     invalid_pixels: int
+    quarantined: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_etl(
@@ -48,6 +54,8 @@ def run_etl(
     *,
     workers: int | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    strict: bool = False,
+    index: Source | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> EtlResult:
     """Shard one dataset. Needs a connected Ray.
@@ -58,82 +66,74 @@ def run_etl(
         target: URL or path; the dataset goes to `target/dataset/`.
         workers: shards written at a time; None for one for each CPU of the cluster.
         shard_bytes: raw bytes of pixels and flow in a shard.
+        strict: whether a damaged pair stops the run. Otherwise it is left out, and the manifest says why.
+        index: how to list the pairs where not as `SOURCES[dataset]` does, such as `chairs.index_by_hash`.
         on_progress: called with samples done and samples in all.
 
     Raises:
-        DataError: the source is missing, empty, of another layout or damaged. No manifest is written then; finished
-            shards stay, and the same call goes on from them.
+        DataError: the source is missing, empty or of another layout, or all pairs of a subset are damaged, or one is
+            and the run is strict. No manifest is written then; finished shards stay, and the same call goes on from
+            them.
     """
     tree, objects = _open_source(source)
-    refs = SOURCES[dataset](tree)
-    pixels = _check_sizes(refs, source)
-    plans = plan_shards(refs, pixels, {key: info.stamp for key, info in objects.items()}, shard_bytes)
+    refs = (index or SOURCES[dataset])(tree)
+    pixels, quarantined = _check_sizes(refs, source, objects, strict)
+    _require_some_of_each(refs, quarantined, source)
+    sound = [ref for ref in refs if ref.key not in quarantined]
+    plans = plan_shards(sound, pixels, {key: info.stamp for key, info in objects.items()}, shard_bytes)
     store = open_store(f"{target.rstrip('/')}/{dataset}")
 
-    entries: dict[int, ShardEntry] = {}
-    for plan in plans:
-        if (entry := finished_shard(plan, store)) is not None:
-            entries[plan.index] = entry
-    reused = len(entries)
-    on_progress(sum(len(entry.samples) for entry in entries.values()), len(refs))
-    missing = [plan for plan in plans if plan.index not in entries]
-    at_once = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    for index, entry in _write_all(missing, source, store.url, at_once):
-        entries[index] = entry
-        on_progress(sum(len(entry.samples) for entry in entries.values()), len(refs))
+    def report() -> None:
+        on_progress(sum(len(plans[number].refs) for number in written), len(sound))
 
-    manifest = build(dataset, [entries[plan.index] for plan in plans])
-    raw = {path for ref in refs for path in raw_files(ref)}
+    written = {plan.index: shard for plan in plans if (shard := finished_shard(plan, store)) is not None}
+    if strict:
+        _refuse_quarantined(written.values(), source)
+    reused = len(written)
+    report()
+    missing = [(plan, source, store.url, strict) for plan in plans if plan.index not in written]
+    for (plan, *_), shard in run_tasks(_write_task, missing, workers):
+        written[plan.index] = shard
+        report()
+
+    shards = [written[plan.index] for plan in plans]
+    for shard in shards:
+        quarantined |= shard.quarantined
+    _require_some_of_each(refs, quarantined, source)
+    manifest = build(dataset, [shard.entry for shard in shards if shard.entry is not None], quarantined)
+    raw = {path for ref in refs if ref.key not in quarantined for path in raw_files(ref)}
     return EtlResult(
         manifest_url=manifest.publish(store),
         subsets=manifest.subsets,
-        shards=len(plans),
+        shards=len(manifest.shards),
         reused=reused,
         raw_bytes=sum(objects[path].size for path in raw),
         stored_bytes=sum(shard.bytes for shard in manifest.shards),
         invalid_pixels=sum(sample.invalid_pixels or 0 for sample in manifest.samples),
+        quarantined=quarantined,
     )
 
 
-def _open_source(source: str) -> tuple[SourceTree, dict[str, ObjectInfo]]:
-    store = open_store(source)
-    objects = {info.key: info for info in store.walk()}
-    if not objects:
-        raise DataError(f"{source}: no such folder, or nothing in it; --source is the dataset's unpacked folder")
-    return SourceTree(source, tuple(objects), store.read), objects
+def run_tasks(
+    work: Callable[..., _Result | DataError], tasks: Sequence[tuple[Any, ...]], at_once: int | None
+) -> Iterator[tuple[tuple[Any, ...], _Result]]:
+    """Run `work(*task)` for every task by Ray, one CPU each; yields (task, result) as they finish.
 
-
-def _check_sizes(refs: list[SampleRef], source: str) -> dict[str, int]:
-    """Pixels of every sample, from the files' first bytes: a wrong size shows before anything is written."""
-    store = open_store(source)
-
-    def size_of(path: str) -> tuple[int, int]:
-        return formats.image_size(store.read_range(path, 0, _HEAD_BYTES), path)
-
-    def check(ref: SampleRef) -> int:
-        first = size_of(ref.image0)
-        for path in (ref.image1, ref.flow):
-            if path is not None and (other := size_of(path)) != first:
-                raise DataError(
-                    f"{source}: {ref.image0} is {first[1]}x{first[0]} but {path} is {other[1]}x{other[0]} pixels; "
-                    "frames and ground truth of a pair must have one size"
-                )
-        return first[0] * first[1]
-
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        return dict(zip((ref.key for ref in refs), pool.map(check, refs), strict=True))
-
-
-def _write_all(plans: list[ShardPlan], source: str, target: str, at_once: int) -> Iterator[tuple[int, ShardEntry]]:
-    """Write shards by Ray tasks, at most `at_once` at a time; yields them as they finish."""
-    task = ray.remote(num_cpus=1, max_retries=3)(_write_task)
-    waiting = list(reversed(plans))
-    running: dict[ray.ObjectRef, int] = {}
+    Args:
+        work: returns a DataError instead of raising it: Ray would wrap it in a trace, and try a damaged file three
+            times. It is raised here.
+        tasks: what to work on.
+        at_once: tasks running at a time; None for one for each CPU of the cluster.
+    """
+    at_once = at_once or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    remote = ray.remote(num_cpus=1, max_retries=3)(work)
+    waiting = list(reversed(tasks))
+    running: dict[ray.ObjectRef, tuple[Any, ...]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
-                plan = waiting.pop()
-                running[task.remote(plan, source, target)] = plan.index
+                task = waiting.pop()
+                running[remote.remote(*task)] = task
             finished, _ = ray.wait(list(running), num_returns=1)
             result = ray.get(finished[0])
             if isinstance(result, DataError):
@@ -144,10 +144,87 @@ def _write_all(plans: list[ShardPlan], source: str, target: str, at_once: int) -
             ray.cancel(reference, force=False)
 
 
-def _write_task(plan: ShardPlan, source: str, target: str) -> ShardEntry | DataError:
-    # An error of the user's comes back as a value: Ray would wrap it in a trace, and try a damaged file three times.
+def _open_source(source: str) -> tuple[SourceTree, dict[str, ObjectInfo]]:
+    store = open_store(source)
+    objects = {info.key: info for info in store.walk()}
+    if not objects:
+        raise DataError(f"{source}: no such folder, or nothing in it; --source is the dataset's unpacked folder")
+    return SourceTree(source, tuple(objects), store.read), objects
+
+
+def _check_sizes(
+    refs: Sequence[SampleRef], source: str, objects: Mapping[str, ObjectInfo], strict: bool
+) -> tuple[dict[str, int], dict[str, str]]:
+    """From the files' first bytes, so that what is wrong with a size shows before anything is written.
+
+    Returns:
+        Pixels of a frame by sample key; and for the samples whose files differ in size or tell none, why.
+    """
+    store = open_store(source)
+
+    def size_of(path: str) -> tuple[int, int] | DamagedError:
+        length = min(formats.HEAD_BYTES, objects[path].size)
+        try:
+            return formats.image_size(store.read_range(path, 0, length) if length else b"", path)
+        except DamagedError as error:
+            return error
+
+    paths = list(dict.fromkeys(path for ref in refs for path in _sized_files(ref)))
+    with ThreadPoolExecutor(max_workers=_HEADERS_AT_ONCE) as pool:
+        sizes = dict(zip(paths, pool.map(size_of, paths), strict=True))
+
+    pixels: dict[str, int] = {}
+    quarantined: dict[str, str] = {}
+    for ref in refs:
+        try:
+            height, width = _common_size(ref, sizes)
+            pixels[ref.key] = height * width
+        except DamagedError as error:
+            if strict:
+                raise _stopped(source, ref.key, str(error)) from None
+            quarantined[ref.key] = str(error)
+    return pixels, quarantined
+
+
+def _sized_files(ref: SampleRef) -> list[str]:
+    return [path for path in (ref.image0, ref.image1, ref.flow) if path is not None]
+
+
+def _common_size(ref: SampleRef, sizes: Mapping[str, tuple[int, int] | DamagedError]) -> tuple[int, int]:
+    found = []
+    for path in _sized_files(ref):
+        size = sizes[path]
+        if isinstance(size, DamagedError):
+            raise size
+        found.append(size)
+        check_size(ref.image0, found[0], path, size)
+    return found[0]
+
+
+def _require_some_of_each(refs: Sequence[SampleRef], quarantined: Mapping[str, str], source: str) -> None:
+    """Raises DataError where a subset has nothing left: such a dataset is not worth a manifest."""
+    left = Counter(ref.subset for ref in refs if ref.key not in quarantined)
+    for ref in refs:
+        if not left[ref.subset]:
+            raise DataError(f"{source}: every pair of {ref.subset} is damaged, the first: {quarantined[ref.key]}")
+
+
+def _refuse_quarantined(shards: Iterable[WrittenShard], source: str) -> None:
+    """What an earlier run, which was not strict, left out."""
+    for shard in shards:
+        for key, reason in shard.quarantined.items():
+            raise _stopped(source, key, reason)
+
+
+def _stopped(source: str, key: str, reason: str) -> DataError:
+    return DataError(f"{source}: {key}: {reason} (without --strict the pair is left out)")
+
+
+def _write_task(plan: ShardPlan, source: str, target: str, strict: bool) -> WrittenShard | DataError:
     raw = open_store(source)
     try:
-        return write_shard(plan, SourceTree(source, (), raw.read), open_store(target))
+        return write_shard(plan, SourceTree(source, (), raw.read), open_store(target), strict=strict)
+    except DamagedError as error:
+        return _stopped(source, f"shard {plan.index}", str(error))
     except DataError as error:
         return error

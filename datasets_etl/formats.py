@@ -1,6 +1,6 @@
 """The file formats of the raw datasets: strict readers and writers on bytes.
 
-Nothing here opens a file, so folders and buckets read the same. A reader raises DataError, one line with the
+Nothing here opens a file, so folders and buckets read the same. A reader raises DamagedError, one line with the
 file's name, wherever the bytes are not exactly one well-formed file: guessing would poison training silently.
 
 Flow is float32 [H, W, 2], x then y, in pixels. Frames are uint8 [H, W, 3], RGB. Masks are bool [H, W].
@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from datasets_etl.errors import DataError
+from datasets_etl.errors import DamagedError
 
 Flow = npt.NDArray[np.float32]
 Frame = npt.NDArray[np.uint8]
@@ -52,7 +52,7 @@ def decode_flo(data: bytes, name: str) -> Flow:
         float32 [H, W, 2], exactly as stored: unknown flow stays as the file marks it (huge or not finite).
 
     Raises:
-        DataError: not a .flo, truncated, too long, or an absurd size.
+        DamagedError: not a .flo, truncated, too long, or an absurd size.
     """
     height, width = _flo_size(data, name)
     _expect_length(data, _FLO_HEADER + 8 * height * width, name)
@@ -77,7 +77,7 @@ def decode_pfm(data: bytes, name: str) -> Flow:
         float32 [H, W, 2], the first two channels as stored (FlyingThings3D holds NaN and inf in places).
 
     Raises:
-        DataError: not a colour PFM, truncated, too long, or an absurd size.
+        DamagedError: not a colour PFM, truncated, too long, or an absurd size.
     """
     header = _pfm_header(data, name)
     if header[1] == b"f":
@@ -110,7 +110,7 @@ def decode_kitti_flow(data: bytes, name: str) -> tuple[Flow, Mask]:
         flow float32 [H, W, 2], 0 where not valid, and valid bool [H, W].
 
     Raises:
-        DataError: not a whole 16-bit RGB PNG.
+        DamagedError: not a whole 16-bit RGB PNG.
     """
     _check_png(data, name)
     depth, colour = data[24], data[25]
@@ -118,11 +118,12 @@ def decode_kitti_flow(data: bytes, name: str) -> tuple[Flow, Mask]:
         raise _bad(name, f"is a {depth}-bit PNG of colour type {colour}; flow is 16-bit RGB", "is it a frame?")
     encoded = _imdecode(data, cv2.IMREAD_UNCHANGED, name)  # [H, W, (valid, y, x)]: OpenCV's order is BGR
     valid = encoded[..., 0] != 0
-    flow = encoded[..., :0:-1].astype(np.float32)  # [H, W, (x, y)]
+    packed = np.empty((*valid.shape, 2), np.uint16)  # [H, W, (x, y)]
+    cv2.mixChannels([encoded], [packed], [2, 0, 1, 1])
+    flow = packed.astype(np.float32)
     flow -= 32768
     flow *= 1 / 64
-    flow *= valid[..., None]
-    return flow, valid
+    return cv2.copyTo(flow, valid.view(np.uint8)), valid  # 0 where the mask is
 
 
 def encode_kitti_flow(flow: Flow, valid: Mask) -> bytes:
@@ -157,7 +158,7 @@ def decode_frame(data: bytes, name: str) -> Frame:
         uint8 [H, W, 3], RGB.
 
     Raises:
-        DataError: another format or depth, truncated, trailing bytes, or an absurd size.
+        DamagedError: another format or depth, truncated, trailing bytes, or an absurd size.
     """
     if data[:2] in (b"P5", b"P6"):
         return _decode_pnm(data, name)
@@ -191,7 +192,7 @@ def decode_mask(data: bytes, name: str) -> Mask:
     """Reads a mask PNG (Sintel's occlusions and invalid): bool [H, W], true where any channel is non-zero.
 
     Raises:
-        DataError: not a whole PNG.
+        DamagedError: not a whole PNG.
     """
     _check_png(data, name)
     pixels = _imdecode(data, cv2.IMREAD_UNCHANGED, name)
@@ -217,7 +218,7 @@ def image_size(head: bytes, name: str) -> tuple[int, int]:
         name: what to call it in an error.
 
     Raises:
-        DataError: none of the formats of this module, an absurd size, or too few bytes to tell.
+        DamagedError: none of the formats of this module, an absurd size, or too few bytes to tell.
     """
     if head.startswith(_FLO_MAGIC):
         return _flo_size(head, name)
@@ -236,8 +237,8 @@ def image_size(head: bytes, name: str) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------ inside
 
 
-def _bad(name: str, what: str, way_out: str) -> DataError:
-    return DataError(f"{name} {what}: {way_out}")
+def _bad(name: str, what: str, way_out: str) -> DamagedError:
+    return DamagedError(f"{name} {what}: {way_out}")
 
 
 def _checked_size(height: int, width: int, name: str) -> tuple[int, int]:

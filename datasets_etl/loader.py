@@ -6,10 +6,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -45,12 +46,15 @@ class MixturePart:
     augmentation: AugmentConfig
 
 
-def read_sample(manifest: Manifest, index: int) -> FlowSample:
-    """Sample number `index` of a manifest, by one ranged read. Raises DataError naming shard and sample."""
+def read_sample(manifest: Manifest, index: int, *, occlusion: bool = True) -> FlowSample:
+    """Sample number `index` of a manifest, by one ranged read, with or without its occlusion mask.
+
+    Raises DataError naming shard and sample.
+    """
     shard, entry = manifest.place(index)
     store = manifest.store()
     data = read_sample_bytes(store, shard, entry)
-    return decode_sample(data, f"{store.url}/{shard.name}: sample {entry.key}")
+    return decode_sample(data, f"{store.url}/{shard.name}: sample {entry.key}", occlusion=occlusion)
 
 
 class EvaluationSet(Dataset[FlowSample]):
@@ -83,7 +87,8 @@ class PositionDataset(Dataset[FlowBatch]):
     def __getitem__(self, position: int) -> FlowBatch:
         parts, indices = self.order.locate([position])
         part = self.mixture[int(parts[0])]
-        sample = read_sample(part.manifest, int(self.selections[int(parts[0])][int(indices[0])]))
+        number = int(self.selections[int(parts[0])][int(indices[0])])
+        sample = read_sample(part.manifest, number, occlusion=False)
         return to_tensors(augment(sample, part.augmentation, sample_generator(self.seed, position)))
 
 
@@ -157,11 +162,19 @@ def to_tensors(sample: FlowSample) -> FlowBatch:
     if sample.flow is None or sample.valid is None:
         raise ValueError(f"{sample.key} has no ground truth to train on")
     return FlowBatch(
-        image0=torch.from_numpy(np.ascontiguousarray(sample.image0.transpose(2, 0, 1))),  # [3, H, W]
-        image1=torch.from_numpy(np.ascontiguousarray(sample.image1.transpose(2, 0, 1))),
-        flow=torch.from_numpy(np.ascontiguousarray(sample.flow.transpose(2, 0, 1))),  # [2, H, W]
+        image0=_channels_first(sample.image0),  # [3, H, W]
+        image1=_channels_first(sample.image1),
+        flow=_channels_first(sample.flow),  # [2, H, W]
         valid=torch.from_numpy(sample.valid),  # [H, W]
     )
+
+
+def _channels_first(pixels: npt.NDArray[Any]) -> torch.Tensor:
+    """[H, W, C] → [C, H, W]; several times as fast as a transposed copy."""
+    planes = np.empty((pixels.shape[2], *pixels.shape[:2]), pixels.dtype)
+    for channel, plane in enumerate(planes):
+        cv2.extractChannel(pixels, channel, dst=plane)
+    return torch.from_numpy(planes)
 
 
 def collate(samples: Sequence[FlowBatch]) -> FlowBatch:

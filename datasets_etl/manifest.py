@@ -18,7 +18,7 @@ import numpy.typing as npt
 from datasets_etl.errors import DataError
 from datasets_etl.storage import ObjectStore, open_store, split_url
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _NAME = re.compile(r"manifest-([0-9a-f]{16})\.json")
 
@@ -61,11 +61,13 @@ class Manifest:
     Attributes:
         dataset: "chairs", "things", "sintel", "kitti" or "hd1k".
         shards: in order; samples are numbered through them from 0.
+        quarantined: raw pairs left out because they are damaged: sample key → why, in a line.
         url: where it was loaded from; empty before it is published. Not part of the content.
     """
 
     dataset: str
     shards: tuple[ShardEntry, ...]
+    quarantined: Mapping[str, str] = field(default_factory=dict)
     url: str = field(default="", compare=False)
 
     @classmethod
@@ -87,13 +89,15 @@ class Manifest:
                     "write the dataset again with pipelines/etl.py"
                 )
             shards = tuple(ShardEntry.from_dict(entry) for entry in content["shards"])
-            return cls(content["dataset"], shards, url)
+            return cls(content["dataset"], shards, dict(content["quarantined"]), url)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{url}: not a manifest of pipelines/etl.py ({error!r})") from error
 
     def to_bytes(self) -> bytes:
         """Canonical JSON, one line a shard."""
-        head = json.dumps({"format": FORMAT_VERSION, "dataset": self.dataset}, sort_keys=True)
+        head = json.dumps(
+            {"format": FORMAT_VERSION, "dataset": self.dataset, "quarantined": dict(self.quarantined)}, sort_keys=True
+        )
         shards = ",\n".join(json.dumps(asdict(shard), sort_keys=True) for shard in self.shards)
         return f'{head[:-1]}, "shards": [\n{shards}\n]}}\n'.encode()
 
@@ -153,9 +157,9 @@ class Manifest:
         return open_store(self.url.rpartition("/")[0])
 
 
-def build(dataset: str, shards: Sequence[ShardEntry]) -> Manifest:
-    """The manifest of finished shards, in their order."""
+def build(dataset: str, shards: Sequence[ShardEntry], quarantined: Mapping[str, str]) -> Manifest:
+    """The manifest of finished shards, in their order, and of what was left out of them."""
     keys = [sample.key for shard in shards for sample in shard.samples]
     if len(set(keys)) != len(keys):
         raise ValueError(f"{dataset}: sample keys are not unique")
-    return Manifest(dataset, tuple(shards))
+    return Manifest(dataset, tuple(shards), quarantined)

@@ -3,9 +3,9 @@
 In a shard a sample is these members, named `KEY.EXTENSION` as WebDataset wants it:
 
     json             dataset, subset, scene, frame, size, the raw files and their hashes
-    frame0.webp      first frame, lossless WebP, RGB
-    frame1.webp      second frame
-    flow.zst         dense flow: float32 [H, W, 2] little-endian, bytes shuffled (all first bytes, all second, …), zstd
+    frame0.zst       first frame, uint8 [H, W, 3] RGB in the code of rowcode.py
+    frame1.zst       second frame
+    flow.zst         dense flow, float32 [H, W, 2] in the code of rowcode.py
     flow.png         sparse flow (KITTI, HD1K): the 16-bit PNG as published
     occluded.png     occlusion mask, 0 or 255: Sintel's own, or KITTI's pixels of flow_occ that flow_noc lacks
     invalid.png      Sintel's mask of invalid pixels, 0 or 255; kept, but those pixels count as valid when a sample is
@@ -18,25 +18,21 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
-import zstandard
 
-from datasets_etl import formats
-from datasets_etl.errors import DataError
+from datasets_etl import formats, rowcode
+from datasets_etl.errors import DamagedError
 from datasets_etl.sources import SampleRef, SourceTree, is_sparse
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # Dense components this large mark a pixel without ground truth (model_spec: "components ≥ 1000").
 MAX_DENSE_FLOW = 1000.0
-
-_ZSTD_LEVEL = 6
-_LOSSLESS_WEBP = (cv2.IMWRITE_WEBP_QUALITY, 101)  # above 100 OpenCV writes VP8L, the lossless format
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,8 @@ class SampleFacts:
 def encode_sample(ref: SampleRef, tree: SourceTree) -> tuple[dict[str, bytes | str], SampleFacts]:
     """Raw files of one pair → members of its shard, as webdataset's writer takes them.
 
-    Raises DataError where a file is damaged or frames and ground truth differ in size.
+    Raises DamagedError where a file is damaged or frames and ground truth differ in size: one line with paths
+    relative to the dataset, the same wherever it lies.
     """
     raw: dict[str, bytes] = {}
 
@@ -87,8 +84,11 @@ def encode_sample(ref: SampleRef, tree: SourceTree) -> tuple[dict[str, bytes | s
 
     image0 = formats.decode_frame(read(ref.image0), ref.image0)
     image1 = formats.decode_frame(read(ref.image1), ref.image1)
-    _same_size(tree, ref.image0, image0, ref.image1, image1)
-    members: dict[str, bytes] = {"frame0.webp": _encode_frame(image0), "frame1.webp": _encode_frame(image1)}
+    check_size(ref.image0, image0.shape, ref.image1, image1.shape)
+    members: dict[str, bytes] = {
+        "frame0.zst": rowcode.encode_frame(image0),
+        "frame1.zst": rowcode.encode_frame(image1),
+    }
     valid: npt.NDArray[np.bool_] | None = None
 
     if ref.flow is not None:
@@ -99,15 +99,16 @@ def encode_sample(ref: SampleRef, tree: SourceTree) -> tuple[dict[str, bytes | s
         else:
             flow = _decode_dense(data, ref.flow)
             valid = _dense_valid(flow)
-            members["flow.zst"] = _encode_flow(flow)
-        _same_size(tree, ref.image0, image0, ref.flow, flow)
+            members["flow.zst"] = rowcode.encode_flow(flow)
+        check_size(ref.image0, image0.shape, ref.flow, flow.shape)
         if ref.flow_noc is not None:
             _, seen_in_both = formats.decode_kitti_flow(read(ref.flow_noc), ref.flow_noc)
+            check_size(ref.image0, image0.shape, ref.flow_noc, seen_in_both.shape)
             members["occluded.png"] = formats.encode_mask(valid & ~seen_in_both)
     for extension, path in (("occluded.png", ref.occlusion), ("invalid.png", ref.invalid)):
         if path is not None:
             mask = formats.decode_mask(read(path), path)
-            _same_size(tree, ref.image0, image0, path, mask)
+            check_size(ref.image0, image0.shape, path, mask.shape)
             members[extension] = formats.encode_mask(mask)
 
     height, width = image0.shape[:2]
@@ -125,19 +126,33 @@ def encode_sample(ref: SampleRef, tree: SourceTree) -> tuple[dict[str, bytes | s
     return sample | members, SampleFacts(height, width, None if valid is None else int((~valid).sum()))
 
 
-def decode_sample(data: bytes, where: str) -> FlowSample:
-    """The bytes of one sample's members in a tar → the sample. `where` names the sample in errors (DataError)."""
+def decode_sample(data: bytes, where: str, *, occlusion: bool = True) -> FlowSample:
+    """The bytes of one sample's members in a tar → the sample.
+
+    Args:
+        data: the members, from the first one's header to the end of the last one's last block.
+        where: names the sample in errors.
+        occlusion: whether to decode the occlusion mask, where there is one; training has no use for it.
+
+    Raises:
+        DamagedError: a member is missing or does not decode.
+    """
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             members = {member.name.partition(".")[2]: _member(tar, member) for member in tar}
         described: dict[str, Any] = json.loads(members["json"])
-        image0 = _decode_frame(members["frame0.webp"])
-        image1 = _decode_frame(members["frame1.webp"])
+        if described["schema"] != SCHEMA_VERSION:
+            raise ValueError(f"schema {described['schema']}, this version reads {SCHEMA_VERSION}")
         shape = (described["height"], described["width"])
+        image0 = rowcode.decode_frame(members["frame0.zst"], shape)
+        image1 = rowcode.decode_frame(members["frame1.zst"], shape)
         flow, valid = _decode_truth(members, shape, where)
-        occluded = formats.decode_mask(members["occluded.png"], where) if "occluded.png" in members else None
-    except (tarfile.TarError, KeyError, ValueError, zstandard.ZstdError) as error:
-        raise DataError(f"{where}: damaged sample ({error}); write the dataset again with pipelines/etl.py") from error
+        mask = members.get("occluded.png") if occlusion else None
+        occluded = None if mask is None else formats.decode_mask(mask, where)
+    except (tarfile.TarError, KeyError, ValueError) as error:
+        raise DamagedError(
+            f"{where}: damaged sample ({error}); write the dataset again with pipelines/etl.py"
+        ) from error
     return FlowSample(
         key=described["key"],
         dataset=described["dataset"],
@@ -158,9 +173,11 @@ def _decode_truth(
         return formats.decode_kitti_flow(members["flow.png"], where)
     if "flow.zst" not in members:
         return None, None
-    flow = _decode_flow(members["flow.zst"], shape)
+    flow = rowcode.decode_flow(members["flow.zst"], shape)
     valid = _dense_valid(flow)
-    return np.where(valid[..., None], flow, np.float32(0)), valid
+    if not valid.all():
+        flow[~valid] = 0
+    return flow, valid
 
 
 def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -170,11 +187,11 @@ def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return file.read()
 
 
-def _same_size(tree: SourceTree, name: str, one: npt.NDArray[Any], other_name: str, other: npt.NDArray[Any]) -> None:
-    if one.shape[:2] != other.shape[:2]:
-        (h0, w0), (h1, w1) = one.shape[:2], other.shape[:2]
-        raise DataError(
-            f"{tree.root}: {name} is {w0}x{h0} but {other_name} is {w1}x{h1} pixels; "
+def check_size(name: str, size: Sequence[int], other_name: str, other_size: Sequence[int]) -> None:
+    """Two files of a pair have one (height, width). Raises DamagedError naming both."""
+    if tuple(size[:2]) != tuple(other_size[:2]):
+        raise DamagedError(
+            f"{name} is {size[1]}x{size[0]} but {other_name} is {other_size[1]}x{other_size[0]} pixels; "
             "frames and ground truth of a pair must have one size"
         )
 
@@ -184,30 +201,8 @@ def _decode_dense(data: bytes, name: str) -> npt.NDArray[np.float32]:
 
 
 def _dense_valid(flow: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-    return np.all(np.abs(flow) < MAX_DENSE_FLOW, axis=-1)  # false for NaN and infinity too
-
-
-def _encode_frame(image: npt.NDArray[np.uint8]) -> bytes:
-    done, data = cv2.imencode(".webp", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), _LOSSLESS_WEBP)
-    if not done:
-        raise ValueError(f"WebP cannot hold a frame of shape {image.shape}")
-    return data.tobytes()
-
-
-def _decode_frame(data: bytes) -> npt.NDArray[np.uint8]:
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    if image is None:
-        raise ValueError("a frame is no readable WebP")
-    return image
-
-
-def _encode_flow(flow: npt.NDArray[np.float32]) -> bytes:
-    planes = flow.astype("<f4", copy=False).view(np.uint8).reshape(-1, 4).T  # [4, H*W*2]
-    return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(planes.tobytes())
-
-
-def _decode_flow(data: bytes, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
-    size = shape[0] * shape[1] * 2
-    planes = np.frombuffer(zstandard.ZstdDecompressor().decompress(data, max_output_size=4 * size), np.uint8)
-    values = np.ascontiguousarray(planes.reshape(4, size).T).view("<f4")  # [H*W*2, 1]
-    return values.reshape(*shape, 2).astype(np.float32, copy=False)
+    # All valid is the usual case, and these two passes are the cheapest way to see it: NaN fails any comparison.
+    if float(flow.min()) > -MAX_DENSE_FLOW and float(flow.max()) < MAX_DENSE_FLOW:
+        return np.ones(flow.shape[:2], np.bool_)
+    small = np.abs(flow) < MAX_DENSE_FLOW  # [H, W, 2], false for NaN and infinity too
+    return small[..., 0] & small[..., 1]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from webdataset import TarWriter
 
-from datasets_etl.errors import DataError
+from datasets_etl.errors import DamagedError
 from datasets_etl.manifest import FORMAT_VERSION, SampleEntry, ShardEntry
 from datasets_etl.samples import SCHEMA_VERSION, SampleFacts, encode_sample
 from datasets_etl.sources import SampleRef, SourceTree
@@ -38,6 +38,14 @@ class ShardPlan:
     def record_name(self) -> str:
         """Object that remembers the finished shard, so that a second run need not write it again."""
         return f"records/{self.index:05d}-{self.fingerprint}.json"
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """What became of a plan: the shard, None where every pair is damaged, and why pairs were left out, by key."""
+
+    entry: ShardEntry | None
+    quarantined: Mapping[str, str]
 
 
 def plan_shards(
@@ -80,47 +88,64 @@ def _fingerprint(refs: Sequence[SampleRef], stamps: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def finished_shard(plan: ShardPlan, store: ObjectStore) -> ShardEntry | None:
-    """The entry of a shard that an earlier run already wrote, None where there is none or its object is gone."""
+def finished_shard(plan: ShardPlan, store: ObjectStore) -> WrittenShard | None:
+    """What an earlier run already wrote, None where it wrote nothing or the object is gone."""
     if store.size(plan.record_name) is None:
         return None
-    entry = ShardEntry.from_dict(json.loads(store.read(plan.record_name)))
-    return entry if store.size(entry.name) == entry.bytes else None
+    record = json.loads(store.read(plan.record_name))
+    entry = ShardEntry.from_dict(record["shard"])
+    return WrittenShard(entry, record["quarantined"]) if store.size(entry.name) == entry.bytes else None
 
 
-def write_shard(plan: ShardPlan, tree: SourceTree, store: ObjectStore) -> ShardEntry:
-    """Encode a shard's samples, upload the tar under a name with its hash, then the record that it is finished."""
+def write_shard(plan: ShardPlan, tree: SourceTree, store: ObjectStore, *, strict: bool = False) -> WrittenShard:
+    """Encode a shard's samples, upload the tar under a name with its hash, then the record that it is finished.
+
+    A damaged pair is left out; when `strict`, it is a DamagedError and nothing is written. Of a shard with nothing
+    but damaged pairs nothing is written either.
+    """
     with tempfile.TemporaryDirectory(prefix="gmflow-shard-") as folder:
         path = Path(folder) / "shard.tar"
-        facts = _write_tar(plan, tree, path)
+        facts, quarantined = _write_tar(plan, tree, path, strict)
+        if not facts:
+            return WrittenShard(None, quarantined)
         digest = _sha256(path)
         entry = ShardEntry(
             name=f"shards/{plan.dataset}-{plan.index:05d}-{digest[:16]}.tar",
             bytes=path.stat().st_size,
             sha256=digest,
-            samples=_entries(plan, path, facts),
+            samples=_entries(path, facts),
         )
         if store.size(entry.name) != entry.bytes:
             store.upload(path, entry.name)
-    store.write(plan.record_name, json.dumps(asdict(entry), sort_keys=True).encode())
-    return entry
+    record = {"shard": asdict(entry), "quarantined": quarantined}
+    store.write(plan.record_name, json.dumps(record, sort_keys=True).encode())
+    return WrittenShard(entry, quarantined)
 
 
-def _write_tar(plan: ShardPlan, tree: SourceTree, path: Path) -> list[SampleFacts]:
+def _write_tar(
+    plan: ShardPlan, tree: SourceTree, path: Path, strict: bool
+) -> tuple[list[tuple[SampleRef, SampleFacts]], dict[str, str]]:
     facts = []
+    quarantined = {}
     # Fixed owner, mode and time: the same samples give the same bytes.
     with (
         path.open("wb") as file,
         TarWriter(file, user="gmflow", group="gmflow", mode=0o644, mtime=0) as writer,
     ):
         for ref in plan.refs:
-            sample, sample_facts = encode_sample(ref, tree)
-            writer.write(sample)
-            facts.append(sample_facts)
-    return facts
+            try:
+                sample, sample_facts = encode_sample(ref, tree)
+            except DamagedError as error:
+                if strict:
+                    raise
+                quarantined[ref.key] = str(error)
+            else:
+                writer.write(sample)
+                facts.append((ref, sample_facts))
+    return facts, quarantined
 
 
-def _entries(plan: ShardPlan, path: Path, facts: Sequence[SampleFacts]) -> tuple[SampleEntry, ...]:
+def _entries(path: Path, facts: Sequence[tuple[SampleRef, SampleFacts]]) -> tuple[SampleEntry, ...]:
     spans: dict[str, tuple[int, int]] = {}
     with tarfile.open(path, mode="r:") as tar:
         for member in tar:
@@ -129,7 +154,7 @@ def _entries(plan: ShardPlan, path: Path, facts: Sequence[SampleFacts]) -> tuple
             spans[key] = (spans.get(key, (member.offset, 0))[0], end)
     entries = []
     with path.open("rb") as file:
-        for ref, fact in zip(plan.refs, facts, strict=True):
+        for ref, fact in facts:
             start, end = spans[ref.key]
             file.seek(start)
             crc32 = zlib.crc32(file.read(end - start))
@@ -147,10 +172,10 @@ def _entries(plan: ShardPlan, path: Path, facts: Sequence[SampleFacts]) -> tuple
 
 
 def read_sample_bytes(store: ObjectStore, shard: ShardEntry, sample: SampleEntry) -> bytes:
-    """One sample's tar members with one ranged read. Raises DataError where they are not what was written."""
+    """One sample's tar members with one ranged read. Raises DamagedError where they are not what was written."""
     data = store.read_range(shard.name, sample.offset, sample.length)
     if zlib.crc32(data) != sample.crc32:
-        raise DataError(
+        raise DamagedError(
             f"{store.url}/{shard.name}: sample {sample.key} at byte {sample.offset} is damaged (checksum differs); "
             "write the dataset again with pipelines/etl.py"
         )

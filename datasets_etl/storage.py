@@ -20,7 +20,7 @@ import tenacity
 from botocore.config import Config
 from urllib3.exceptions import HTTPError
 
-from datasets_etl.errors import DataError
+from datasets_etl.errors import DamagedError, DataError
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -243,7 +243,7 @@ def _explain(error: s3_errors.ClientError, bucket: str) -> str:
 
 def _whole(data: bytes, url: str, offset: int, length: int) -> bytes:
     if len(data) != length:
-        raise DataError(f"{url}: {len(data)} bytes at offset {offset} instead of {length}; the object is cut short")
+        raise DamagedError(f"{url}: {len(data)} bytes at offset {offset} instead of {length}; the object is cut short")
     return data
 
 

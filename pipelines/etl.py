@@ -1,26 +1,62 @@
-"""Shard a raw dataset: `python pipelines/etl.py --dataset sintel --source DIR --target URL`.
+"""Shard a raw dataset, and look back at what was written.
 
-The last line on stdout is the URL of the manifest.
+python pipelines/etl.py --dataset sintel --source DIR --target URL      # the last line on stdout: the manifest's URL
+python pipelines/etl.py verify MANIFEST                                 # read everything back
+python pipelines/etl.py inspect MANIFEST --output sheet.png             # counts, motion, a few pictures
 """
 
 import argparse
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
+from datasets_etl.errors import DataError
 from datasets_etl.etl import DEFAULT_SHARD_BYTES, EtlResult, run_etl
-from datasets_etl.sources import EXPECTED_COUNTS, SOURCES
+from datasets_etl.inspection import MOTION_EDGES, motion_histogram, spread, verify_manifest
+from datasets_etl.loader import read_sample
+from datasets_etl.manifest import Manifest
+from datasets_etl.sources import EXPECTED_COUNTS, SOURCES, Source, chairs
+from datasets_etl.storage import split_url
 from pipelines.arguments import positive
 from pipelines.cluster import connected
+from pipelines.contact_sheet import contact_sheet
 from pipelines.errors import command
+from pipelines.training.pictures import to_png
 
-# Progress and tables go to stderr: stdout is for what scripts read.
+# Progress and reports go to stderr: stdout is for what scripts read.
 console = Console(stderr=True)
+
+_REPORTED = 20  # damaged pairs listed; the manifest has them all
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Shard a raw optical-flow dataset into WebDataset tars by Ray tasks.")
+    argv = sys.argv[1:] if argv is None else argv
+    parsers = {"verify": _verify_parser, "inspect": _inspect_parser}
+    if argv and argv[0] in parsers:
+        arguments = parsers[argv[0]]().parse_args(argv[1:])
+        arguments.task = argv[0]
+        return arguments
+    parser = _shard_parser()
+    arguments = parser.parse_args(argv)
+    arguments.task = "shard"
+    if arguments.dataset != "chairs" and (arguments.split_list or arguments.split_by_hash):
+        parser.error("--split-list and --split-by-hash are for --dataset chairs; the others' subsets are their folders")
+    return arguments
+
+
+def _shard_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Shard a raw optical-flow dataset into WebDataset tars by Ray tasks.",
+        epilog="etl.py verify MANIFEST reads a written dataset back; etl.py inspect MANIFEST shows what is in it.",
+    )
     parser.add_argument("--dataset", required=True, choices=sorted(SOURCES))
     parser.add_argument("--source", required=True, help="the unpacked dataset: a folder, file:// or s3:// URL")
     parser.add_argument("--target", required=True, help="where shards and manifest go: a folder, file:// or s3:// URL")
@@ -31,20 +67,110 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=DEFAULT_SHARD_BYTES // 2**20,
         help="raw MiB of pixels and flow in a shard (default: %(default)s)",
     )
+    parser.add_argument("--strict", action="store_true", help="a damaged pair stops the run instead of being left out")
+    split = parser.add_mutually_exclusive_group()
+    split.add_argument(
+        "--split-list", metavar="PATH|URL", help="chairs: the official train/val list, if it is elsewhere"
+    )
+    split.add_argument(
+        "--split-by-hash", action="store_true", help="chairs: for want of the list, split by number's hash"
+    )
     parser.add_argument("--verbose", action="store_true", help="show the output of Ray's workers too")
-    return parser.parse_args(argv)
+    return parser
 
 
-def shard_dataset(dataset: str, source: str, target: str, workers: int | None, shard_bytes: int) -> EtlResult:
-    """`run_etl` with a progress bar. Needs a connected Ray."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def _verify_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="etl.py verify",
+        description="Read a dataset back by Ray tasks: sizes, SHA-256 and checksums, and that every sample decodes.",
+    )
+    parser.add_argument("manifest", help="URL or path of a manifest")
+    parser.add_argument("--workers", type=positive, help="shards read at a time (default: the cluster's CPUs)")
+    parser.add_argument("--verbose", action="store_true", help="show the output of Ray's workers too")
+    return parser
+
+
+def _inspect_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="etl.py inspect",
+        description="Show what is in a dataset: counts, sizes, motion, and pictures of a few pairs.",
+    )
+    parser.add_argument("manifest", help="URL or path of a manifest")
+    parser.add_argument("--output", metavar="PNG", help="where the pictures go (default: DATASET-VERSION.png here)")
+    parser.add_argument(
+        "--pairs",
+        type=positive,
+        default=64,
+        help="pairs of each subset the histogram is made of (default: %(default)s)",
+    )
+    parser.add_argument("--rows", type=positive, default=3, help="pairs of each subset shown (default: %(default)s)")
+    return parser
+
+
+@contextmanager
+def _progress(dataset: str, doing: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with rate and time left, as a function of (done, total)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(f"{dataset}: indexing", total=None)
+        bar = progress.add_task(f"{dataset}: indexing", total=None, pace="")
+        pace = Pace()
 
         def show(done: int, total: int) -> None:
-            progress.update(bar, description=f"{dataset}: writing shards", completed=done, total=total)
+            said = pace.say(done, total, time.monotonic())
+            progress.update(bar, description=f"{dataset}: {doing}", completed=done, total=total, pace=said)
 
-        return run_etl(dataset, source, target, workers=workers, shard_bytes=shard_bytes, on_progress=show)
+        yield show
+
+
+class Pace:
+    """Rate and time left, over all this run has done: shards finish too seldom for anything shorter."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+
+    def say(self, done: int, total: int, now: float) -> str:
+        """Such as "41.0 pairs/s, 0:03:20 left"; empty until this run, not an earlier one, has finished something."""
+        self._first = self._first or (done, now)
+        before, began = self._first
+        if done == before or now <= began:
+            return ""
+        rate = (done - before) / (now - began)
+        left = f", {timedelta(seconds=round((total - done) / rate))} left" if done < total else ""
+        return f"{rate:,.1f} pairs/s{left}"
+
+
+def shard_dataset(
+    dataset: str,
+    source: str,
+    target: str,
+    workers: int | None,
+    shard_bytes: int,
+    *,
+    strict: bool = False,
+    index: Source | None = None,
+) -> EtlResult:
+    """`run_etl` with a progress bar. Needs a connected Ray."""
+    with _progress(dataset, "writing shards") as show:
+        return run_etl(
+            dataset,
+            source,
+            target,
+            workers=workers,
+            shard_bytes=shard_bytes,
+            strict=strict,
+            index=index,
+            on_progress=show,
+        )
+
+
+def chosen_index(split_list: str | None, split_by_hash: bool) -> Source | None:
+    """How chairs are to be split, None for the list in their folder. Raises DataError where the list is not there."""
+    if split_by_hash:
+        return chairs.index_by_hash
+    if split_list is not None:
+        store, name = split_url(split_list)
+        return functools.partial(chairs.index, split_list=store.read(name).decode("utf-8", "replace"))
+    return None
 
 
 def show_summary(dataset: str, result: EtlResult) -> None:
@@ -64,16 +190,119 @@ def show_summary(dataset: str, result: EtlResult) -> None:
         f"{result.invalid_pixels:,} pixels without valid flow"
     )
 
+    show_quarantined(result.quarantined)
+
+
+def show_quarantined(quarantined: Mapping[str, str]) -> None:
+    if not quarantined:
+        return
+    table = Table(title=f"[red]{len(quarantined):,} damaged pairs were left out[/red]", show_lines=False)
+    table.add_column("pair", overflow="fold")
+    table.add_column("why", overflow="fold")
+    for key in sorted(quarantined)[:_REPORTED]:
+        table.add_row(Text(key), Text(quarantined[key]))
+    if len(quarantined) > _REPORTED:
+        table.add_row("…", f"{len(quarantined) - _REPORTED:,} more, all in the manifest")
+    console.print(table)
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    manifest = Manifest.load(arguments.manifest)
+    with connected(arguments.workers, verbose=arguments.verbose), _progress(manifest.dataset, "verifying") as show:
+        damages = verify_manifest(manifest, workers=arguments.workers, on_progress=show)
+    for damage in damages[:_REPORTED]:
+        print(f"{damage.shard}: {damage.problem}", file=sys.stderr)
+    if damages:
+        shards = list(dict.fromkeys(damage.shard for damage in damages))
+        raise DataError(
+            f"{arguments.manifest}: {len(shards)} of {len(manifest.shards)} shards are damaged, {shards[0]} among them "
+            f"({damages[0].problem}); delete them and run pipelines/etl.py again, it writes what is missing"
+        )
+    stored = sum(shard.bytes for shard in manifest.shards) / 2**20
+    print(f"whole: {len(manifest.samples):,} pairs in {len(manifest.shards):,} shards, {stored:,.1f} MiB read")
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    manifest = Manifest.load(arguments.manifest)
+    output = Console(soft_wrap=True)
+    output.print(_subset_table(manifest))
+    numbers = {
+        subset: [i for i, sample in enumerate(manifest.samples) if sample.subset == subset]
+        for subset in manifest.subsets
+    }
+    output.print(_motion_table(manifest, {subset: spread(all_, arguments.pairs) for subset, all_ in numbers.items()}))
+    show_quarantined(manifest.quarantined)
+    shown = [number for all_ in numbers.values() for number in spread(all_, arguments.rows)]
+    picture = to_png(contact_sheet(read_sample(manifest, number) for number in shown))
+    store, name = split_url(arguments.output or f"{manifest.dataset}-{manifest.version}.png")
+    store.write(name, picture)
+    print(f"{store.url}/{name}")
+
+
+def _subset_table(manifest: Manifest) -> Table:
+    table = Table(title=f"{manifest.dataset} {manifest.version}: {len(manifest.shards):,} shards")
+    for name in ("subset", "pairs", "frames: pairs", "without truth", "MiB", "MiB/pair"):
+        table.add_column(name, justify="left" if name == "subset" else "right")
+    for subset, count in manifest.subsets.items():
+        samples = [sample for sample in manifest.samples if sample.subset == subset]
+        sizes: dict[str, int] = {}
+        for sample in samples:
+            size = f"{sample.width}x{sample.height}"
+            sizes[size] = sizes.get(size, 0) + 1
+        pixels = sum(s.width * s.height for s in samples if s.invalid_pixels is not None)
+        invalid = sum(s.invalid_pixels or 0 for s in samples)
+        stored = sum(sample.length for sample in samples) / 2**20
+        table.add_row(
+            subset,
+            f"{count:,}",
+            ", ".join(f"{size}: {number:,}" for size, number in sorted(sizes.items())),
+            f"{invalid:,} ({invalid / pixels:.1%})" if pixels else "all",
+            f"{stored:,.1f}",
+            f"{stored / count:.2f}",
+        )
+    return table
+
+
+def _motion_table(manifest: Manifest, chosen: Mapping[str, list[int]]) -> Table:
+    counts = {
+        subset: motion_histogram(read_sample(manifest, number) for number in numbers)
+        for subset, numbers in chosen.items()
+    }
+    read = sum(len(numbers) for numbers in chosen.values())
+    table = Table(title=f"motion: share of the valid pixels of {read:,} of {len(manifest.samples):,} pairs")
+    table.add_column("pixels a frame", justify="right")
+    for subset in counts:
+        table.add_column(subset)
+    for number, low in enumerate(MOTION_EDGES):
+        last = number + 1 == len(MOTION_EDGES)
+        shares = [found[number] / max(found.sum(), 1) for found in counts.values()]
+        table.add_row(
+            f"{low:g} and more" if last else f"{low:g} to {MOTION_EDGES[number + 1]:g}",
+            *(f"{share:6.1%} {'█' * round(20 * share)}" for share in shares),
+        )
+    return table
+
+
+def shard(arguments: argparse.Namespace) -> None:
+    index = chosen_index(arguments.split_list, arguments.split_by_hash)
+    with connected(arguments.workers, verbose=arguments.verbose):
+        result = shard_dataset(
+            arguments.dataset,
+            arguments.source,
+            arguments.target,
+            arguments.workers,
+            arguments.shard_mib * 2**20,
+            strict=arguments.strict,
+            index=index,
+        )
+    show_summary(arguments.dataset, result)
+    print(result.manifest_url)
+
 
 @command
 def main() -> None:
     arguments = parse_arguments()
-    with connected(arguments.workers, verbose=arguments.verbose):
-        result = shard_dataset(
-            arguments.dataset, arguments.source, arguments.target, arguments.workers, arguments.shard_mib * 2**20
-        )
-    show_summary(arguments.dataset, result)
-    print(result.manifest_url)
+    {"shard": shard, "verify": verify, "inspect": inspect}[arguments.task](arguments)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -70,7 +71,8 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     names = ("master.port", "volume.port", "filer.port", "s3.port", "admin.port")
     flags = [f"-{name}={port}" for name, port in zip(names, ports[:5], strict=True)]
     flags += [f"-{name}.grpc={port}" for name, port in zip(names, ports[5:], strict=True)]
-    command = ["weed", "-logtostderr=true", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *flags]
+    weed = str(Path(sys.executable).with_name("weed"))  # the virtual environment need not be on the PATH
+    command = [weed, "-logtostderr=true", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *flags]
     command += ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     command += ["-master.telemetry=false", "-s3.autoCreateBucket=false"]
     with (folder / "server.log").open("wb") as log:

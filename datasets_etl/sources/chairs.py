@@ -43,7 +43,7 @@ def index(tree: SourceTree, *, split_list: str | None = None) -> list[SampleRef]
     if int(numbers[-1]) > len(lines) or int(numbers[0]) < 1:
         raise DataError(
             f"{where} has {len(lines)} lines, but {tree.root} holds pair {numbers[-1]}: "
-            "use the list that belongs to the dataset (22,872 lines), or split by hash"
+            "use the list that belongs to the dataset (22,872 lines), or split by hash (--split-by-hash)"
         )
     # By number, not by rank: an excerpt of the dataset keeps the official split.
     subsets = {number: _SUBSETS[lines[int(number) - 1]] for number in numbers}
@@ -80,7 +80,7 @@ def _split_path(tree: SourceTree) -> str:
         raise DataError(f"{tree.root} holds several split lists ({', '.join(found)}): keep or give one of them")
     raise DataError(
         f"{tree.root} lacks {SPLIT_FILES[0]}, the official training/validation list: "
-        "put it there, give its path, or split by hash"
+        "put it there, give its path (--split-list), or split by hash (--split-by-hash)"
     )
 
 

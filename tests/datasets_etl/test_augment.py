@@ -82,9 +82,12 @@ def test_warping_frame_1_by_the_augmented_flow_gives_frame_0(seed: int) -> None:
     y, x = np.mgrid[: flow.shape[0], : flow.shape[1]].astype(np.float32)
     x1, y1 = x + flow[..., 0], y + flow[..., 1]
     there = valid & (x1 >= 0) & (x1 <= 127) & (y1 >= 0) & (y1 <= 95)
+    # Where motion jumps, interpolated flow is a mixture of two that are right, and belongs to neither side.
+    window = np.ones((3, 3), np.uint8)
+    there &= (cv2.dilate(flow, window) - cv2.erode(flow, window) < 2).all(axis=-1)
     warped = cv2.remap(out.image1.astype(np.float32), x1, y1, cv2.INTER_LINEAR)
     error = np.abs(warped - out.image0).mean(axis=-1)[there]
-    assert there.mean() > 0.3
+    assert there.mean() > 0.25
     assert np.quantile(error, 0.9) < 4
     standing = np.abs(out.image1.astype(np.float32) - out.image0).mean(axis=-1)[there]
     assert error.mean() < 0.25 * standing.mean()

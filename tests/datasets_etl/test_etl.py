@@ -1,15 +1,20 @@
 """Raw dataset → shards and manifest: the same bytes however it is run, and nothing half done to be seen."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from datasets_etl import formats
 from datasets_etl.errors import DataError
 from datasets_etl.etl import EtlResult, run_etl
+from datasets_etl.inspection import MOTION_EDGES, Damage, motion_histogram, spread, verify_manifest
 from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
-from datasets_etl.storage import open_store
+from datasets_etl.storage import FileStore, open_store
+from datasets_etl.synthetic import synthetic_pair
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -76,28 +81,176 @@ def test_a_changed_raw_file_is_noticed(raw_chairs, tmp_path):
     assert Manifest.load(first.manifest_url).samples  # the old version is still whole
 
 
-def test_a_damaged_file_stops_the_run_without_a_manifest(raw_chairs, tmp_path):
+@pytest.fixture
+def damaged_chairs(raw_chairs: Path, tmp_path: Path) -> Path:
+    """Pair 2 has a truncated flow, pair 4 a flow of another size, pair 8 an empty frame."""
     source = tmp_path / "raw"
     shutil.copytree(raw_chairs, source)
-    broken = next(source.rglob("*_flow.flo"))
-    broken.write_bytes(broken.read_bytes()[:-5])
-    with pytest.raises(DataError, match=broken.name):
-        run_etl("chairs", str(source), str(tmp_path / "out"), shard_bytes=100_000)
+    truncated, smaller = source / "data/00002_flow.flo", source / "data/00004_flow.flo"
+    truncated.write_bytes(truncated.read_bytes()[:-5])
+    smaller.write_bytes(formats.encode_flo(formats.decode_flo(smaller.read_bytes(), "")[:-8]))
+    (source / "data/00008_img2.ppm").write_bytes(b"")
+    return source
+
+
+REASONS = {
+    "train_00002": "data/00002_flow.flo is truncated: 24583 of 24588 bytes: copy or download the file again",
+    "train_00004": "data/00004_img1.ppm is 64x48 but data/00004_flow.flo is 64x40 pixels; "
+    "frames and ground truth of a pair must have one size",
+    "val_00008": "data/00008_img2.ppm is none of .flo, .pfm, .png, .ppm, .jpg: check what the file is",
+}
+
+
+def test_damaged_pairs_are_left_out_and_the_manifest_says_why(damaged_chairs, tmp_path):
+    result = run_etl("chairs", str(damaged_chairs), str(tmp_path / "out"), shard_bytes=100_000)
+    assert result.quarantined == REASONS
+    assert result.subsets == {"train": 4, "val": 1}
+    manifest = Manifest.load(result.manifest_url)
+    assert manifest.quarantined == REASONS
+    assert [sample.key for sample in manifest.samples] == [f"train_0000{n}" for n in (1, 3, 5, 6)] + ["val_00007"]
+    assert verify_manifest(manifest) == []
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 10**9])
+def test_what_is_left_out_does_not_depend_on_workers_place_or_an_earlier_run(damaged_chairs, tmp_path, shard_bytes):
+    first = run_etl("chairs", str(damaged_chairs), str(tmp_path / "1"), workers=2, shard_bytes=shard_bytes)
+    again = run_etl("chairs", str(damaged_chairs), str(tmp_path / "1"), shard_bytes=shard_bytes)
+    moved = tmp_path / "moved"
+    shutil.copytree(damaged_chairs, moved)
+    other = run_etl("chairs", moved.as_uri(), str(tmp_path / "2"), workers=1, shard_bytes=shard_bytes)
+    assert first.manifest_url == again.manifest_url
+    assert Path(other.manifest_url).name == Path(first.manifest_url).name
+    assert again.quarantined == first.quarantined == REASONS
+    assert again.reused == again.shards == first.shards
+
+
+def test_a_mended_file_comes_in_again(damaged_chairs, raw_chairs, tmp_path):
+    run_etl("chairs", str(damaged_chairs), str(tmp_path / "out"), shard_bytes=100_000)
+    shutil.copytree(raw_chairs, damaged_chairs, dirs_exist_ok=True)
+    result = run_etl("chairs", str(damaged_chairs), str(tmp_path / "out"), shard_bytes=100_000)
+    assert not result.quarantined
+    assert result.subsets == {"train": 6, "val": 2}
+
+
+def test_a_strict_run_stops_at_a_damaged_file_without_a_manifest(damaged_chairs, raw_chairs, tmp_path):
+    for kept in ("00004_flow.flo", "00008_img2.ppm"):
+        shutil.copy(raw_chairs / "data" / kept, damaged_chairs / "data" / kept)
+    with pytest.raises(DataError, match=r"raw: shard 0: data/00002_flow\.flo is truncated"):
+        run_etl("chairs", str(damaged_chairs), str(tmp_path / "out"), shard_bytes=100_000, strict=True)
     assert not list((tmp_path / "out").rglob("manifest-*"))
     assert not list((tmp_path / "out").rglob("*.part"))
+    assert not list((tmp_path / "out").rglob("*-00000-*"))
 
 
-def test_a_size_mismatch_shows_before_anything_is_written(raw_chairs, tmp_path):
+def test_a_strict_run_does_not_take_over_what_a_tolerant_one_left_out(damaged_chairs, tmp_path):
+    for kept in (4, 8):
+        for path in damaged_chairs.glob(f"data/0000{kept}_*"):
+            path.unlink()
+    tolerant = run_etl("chairs", str(damaged_chairs), str(tmp_path / "out"), shard_bytes=100_000)
+    assert set(tolerant.quarantined) == {"train_00002"}
+    with pytest.raises(DataError, match=r"train_00002: data/00002_flow\.flo is truncated"):
+        run_etl("chairs", str(damaged_chairs), str(tmp_path / "out"), shard_bytes=100_000, strict=True)
+
+
+def test_a_strict_run_shows_a_size_mismatch_before_anything_is_written(damaged_chairs, tmp_path):
+    with pytest.raises(DataError, match=r"64x48 but data/00004_flow\.flo is 64x40"):
+        run_etl("chairs", str(damaged_chairs), str(tmp_path / "out"), shard_bytes=100_000, strict=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["size", "content"])
+def test_a_subset_with_nothing_but_damaged_pairs_is_an_error(raw_chairs, tmp_path, damage):
     source = tmp_path / "raw"
     shutil.copytree(raw_chairs, source)
-    from datasets_etl import formats
+    for number in (7, 8):
+        flow = source / f"data/0000{number}_flow.flo"
+        flow.write_bytes(b"PIEH" if damage == "size" else flow.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"every pair of val is damaged, the first: data/00007_flow\.flo is truncated"):
+        run_etl("chairs", str(source), str(tmp_path / "out"), shard_bytes=10**9)
+    assert not list((tmp_path / "out").rglob("manifest-*"))
 
-    flow = sorted(source.rglob("*_flow.flo"))[-1]
-    values = formats.decode_flo(flow.read_bytes(), flow.name)
-    flow.write_bytes(formats.encode_flo(values[:-8]))
-    with pytest.raises(DataError, match=rf"64x48 but .*{flow.name} is 64x40"):
-        run_etl("chairs", str(source), str(tmp_path / "out"), shard_bytes=100_000)
+
+def test_of_a_dataset_with_nothing_but_damaged_pairs_nothing_is_written(raw_kitti, tmp_path):
+    source = tmp_path / "raw"
+    shutil.copytree(raw_kitti, source)
+    shutil.rmtree(source / "testing")
+    for path in (source / "training/flow_occ").iterdir():
+        path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match="every pair of training is damaged"):
+        run_etl("kitti", str(source), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_storage_out_of_reach_quarantines_nothing(raw_chairs, tmp_path, monkeypatch):
+    source = tmp_path / "raw"
+    shutil.copytree(raw_chairs, source)
+
+    def unreachable(self, key, offset, length):
+        raise DataError(f"{key}: is the object store up?")
+
+    monkeypatch.setattr(FileStore, "read_range", unreachable)
+    with pytest.raises(DataError, match="is the object store up"):
+        run_etl("chairs", str(source), str(tmp_path / "out"))
+
+
+class TestVerify:
+    @pytest.fixture
+    def copy(self, sharded_chairs: EtlResult, tmp_path: Path) -> Manifest:
+        source = Path(sharded_chairs.manifest_url.removeprefix("file://"))
+        shutil.copytree(source.parent, tmp_path / "chairs")
+        return Manifest.load(str(tmp_path / "chairs" / source.name))
+
+    def test_a_whole_dataset_has_no_damage(self, copy):
+        assert verify_manifest(copy) == []
+
+    def test_a_flipped_byte_names_shard_and_sample(self, copy, tmp_path):
+        shard, entry = copy.place(4)
+        path = tmp_path / "chairs" / shard.name
+        data = bytearray(path.read_bytes())
+        data[entry.offset + 700] ^= 1
+        path.write_bytes(bytes(data))
+        assert verify_manifest(copy) == [
+            Damage(shard.name, "its SHA-256 is not the manifest's"),
+            Damage(shard.name, f"sample {entry.key}: damaged, its checksum differs"),
+        ]
+
+    def test_a_truncated_and_a_missing_shard_are_named(self, copy, tmp_path):
+        first, second = (tmp_path / "chairs" / shard.name for shard in copy.shards[:2])
+        first.write_bytes(first.read_bytes()[:-12_000])
+        second.unlink()
+        damages = verify_manifest(copy)
+        assert {damage.shard for damage in damages} == {copy.shards[0].name, copy.shards[1].name}
+        assert damages[0].problem == f"{copy.shards[0].bytes - 12_000} bytes instead of {copy.shards[0].bytes}"
+        assert damages[-1].problem.endswith("no such file")
+
+    def test_a_sample_that_is_not_what_the_manifest_says_is_found(self, copy):
+        shard = copy.shards[0]
+        wrong = dataclasses.replace(shard.samples[0], invalid_pixels=7)
+        lying = dataclasses.replace(
+            copy, shards=(dataclasses.replace(shard, samples=(wrong, *shard.samples[1:])), *copy.shards[1:])
+        )
+        assert [damage.shard for damage in verify_manifest(lying)] == [shard.name]
+
+
+def test_motion_is_counted_over_valid_pixels_by_length():
+    flow = np.zeros((2, 4, 2), np.float32)
+    flow[0] = [[0.5, 0], [3, 4], [0, 200], [1, 0]]
+    valid = np.ones((2, 4), bool)
+    valid[1] = False
+    pair = synthetic_pair(1, 16, 16)
+    counted = motion_histogram([dataclasses.replace(pair, flow=flow, valid=valid)])
+    assert dict(zip(MOTION_EDGES, counted.tolist(), strict=True)) == {
+        **dict.fromkeys(MOTION_EDGES, 0),
+        0.0: 1,
+        1.0: 1,
+        5.0: 1,
+        160.0: 1,
+    }
+
+
+@pytest.mark.parametrize(("count", "chosen"), [(1, [0]), (3, [0, 3, 6]), (10, list(range(10))), (99, list(range(10)))])
+def test_samples_are_spread_evenly(count, chosen):
+    assert spread(range(10), count) == chosen
 
 
 @pytest.mark.parametrize("content", ["missing", "empty", "other"])
