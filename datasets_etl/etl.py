@@ -71,9 +71,9 @@ def run_etl(
         on_progress: called with samples done and samples in all.
 
     Raises:
-        DataError: the source is missing, empty or of another layout, or all pairs of a subset are damaged, or one is
-            and the run is strict. No manifest is written then; finished shards stay, and the same call goes on from
-            them.
+        DataError: the source is missing, empty or of another layout, or files of a pair differ in size, or all pairs of
+            a subset are damaged, or one is and the run is strict. No manifest is written then; finished shards stay,
+            and the same call goes on from them.
     """
     tree, objects = _open_source(source)
     refs = (index or SOURCES[dataset])(tree)
@@ -158,7 +158,10 @@ def _check_sizes(
     """From the files' first bytes, so that what is wrong with a size shows before anything is written.
 
     Returns:
-        Pixels of a frame by sample key; and for the samples whose files differ in size or tell none, why.
+        Pixels of a frame by sample key; and for the samples with a file that tells no size, why.
+
+    Raises:
+        DataError: files of one pair differ in size.
     """
     store = open_store(source)
 
@@ -183,6 +186,8 @@ def _check_sizes(
             if strict:
                 raise _stopped(source, ref.key, str(error)) from None
             quarantined[ref.key] = str(error)
+        except DataError as error:
+            raise DataError(f"{source}: {error}") from None
     return pixels, quarantined
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from datasets_etl import formats, rowcode
-from datasets_etl.errors import DamagedError
+from datasets_etl.errors import DamagedError, DataError
 from datasets_etl.sources import SampleRef, SourceTree, is_sparse
 
 SCHEMA_VERSION = 2
@@ -188,11 +188,14 @@ def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def check_size(name: str, size: Sequence[int], other_name: str, other_size: Sequence[int]) -> None:
-    """Two files of a pair have one (height, width). Raises DamagedError naming both."""
+    """Two files of a pair have one (height, width). Raises DataError naming both.
+
+    No damage of one file: files that do not belong together are a wrong input, which no pair should hide.
+    """
     if tuple(size[:2]) != tuple(other_size[:2]):
-        raise DamagedError(
+        raise DataError(
             f"{name} is {size[1]}x{size[0]} but {other_name} is {other_size[1]}x{other_size[0]} pixels; "
-            "frames and ground truth of a pair must have one size"
+            "frames and ground truth of a pair must have one size: mend or remove the pair"
         )
 
 
