@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote, urlparse
 
 import boto3
@@ -24,6 +24,10 @@ from datasets_etl.errors import DamagedError, DataError
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
+
+
+READ_TIMEOUT_S = 60
+"""How long an S3 server may stay silent before the request is made again."""
 
 
 @dataclass(frozen=True)
@@ -154,13 +158,39 @@ class FileStore:
             raise DataError(f"{self.root / key}: {error.strerror or error}") from error
 
 
-# Bodies break off in ways botocore's own retries do not cover, because they only cover the request.
-_retry_body = tenacity.retry(
-    retry=tenacity.retry_if_exception_type(
-        (s3_errors.HTTPClientError, s3_errors.IncompleteReadError, HTTPError, ConnectionError)
-    ),
+class _ShortAnswerError(DamagedError):
+    """Fewer bytes than asked for, of an object that has them: worth asking again."""
+
+
+# What may be otherwise a moment later: a server that is away or busy, an answer that broke off on the way.
+_PASSING = (
+    s3_errors.HTTPClientError,
+    s3_errors.ConnectionError,
+    s3_errors.IncompleteReadError,
+    s3_errors.FlexibleChecksumError,
+    HTTPError,
+    ConnectionError,
+    _ShortAnswerError,
+)
+_BUSY = (429, 500, 502, 503, 504)
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    if isinstance(error, s3_errors.ClientError):
+        # A server that lost its memory of an upload in parts has to be given all of it again.
+        lost = error.response["Error"]["Code"] == "NoSuchUpload"
+        return lost or error.response["ResponseMetadata"]["HTTPStatusCode"] in _BUSY
+    if isinstance(error, boto3.exceptions.S3UploadFailedError):
+        return _may_pass(error.__cause__ or error.__context__)
+    return isinstance(error, _PASSING)
+
+
+# Every request is idempotent: reads, listings, and writes of whole objects. botocore's own retries come first, but they
+# cover neither bodies that break off nor a server that is away for seconds.
+_retry = tenacity.retry(
+    retry=tenacity.retry_if_exception(_may_pass),
     stop=tenacity.stop_after_attempt(6),
-    wait=tenacity.wait_exponential_jitter(multiplier=0.2, max=10.0),
+    wait=tenacity.wait_exponential_jitter(multiplier=0.3, max=10.0),
     reraise=True,
 )
 
@@ -175,25 +205,24 @@ class S3Store:
 
     def read(self, key: str) -> bytes:
         with self._errors(key):
-            return self._get(key, None)
+            return self._get(key)
 
     def read_range(self, key: str, offset: int, length: int) -> bytes:
         with self._errors(key):
-            data = self._get(key, f"bytes={offset}-{offset + length - 1}")
-        return _whole(data, f"{self.url}/{key}", offset, length)
+            return self._get_range(key, offset, length)
 
     def write(self, key: str, data: bytes) -> None:
         with self._errors(key):
-            _s3().put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
+            _retry(_s3().put_object)(Bucket=self.bucket, Key=self._key(key), Body=data)
 
     def upload(self, path: Path, key: str) -> None:
         with self._errors(key):
-            _s3().upload_file(str(path), self.bucket, self._key(key))
+            _retry(_s3().upload_file)(str(path), self.bucket, self._key(key))
 
     def size(self, key: str) -> int | None:
         with self._errors(key):
             try:
-                return _s3().head_object(Bucket=self.bucket, Key=self._key(key))["ContentLength"]
+                return _retry(_s3().head_object)(Bucket=self.bucket, Key=self._key(key))["ContentLength"]
             except s3_errors.ClientError as error:
                 if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
                     return None
@@ -201,18 +230,28 @@ class S3Store:
 
     def walk(self, prefix: str = "") -> Iterator[ObjectInfo]:
         start = self._key("")
-        with self._errors(prefix):
-            pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=start + prefix)
-            for page in pages:
-                for entry in page.get("Contents", []):
-                    yield ObjectInfo(entry["Key"][len(start) :], entry["Size"], entry["ETag"].strip('"'))
+        further: dict[str, Any] | None = {}
+        while further is not None:
+            with self._errors(prefix):
+                page = _retry(_s3().list_objects_v2)(Bucket=self.bucket, Prefix=start + prefix, **further)
+            for entry in page.get("Contents", []):
+                yield ObjectInfo(entry["Key"][len(start) :], entry["Size"], entry["ETag"].strip('"'))
+            further = {"ContinuationToken": page["NextContinuationToken"]} if page["IsTruncated"] else None
 
-    @_retry_body
-    def _get(self, key: str, byte_range: str | None) -> bytes:
-        where = {"Bucket": self.bucket, "Key": self._key(key)}
-        if byte_range is not None:
-            where["Range"] = byte_range
-        return _s3().get_object(**where)["Body"].read()  # type: ignore[arg-type]
+    @_retry
+    def _get(self, key: str) -> bytes:
+        return _s3().get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+
+    @_retry
+    def _get_range(self, key: str, offset: int, length: int) -> bytes:
+        span = f"bytes={offset}-{offset + length - 1}"
+        answer = _s3().get_object(Bucket=self.bucket, Key=self._key(key), Range=span)
+        data = answer["Body"].read()
+        url = f"{self.url}/{key}"
+        total = answer.get("ContentRange", "").rpartition("/")[2]
+        if len(data) != length and total.isdigit() and int(total) >= offset + length:
+            raise _ShortAnswerError(_too_short(data, url, offset, length))
+        return _whole(data, url, offset, length)
 
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
@@ -224,6 +263,8 @@ class S3Store:
             yield
         except s3_errors.NoCredentialsError:
             raise DataError(f"{url}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
+        except s3_errors.FlexibleChecksumError as error:
+            raise DamagedError(f"{url}: damaged: its checksum is not the one stored with it") from error
         except s3_errors.ClientError as error:
             raise DataError(f"{url}: {_explain(error, self.bucket)}") from error
         except (s3_errors.BotoCoreError, boto3.exceptions.Boto3Error, HTTPError) as error:
@@ -243,8 +284,12 @@ def _explain(error: s3_errors.ClientError, bucket: str) -> str:
 
 def _whole(data: bytes, url: str, offset: int, length: int) -> bytes:
     if len(data) != length:
-        raise DamagedError(f"{url}: {len(data)} bytes at offset {offset} instead of {length}; the object is cut short")
+        raise DamagedError(_too_short(data, url, offset, length))
     return data
+
+
+def _too_short(data: bytes, url: str, offset: int, length: int) -> str:
+    return f"{url}: {len(data)} bytes at offset {offset} instead of {length}; the object is cut short"
 
 
 def _s3() -> "S3Client":
@@ -259,9 +304,9 @@ def _s3_of_process(pid: int) -> "S3Client":
         "s3",
         config=Config(
             connect_timeout=5,
-            read_timeout=60,
+            read_timeout=READ_TIMEOUT_S,
             max_pool_connections=32,
-            retries={"mode": "standard", "total_max_attempts": 6},
+            retries={"mode": "standard", "total_max_attempts": 3},
             # Servers other than AWS seldom have a DNS name for every bucket.
             s3={"addressing_style": "path"} if own_endpoint else None,
         ),

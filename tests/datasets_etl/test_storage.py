@@ -101,6 +101,7 @@ def test_a_missing_bucket_is_said_in_a_line(s3):
         open_store("s3://nothing-here/prefix").write("x", b"")
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_is_said_in_a_line(s3, fresh_client, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")

@@ -20,7 +20,7 @@ from pipelines.errors import PipelineError
 from pipelines.training import registry, tracking
 from pipelines.training.config import MlflowConfig, PromotionConfig
 from pipelines.training.feed import Record
-from tests.conftest import S3Server, free_ports
+from tests.seaweedfs import S3Server, free_ports
 
 TINY = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
 

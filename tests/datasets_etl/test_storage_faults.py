@@ -1,0 +1,163 @@
+"""A network and a server that fail: what is read is whole, the rest is one clear line."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from datasets_etl import storage
+from datasets_etl.errors import DamagedError, DataError
+from datasets_etl.loader import EvaluationSet
+from datasets_etl.manifest import Manifest
+from datasets_etl.storage import ObjectStore, open_store
+from tests.faulty_proxy import FaultyProxy, faulty_proxy
+from tests.seaweedfs import S3Server, running
+
+CONTENT = bytes(range(256)) * 400
+
+
+@pytest.fixture
+def fresh_client() -> Iterator[None]:
+    """Settings are read when a process makes its client."""
+    storage._s3_of_process.cache_clear()
+    yield
+    storage._s3_of_process.cache_clear()
+
+
+@pytest.fixture
+def proxy(s3: S3Server, fresh_client: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """A network between this process and the S3 server."""
+    with faulty_proxy(s3.endpoint) as between:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", between.endpoint)
+        monkeypatch.setattr(storage, "READ_TIMEOUT_S", 1)
+        yield between
+
+
+@pytest.fixture
+def store(proxy: FaultyProxy, tmp_path: Path) -> ObjectStore:
+    opened = open_store(f"s3://data/{tmp_path.name}")
+    opened.write("x", CONTENT)
+    proxy.seen.clear()
+    return opened
+
+
+@pytest.mark.parametrize("fault", ["503", "500", "drop", "cut", "short", "stall"])
+def test_a_read_outlives_faults(store, proxy, fault):
+    proxy.faults = [fault, fault]
+    assert store.read_range("x", 1000, 5000) == CONTENT[1000:6000]
+    assert [met for _, met in proxy.seen] == [fault, fault, None]
+
+
+@pytest.mark.parametrize("fault", ["503", "drop"])
+def test_a_write_outlives_faults(store, proxy, fault):
+    proxy.faults = [fault, fault]
+    store.write("y", CONTENT)
+    assert [met for _, met in proxy.seen] == [fault, fault, None]
+    assert store.read("y") == CONTENT
+
+
+@pytest.mark.parametrize("fault", ["503", "drop", "cut"])
+def test_an_upload_in_parts_outlives_faults(store, proxy, tmp_path, fault):
+    large = tmp_path / "large"
+    large.write_bytes(os.urandom(17 << 20))
+    proxy.applies = lambda method, path: "uploadId" in path  # parts and their completion
+    proxy.faults = [fault, fault]
+    store.upload(large, "large")
+    assert not proxy.faults
+    assert store.read("large") == large.read_bytes()
+
+
+def test_a_listing_outlives_faults(store, proxy):
+    proxy.faults = ["503", "cut"]
+    assert [info.key for info in store.walk()] == ["x"]
+
+
+@pytest.mark.slow
+def test_a_network_that_stays_broken_is_one_line_not_damage(store, proxy):
+    proxy.faults = ["drop"] * 200
+    with pytest.raises(DataError, match=r"s3://data/.*/x: .*object store up") as caught:
+        store.read("x")
+    assert not isinstance(caught.value, DamagedError)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_object_that_is_too_short_is_damage_at_once(store, proxy):
+    with pytest.raises(DamagedError, match=r"2400 bytes at offset 100000 instead of 5000"):
+        store.read_range("x", 100_000, 5000)
+    assert len(proxy.seen) == 1
+
+
+@pytest.mark.slow
+def test_a_short_answer_that_stays_short_is_not_mistaken_for_the_sample(store, proxy):
+    proxy.faults = ["short"] * 200
+    with pytest.raises(DamagedError, match="2500 bytes at offset 0 instead of 5000"):
+        store.read_range("x", 0, 5000)
+
+
+def test_training_reads_the_same_samples_through_a_bad_network(sharded_chairs, proxy, tmp_path):
+    folder = Path(sharded_chairs.manifest_url.removeprefix("file://")).parent
+    remote = open_store(f"s3://data/{tmp_path.name}")
+    for path in sorted(folder.rglob("*.*")):
+        remote.upload(path, path.relative_to(folder).as_posix())
+    here = EvaluationSet(Manifest.load(sharded_chairs.manifest_url), None)
+    proxy.faults = ["cut", None, "503", None, "short", None, "drop", None]
+    there = EvaluationSet(Manifest.load(f"{remote.url}/{Path(sharded_chairs.manifest_url).name}"), None)
+    assert all((here[i].flow == there[i].flow).all() and (here[i].image0 == there[i].image0).all() for i in range(8))
+    assert not proxy.faults
+
+
+class TestServerKilled:
+    """kill -9 of the server in the middle of something, and another one in its place a moment later."""
+
+    @pytest.fixture
+    def mortal(
+        self, tmp_path_factory: pytest.TempPathFactory, s3: S3Server, fresh_client: None, monkeypatch
+    ) -> Iterator[S3Server]:
+        with running(tmp_path_factory.mktemp("mortal")) as server:
+            for name, value in server.settings.items():
+                monkeypatch.setenv(name, value)
+            yield server
+
+    def test_in_the_middle_of_a_read(self, mortal, monkeypatch):
+        content = os.urandom(1 << 20)
+        open_store("s3://data/a").write("x", content)
+        with faulty_proxy(mortal.endpoint) as proxy:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+            storage._s3_of_process.cache_clear()
+            reborn = _restart_later(mortal)
+            proxy.faults = ["cut", reborn]
+            assert open_store("s3://data/a").read("x") == content
+            assert not proxy.faults
+
+    def test_in_the_middle_of_a_write_in_parts(self, mortal, tmp_path, monkeypatch):
+        large = tmp_path / "large"
+        large.write_bytes(os.urandom(34 << 20))
+        with faulty_proxy(mortal.endpoint) as proxy:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+            storage._s3_of_process.cache_clear()
+            proxy.applies = lambda method, path: "partNumber=4" in path
+            proxy.faults = [_restart_later(mortal)]
+            store = open_store("s3://data/b")
+            store.upload(large, "large")
+            assert not proxy.faults
+            assert store.read("large") == large.read_bytes()
+
+    def test_what_was_written_before_is_there_after(self, mortal):
+        store = open_store("s3://data/c")
+        for number in range(20):
+            store.write(f"{number:02d}", bytes([number]) * 1000)
+        _restart_later(mortal)()
+        assert [info.key for info in store.walk()] == [f"{number:02d}" for number in range(20)]
+        assert all(store.read(f"{number:02d}") == bytes([number]) * 1000 for number in range(20))
+
+
+def _restart_later(server: S3Server):
+    def kill() -> None:
+        server.kill()
+        threading.Thread(target=server.start, daemon=True).start()
+        time.sleep(0.1)
+
+    return kill
