@@ -48,7 +48,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, regions: Tensor | None 
         `[N, L, D]`.
     """
     if computes_exactly(query):
-        out: Tensor = _ChunkedAttention.apply(query, key, value, regions)  # type: ignore[no-untyped-call]
+        out: Tensor = _chunked_attention(query, key, value, regions)
         return out
     mask = None if regions is None else _crossing_bias(regions, regions).to(query.dtype)
     wide = F.pad(value, (0, query.shape[-1] - value.shape[-1]))  # the fused kernels want values as wide as keys
@@ -89,6 +89,12 @@ def softmax_weights(query: Tensor, key: Tensor, regions: Tensor | None, rows: sl
     if regions is not None:
         scores.add_(_crossing_bias(regions[rows], regions))
     return scores.softmax(dim=-1)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler would unroll the loops over chunks, for minutes
+def _chunked_attention(query: Tensor, key: Tensor, value: Tensor, regions: Tensor | None) -> Tensor:
+    out: Tensor = _ChunkedAttention.apply(query, key, value, regions)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _ChunkedAttention(torch.autograd.Function):

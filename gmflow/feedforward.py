@@ -20,6 +20,7 @@ ACCELERATOR_CHUNK = 1 << 27
 """Elsewhere: large enough to fill the device, small enough to bound memory at any image size."""
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler would unroll the loop over chunks, for minutes
 def feed_forward(source: Tensor, message: Tensor, expand: Tensor, contract: Tensor) -> Tensor:
     """Tokens `[T, C]` and messages `[T, C]` → updates `[T, C]`.
 

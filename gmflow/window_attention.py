@@ -62,9 +62,7 @@ def window_attention(
         `[T, C]`.
     """
     if computes_exactly(source):
-        out: Tensor = _WindowAttention.apply(  # type: ignore[no-untyped-call]
-            source, target, to_query, to_key, to_value, merge, pairings
-        )
+        out: Tensor = _chunked_window_attention(source, target, to_query, to_key, to_value, merge, pairings)
         return out
     query, key, value = F.linear(source, to_query), F.linear(target, to_key), F.linear(target, to_value)
     parts: list[Tensor] = []
@@ -76,6 +74,22 @@ def window_attention(
         )
     attended = torch.cat([part.flatten(0, 1) for part in parts])
     return F.linear(attended, merge)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler would unroll the loops over chunks, for minutes
+def _chunked_window_attention(
+    source: Tensor,
+    target: Tensor,
+    to_query: Tensor,
+    to_key: Tensor,
+    to_value: Tensor,
+    merge: Tensor,
+    pairings: list[Pairing],
+) -> Tensor:
+    out: Tensor = _WindowAttention.apply(  # type: ignore[no-untyped-call]
+        source, target, to_query, to_key, to_value, merge, pairings
+    )
+    return out
 
 
 @dataclass(frozen=True)
