@@ -19,6 +19,7 @@ from datasets_etl.storage import ObjectInfo, open_store
 DEFAULT_SHARD_BYTES = 512 * 2**20
 
 _HEADERS_AT_ONCE = 16
+_CANCEL_TIMEOUT_S = 60
 
 _Result = TypeVar("_Result")
 
@@ -142,6 +143,8 @@ def run_tasks(
     finally:
         for reference in running:
             ray.cancel(reference, force=False)
+        if running:  # they clean up what they have half written
+            ray.wait(list(running), num_returns=len(running), timeout=_CANCEL_TIMEOUT_S)
 
 
 def _open_source(source: str) -> tuple[SourceTree, dict[str, ObjectInfo]]:

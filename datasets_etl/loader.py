@@ -4,7 +4,10 @@
 `read_sample` and `EvaluationSet` give samples as they are stored.
 """
 
+import functools
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +22,9 @@ from datasets_etl.manifest import Manifest
 from datasets_etl.order import Order, rank_positions, sample_generator
 from datasets_etl.samples import FlowSample, decode_sample
 from datasets_etl.shards import read_sample_bytes
+
+# Requests a process has under way: enough to hide a bucket's latency behind decoding.
+_READS_AHEAD = 4
 
 
 class FlowBatch(NamedTuple):
@@ -51,10 +57,25 @@ def read_sample(manifest: Manifest, index: int, *, occlusion: bool = True) -> Fl
 
     Raises DataError naming shard and sample.
     """
+    return _decoded(_read_stored(manifest, index), occlusion=occlusion)
+
+
+def _read_stored(manifest: Manifest, index: int) -> tuple[bytes, str]:
+    """A sample's bytes, and what to call it in an error."""
     shard, entry = manifest.place(index)
     store = manifest.store()
-    data = read_sample_bytes(store, shard, entry)
-    return decode_sample(data, f"{store.url}/{shard.name}: sample {entry.key}", occlusion=occlusion)
+    return read_sample_bytes(store, shard, entry), f"{store.url}/{shard.name}: sample {entry.key}"
+
+
+def _decoded(stored: tuple[bytes, str], *, occlusion: bool) -> FlowSample:
+    data, where = stored
+    return decode_sample(data, where, occlusion=occlusion)
+
+
+@functools.lru_cache(maxsize=1)
+def _reading_threads(pid: int) -> ThreadPoolExecutor:
+    """Those of this process: threads do not survive a fork."""
+    return ThreadPoolExecutor(max_workers=_READS_AHEAD, thread_name_prefix="gmflow-read")
 
 
 class EvaluationSet(Dataset[FlowSample]):
@@ -85,11 +106,20 @@ class PositionDataset(Dataset[FlowBatch]):
         )
 
     def __getitem__(self, position: int) -> FlowBatch:
-        parts, indices = self.order.locate([position])
-        part = self.mixture[int(parts[0])]
-        number = int(self.selections[int(parts[0])][int(indices[0])])
-        sample = read_sample(part.manifest, number, occlusion=False)
-        return to_tensors(augment(sample, part.augmentation, sample_generator(self.seed, position)))
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[FlowBatch]:
+        """Several at once, as a DataLoader asks for a batch: the next ones are read while one is decoded."""
+        parts, indices = self.order.locate(positions)
+        chosen = [self.mixture[part] for part in parts]
+        numbers = [int(self.selections[part][index]) for part, index in zip(parts, indices, strict=True)]
+        stored = _reading_threads(os.getpid()).map(_read_stored, [part.manifest for part in chosen], numbers)
+        return [
+            to_tensors(
+                augment(_decoded(read, occlusion=False), part.augmentation, sample_generator(self.seed, position))
+            )
+            for position, part, read in zip(positions, chosen, stored, strict=True)
+        ]
 
 
 class _MicroBatches(Sampler[list[int]]):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import tarfile
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+import zstandard
 
 from datasets_etl import formats, rowcode
 from datasets_etl.errors import DataError
@@ -17,6 +19,7 @@ from datasets_etl.loader import read_sample
 from datasets_etl.manifest import Manifest
 from datasets_etl.samples import decode_sample, encode_sample
 from datasets_etl.sources import SOURCES, SampleRef, SourceTree
+from tests.conftest import ROOT
 
 
 def tree_of(root: Path) -> SourceTree:
@@ -189,6 +192,17 @@ def test_the_row_code_takes_views():
     assert np.array_equal(rowcode.decode_frame(code, (4, 8)), frame[1::2, ::-1])
     code = rowcode.encode_flow(flow[::-1, 2:5])
     assert rowcode.decode_flow(code, (9, 3)).tobytes() == flow[::-1, 2:5].tobytes()
+
+
+def test_the_row_code_reads_as_the_documentation_says():
+    frame, flow = awkward((9, 8, 3), "u1"), awkward((9, 8, 2), "<f4")
+    text = (ROOT / "docs/data.md").read_text()
+    read_frame, read_flow = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    names = {"np": np, "zstandard": zstandard, "height": 9, "width": 8}
+    exec(read_frame, names | {"data": rowcode.encode_frame(frame)}, found := {})
+    assert np.array_equal(found["frame"], frame)
+    exec(read_flow, names | {"data": rowcode.encode_flow(flow)}, found)
+    assert found["flow"].tobytes() == flow.tobytes()
 
 
 @pytest.mark.parametrize("data", [b"", b"nothing", rowcode.encode_frame(awkward((4, 5, 3), "u1"))[:-3]])
