@@ -62,7 +62,8 @@ class Manifest:
         dataset: "chairs", "things", "sintel", "kitti" or "hd1k".
         shards: in order; samples are numbered through them from 0.
         quarantined: raw pairs left out because they are damaged: sample key → why, in a line.
-        url: where it was loaded from; empty before it is published. Not part of the content.
+        url: where it was loaded from, absolute, so that workers in other folders find it; empty before it is published.
+            Not part of the content.
     """
 
     dataset: str
@@ -89,7 +90,7 @@ class Manifest:
                     "write the dataset again with pipelines/etl.py"
                 )
             shards = tuple(ShardEntry.from_dict(entry) for entry in content["shards"])
-            return cls(content["dataset"], shards, dict(content["quarantined"]), url)
+            return cls(content["dataset"], shards, dict(content["quarantined"]), f"{store.url}/{name}")
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{url}: not a manifest of pipelines/etl.py ({error!r})") from error
 
@@ -101,7 +102,7 @@ class Manifest:
         shards = ",\n".join(json.dumps(asdict(shard), sort_keys=True) for shard in self.shards)
         return f'{head[:-1]}, "shards": [\n{shards}\n]}}\n'.encode()
 
-    @property
+    @functools.cached_property
     def version(self) -> str:
         """First 16 hex digits of the SHA-256 of the content."""
         return hashlib.sha256(self.to_bytes()).hexdigest()[:16]

@@ -73,8 +73,8 @@ class SampleFacts:
 def encode_sample(ref: SampleRef, tree: SourceTree) -> tuple[dict[str, bytes | str], SampleFacts]:
     """Raw files of one pair → members of its shard, as webdataset's writer takes them.
 
-    Raises DamagedError where a file is damaged or frames and ground truth differ in size: one line with paths
-    relative to the dataset, the same wherever it lies.
+    Raises DamagedError where a file is damaged, DataError where files differ in size: one line with paths relative to
+    the dataset, the same wherever it lies.
     """
     raw: dict[str, bytes] = {}
 

@@ -91,12 +91,6 @@ def softmax_weights(query: Tensor, key: Tensor, regions: Tensor | None, rows: sl
     return scores.softmax(dim=-1)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler would unroll the loops over chunks, for minutes
-def _chunked_attention(query: Tensor, key: Tensor, value: Tensor, regions: Tensor | None) -> Tensor:
-    out: Tensor = _ChunkedAttention.apply(query, key, value, regions)  # type: ignore[no-untyped-call]
-    return out
-
-
 class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, regions: Tensor | None) -> Tensor:
@@ -127,6 +121,10 @@ class _ChunkedAttention(torch.autograd.Function):
             to_query[windows, rows] = torch.bmm(to_scores, key[windows]).mul_(scale)
             to_key[windows].baddbmm_(to_scores.transpose(1, 2), part, alpha=scale)
         return to_query, to_key, to_value, None
+
+
+# A compiler would unroll the loops over chunks, for minutes.
+_chunked_attention = torch.compiler.disable(_ChunkedAttention.apply)  # type: ignore[no-untyped-call]
 
 
 def neighbourhood_attention(query: Tensor, key: Tensor, value: Tensor, radius: int, *, exclude_outside: bool) -> Tensor:

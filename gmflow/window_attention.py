@@ -76,22 +76,6 @@ def window_attention(
     return F.linear(attended, merge)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler would unroll the loops over chunks, for minutes
-def _chunked_window_attention(
-    source: Tensor,
-    target: Tensor,
-    to_query: Tensor,
-    to_key: Tensor,
-    to_value: Tensor,
-    merge: Tensor,
-    pairings: list[Pairing],
-) -> Tensor:
-    out: Tensor = _WindowAttention.apply(  # type: ignore[no-untyped-call]
-        source, target, to_query, to_key, to_value, merge, pairings
-    )
-    return out
-
-
 @dataclass(frozen=True)
 class _Chunk:
     """Some windows of a pairing, as slices of tokens, and the slices of them that are attended in turn."""
@@ -177,3 +161,7 @@ class _WindowAttention(torch.autograd.Function):
             for_value.addmm_(flat_value.T, part)
             torch.mm(flat_key, to_key, out=for_target[chunk.target]).addmm_(flat_value, to_value)
         return for_source, for_target, for_query, for_key, for_value, for_merge, None
+
+
+# A compiler would unroll the loops over chunks, for minutes.
+_chunked_window_attention = torch.compiler.disable(_WindowAttention.apply)  # type: ignore[no-untyped-call]

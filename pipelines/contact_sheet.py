@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from datasets_etl.samples import FlowSample
-from gmflow import flow_to_image
+from pipelines.training.pictures import coloured_truth
 
 _CELL_WIDTH = 320
 _CAPTION_HEIGHT = 16
@@ -39,9 +39,7 @@ def _row(sample: FlowSample) -> npt.NDArray[np.uint8]:
 def _coloured_flow(sample: FlowSample) -> tuple[npt.NDArray[np.uint8], str]:
     if sample.flow is None or sample.valid is None or not sample.valid.any():
         return np.zeros_like(sample.image0), "no ground truth"
-    fastest = float(np.hypot(sample.flow[..., 0], sample.flow[..., 1])[sample.valid].max())
-    coloured = flow_to_image(sample.flow, max_flow=max(fastest, 1e-6))
-    coloured[~sample.valid] = 0
+    coloured, fastest = coloured_truth(sample.flow, sample.valid)
     return coloured, f"up to {fastest:.1f} px, {sample.valid.mean():.0%} with ground truth"
 
 

@@ -250,15 +250,9 @@ def _load_manifests(config: CurriculumConfig) -> dict[str, Manifest]:
     for part in (part for stage in config.selected_stages for part in stage.reads):
         url = config.data[part.data]
         if part.data not in manifests and url is not None:
-            manifests[part.data] = Manifest.load(_absolute(url))
+            manifests[part.data] = Manifest.load(url)
         manifests[part.data].select(part.subset)
     return manifests
-
-
-def _absolute(url: str) -> str:
-    """Workers have another working folder."""
-    store_url, _, name = url.rpartition("/")
-    return f"{open_store(store_url or '.').url}/{name}"
 
 
 def _stage_hashes(config: CurriculumConfig, versions: Mapping[str, str]) -> list[str]:

@@ -30,6 +30,7 @@ from pipelines.predict import FrameSource, predict_pair
 from pipelines.training.config import CurriculumConfig, load_config
 from pipelines.training.pictures import comparison_png
 from pipelines.training.registry import CHAMPION, resolve_model
+from pipelines.training.validation import Scored
 
 ROOT = Path("runs/demo")
 CONFIG = Path(__file__).with_name("configs") / "demo.yaml"
@@ -106,10 +107,8 @@ def zero_flow_epe(config: CurriculumConfig) -> dict[str, float]:
     }
 
 
-def _set(config: CurriculumConfig, data: str, subset: str) -> EvaluationSet:
-    url = config.data[data]
-    assert url is not None
-    return EvaluationSet(Manifest.load(url), subset)
+def _set(config: CurriculumConfig, data: str, subset: str, limit: int | None = None) -> EvaluationSet:
+    return EvaluationSet(Manifest.load(str(config.data[data])), subset, limit)
 
 
 def use_champion(config: CurriculumConfig) -> list[Path]:
@@ -117,14 +116,13 @@ def use_champion(config: CurriculumConfig) -> list[Path]:
     model = resolve_model(f"models:/{config.mlflow.registered_model}@{CHAMPION}", config.mlflow.tracking_uri)
     pictures = open_store(str(ROOT / "pictures"))
     written: list[Path] = []
-    unseen = EvaluationSet(Manifest.load(str(config.data["chairs"])), "val", limit=4)
-    evaluate(
-        model,
-        unseen,
-        torch.device("cpu"),
-        lambda scored: pictures.write(f"{scored.sample.key}.png", comparison_png(scored)),
-    )
-    written += [ROOT / "pictures" / f"{unseen[number].key}.png" for number in range(len(unseen))]
+
+    def keep(scored: Scored) -> None:
+        name = f"{scored.sample.key}.png"
+        pictures.write(name, comparison_png(scored))
+        written.append(ROOT / "pictures" / name)
+
+    evaluate(model, _set(config, "chairs", "val", limit=4), torch.device("cpu"), keep)
     first, second, *_ = FrameSource([str(path) for path in unseen_frames()])
     predict_pair(model, first, second, open_store(str(ROOT / "prediction")))
     written += [ROOT / "prediction" / f"{first[0]}.png", ROOT / "prediction" / f"{first[0]}.flo"]

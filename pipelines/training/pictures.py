@@ -13,13 +13,22 @@ def comparison_png(scored: Scored) -> bytes:
     sample = scored.sample
     if sample.flow is None or sample.valid is None:
         raise ValueError(f"{sample.key} has no ground truth to compare with")
-    fastest = float(np.hypot(sample.flow[..., 0], sample.flow[..., 1])[sample.valid].max(initial=1e-6))
-    truth = flow_to_image(sample.flow, max_flow=fastest)
-    truth[~sample.valid] = 0
+    truth, fastest = coloured_truth(sample.flow, sample.valid)
     predicted = flow_to_image(scored.flow.numpy().transpose(1, 2, 0), max_flow=fastest)
     top = np.hstack([_titled(sample.image0, "frame 0"), _titled(sample.image1, "frame 1")])
     bottom = np.hstack([_titled(truth, "true flow"), _titled(predicted, "predicted flow")])
     return to_png(np.vstack([top, bottom]))
+
+
+def coloured_truth(flow: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.uint8], float]:
+    """Flow [H, W, 2] on the scale of its fastest valid pixel, black where not valid [H, W].
+
+    Returns uint8 [H, W, 3], RGB, and the scale in pixels, never zero.
+    """
+    fastest = float(np.hypot(flow[..., 0], flow[..., 1])[valid].max(initial=1e-6))
+    picture = flow_to_image(flow, max_flow=fastest)
+    picture[~valid] = 0
+    return picture, fastest
 
 
 def to_png(image: npt.NDArray[np.uint8]) -> bytes:

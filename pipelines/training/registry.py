@@ -38,7 +38,7 @@ class Lineage:
 
     Attributes:
         stage: name of the stage.
-        parent: "version N" of the stage before, the reference it was initialised from, or "random".
+        parent: "models:/NAME/N" of the stage before, the reference it was initialised from, or "random".
         manifests: data name → manifest URL the stage trained on.
         config_hash: names all that decided the weights.
         code_version: of this project.

@@ -79,7 +79,6 @@ class _Totals:
     metrics: FlowMetrics
     data_wait: float
     grad_norm: float = float("nan")
-    updated: bool = False
 
 
 class _Worker:
@@ -189,8 +188,7 @@ class _Worker:
         stage = self.job.stage
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), stage.clip_norm)
         totals.grad_norm = float(norm)
-        totals.updated = bool(torch.isfinite(torch.tensor([totals.loss, totals.grad_norm])).all())
-        if totals.updated:
+        if math.isfinite(totals.loss) and math.isfinite(totals.grad_norm):
             self.state.optimizer.step()
             self.skipped_in_a_row = 0
         else:
@@ -233,7 +231,7 @@ class _Worker:
             scores, first = validate(self.model, evaluation, self.device, self.rank, self.world_size)
             # A speed range without a pixel has no figure.
             metrics |= {f"val/{name}/{metric}": value for metric, value in scores.items() if not math.isnan(value)}
-            if first is not None:
+            if first is not None and self.rank == 0:
                 pictures[f"{name.replace('/', '_')}_step_{step:06d}.png"] = comparison_png(first)
         if metrics:
             self.state.record(step, metrics)

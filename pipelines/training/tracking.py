@@ -32,8 +32,8 @@ def connect(configured: str | None) -> MlflowClient:
     """A client whose server answered. Raises PipelineError where there is none."""
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # not every table it makes is news
     uri = tracking_uri(configured)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
+    if (folder := _embedded_folder(uri)) is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     client = MlflowClient(uri)
@@ -44,8 +44,15 @@ def connect(configured: str | None) -> MlflowClient:
     return client
 
 
-class StageRun:
-    """The child run of a stage: takes the worker's records and sees that none is told twice."""
+def _embedded_folder(uri: str) -> Path | None:
+    """Where an embedded SQLite database lies; None for a server."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(uri.removeprefix("sqlite:///")).absolute().parent
+
+
+class TrackedRun:
+    """A run that takes records and sees that none is told twice."""
 
     def __init__(self, client: MlflowClient, run: Run) -> None:
         self.client = client
@@ -88,12 +95,14 @@ class CurriculumRun:
     def __init__(self, client: MlflowClient, config: MlflowConfig, name: str, key: str) -> None:
         self.client = client
         self.experiment_id = _experiment(client, config.experiment)
-        self.run_id: str = _find_or_create(client, self.experiment_id, name, key, {}).info.run_id
+        self._own = TrackedRun(client, _find_or_create(client, self.experiment_id, name, key, {}))
+        self.run_id = self._own.run_id
 
-    def stage(self, name: str, key: str) -> StageRun:
+    def stage(self, name: str, key: str) -> TrackedRun:
+        """The child run of a stage."""
         tags = {"mlflow.parentRunId": self.run_id, "stage": name}
         run = _find_or_create(self.client, self.experiment_id, name, key, tags)
-        return StageRun(self.client, run)
+        return TrackedRun(self.client, run)
 
     def log_setup(self, config: CurriculumConfig, manifests: Mapping[str, Manifest]) -> None:
         """The resolved config and the manifests the run reads."""
@@ -109,9 +118,7 @@ class CurriculumRun:
 
     def log_stage(self, number: int, metrics: Mapping[str, float]) -> None:
         """A finished stage's validation, against the number of the stage."""
-        now = int(time.time() * 1000)
-        finals = [Metric(name, v, now, number) for name, v in metrics.items() if name.startswith("val/")]
-        self.client.log_batch(self.run_id, finals)
+        self._own.log(Record(number, {name: value for name, value in metrics.items() if name.startswith("val/")}))
 
     @contextlib.contextmanager
     def running(self, run_id: str) -> Iterator[None]:
@@ -130,11 +137,8 @@ def _experiment(client: MlflowClient, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
-    uri = str(client.tracking_uri)
-    artifacts = None  # a server knows its own place
-    if uri.startswith("sqlite:///"):
-        database = Path(uri.removeprefix("sqlite:///")).absolute()
-        artifacts = (database.parent / "mlflow-artifacts").as_uri()
+    folder = _embedded_folder(str(client.tracking_uri))
+    artifacts = None if folder is None else (folder / "mlflow-artifacts").as_uri()  # a server knows its own place
     return str(client.create_experiment(name, artifact_location=artifacts))
 
 

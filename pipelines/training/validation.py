@@ -1,6 +1,6 @@
 """Metrics of a model on stored samples: the same code in a stage's validation and in `evaluate.py`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from datasets_etl.loader import EvaluationSet, to_tensors
 from datasets_etl.samples import FlowSample
 from gmflow import GMFlow
 from gmflow.metrics import FlowMetrics
-from gmflow.predict import padded_flow
+from gmflow.predict import evaluating, padded_flow
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Scored:
     metrics: FlowMetrics
 
 
-def score(model: GMFlow | None, samples: Iterable[FlowSample], device: torch.device) -> Iterable[Scored]:
+def score(model: GMFlow | None, samples: Iterable[FlowSample], device: torch.device) -> Iterator[Scored]:
     """Predict and measure samples one by one; without a model the prediction is zero flow.
 
     KITTI and HD1K are padded as KITTI is, the others as Sintel is.
@@ -48,14 +48,12 @@ def validate(
 
     Every rank of the group must call it; each takes every world_size-th sample.
     """
-    was_training = model.training
-    model.eval()
     pooled = FlowMetrics()
     first = None
-    for scored in score(model, (evaluation[i] for i in range(rank, len(evaluation), world_size)), device):
-        pooled.merge(scored.metrics)
-        first = first or scored
-    model.train(was_training)
+    with evaluating(model):
+        for scored in score(model, (evaluation[i] for i in range(rank, len(evaluation), world_size)), device):
+            pooled.merge(scored.metrics)
+            first = first or scored
     sums = pooled.state().to(device)
     if world_size > 1:
         dist.all_reduce(sums)

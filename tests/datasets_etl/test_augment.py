@@ -1,6 +1,5 @@
 """Training augmentation: true geometry, RAFT's distributions, nothing but the given generator's chance."""
 
-import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -435,11 +434,8 @@ def test_contrast_is_around_the_whole_frames_mean_whatever_the_window() -> None:
         np.testing.assert_array_equal(window, image[10:30, 40:70])
 
 
-def test_jitter_of_a_real_frame_is_torchvisions_to_two_grey_levels() -> None:
-    root = os.environ.get("GMFLOW_SAMPLES")
-    if not root:
-        pytest.skip("GMFLOW_SAMPLES is not set: it names the folder of sample files")
-    path = Path(root) / "Sintel/training/final/market_5/frame_0002.png"
+def test_jitter_of_a_real_frame_is_torchvisions_to_two_grey_levels(samples: Path) -> None:
+    path = samples / "Sintel/training/final/market_5/frame_0002.png"
     frames = [decode_frame(path.read_bytes(), path.name)] * 2
     for seed in range(8):
         first, _ = draw_jitters(True, np.random.default_rng(seed))

@@ -1,6 +1,5 @@
 """The raw datasets' file formats: exact on whole files, one clear line on anything else."""
 
-import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from datasets_etl import formats
-from datasets_etl.errors import DataError
+from tests.datasets_etl.refusals import refusal
 
 unhurried = settings(max_examples=60, deadline=None)  # a shared machine is no reason to fail
 sides = st.integers(1, 9)
@@ -51,21 +50,6 @@ WHOLE_FILES: dict[str, tuple[bytes, Callable[[bytes, str], Any]]] = {
     "mask.png": (formats.encode_mask(VALID), formats.decode_mask),
 }
 every_format = pytest.mark.parametrize("name", WHOLE_FILES)
-
-
-def refusal(read: Callable[[], object]) -> str:
-    with pytest.raises(DataError) as caught:
-        read()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def samples(variable: str) -> Path:
-    folder = os.environ.get(variable)
-    if not folder:
-        pytest.skip(f"{variable} is not set: it names the folder of sample files")
-    return Path(folder)
 
 
 # --------------------------------------------------------------------------------------- what goes in comes out
@@ -254,8 +238,8 @@ def test_too_few_bytes_to_tell_the_size_are_refused(name: str) -> None:
 # ------------------------------------------------------------------------------------------------ real files
 
 
-def test_real_files_decode_and_encode_to_the_same_content() -> None:
-    roots = [samples("GMFLOW_SAMPLES"), samples("GMFLOW_FORMAT_SAMPLES")]
+def test_real_files_decode_and_encode_to_the_same_content(samples: Path, format_samples: Path) -> None:
+    roots = [samples, format_samples]
     paths = [
         path for root in roots for path in sorted(root.rglob("*.*")) if path.suffix in (".flo", ".pfm", ".png", ".ppm")
     ]

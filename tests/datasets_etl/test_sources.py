@@ -1,15 +1,13 @@
 """The official layouts of the five datasets, on listings alone."""
 
 import dataclasses
-import os
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from datasets_etl.errors import DataError
 from datasets_etl.sources import EXPECTED_COUNTS, SOURCES, SampleRef, SourceTree, chairs, is_sparse
+from tests.datasets_etl.refusals import refusal
 
 
 def listing(files: list[str], contents: dict[str, bytes] | None = None, root: str = "/data/set") -> SourceTree:
@@ -289,14 +287,6 @@ def test_only_kitti_and_hd1k_are_sparse() -> None:
 # ------------------------------------------------------------------------------------------------ wrong input
 
 
-def refusal(read: Callable[[], object]) -> str:
-    with pytest.raises(DataError) as caught:
-        read()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
 def test_an_empty_root_is_named_with_what_was_looked_for(dataset: str) -> None:
     message = refusal(lambda: SOURCES[dataset](listing([], root="/data/nowhere")))
     assert "/data/nowhere is empty or does not exist" in message
@@ -379,17 +369,17 @@ def test_a_missing_partner_file_is_named(dataset: str, tree: SourceTree, missing
 
 
 @pytest.mark.parametrize(
-    ("dataset", "variable", "place", "counts"),
+    ("dataset", "fixture", "place", "counts"),
     [
-        ("chairs", "GMFLOW_SAMPLES", "FlyingChairs_release", {"train": 4, "val": 2}),
-        ("sintel", "GMFLOW_SAMPLES", "Sintel", {"training-clean": 2, "training-final": 2}),
-        ("kitti", "GMFLOW_SAMPLES", "KITTI", {"training": 1}),
-        ("things", "GMFLOW_FORMAT_SAMPLES", "FlyingThings3D", {"train-clean": 2, "train-final": 2}),
-        ("hd1k", "GMFLOW_FORMAT_SAMPLES", "HD1K", {"training": 1}),
+        ("chairs", "samples", "FlyingChairs_release", {"train": 4, "val": 2}),
+        ("sintel", "samples", "Sintel", {"training-clean": 2, "training-final": 2}),
+        ("kitti", "samples", "KITTI", {"training": 1}),
+        ("things", "format_samples", "FlyingThings3D", {"train-clean": 2, "train-final": 2}),
+        ("hd1k", "format_samples", "HD1K", {"training": 1}),
     ],
 )
-def test_real_samples_are_indexed(dataset: str, variable: str, place: str, counts: dict[str, int]) -> None:
-    root = os.environ.get(variable)
-    if not root:
-        pytest.skip(f"{variable} is not set: it names the folder of sample files")
-    assert Counter(ref.subset for ref in SOURCES[dataset](folder(Path(root) / place))) == counts
+def test_real_samples_are_indexed(
+    dataset: str, fixture: str, place: str, counts: dict[str, int], request: pytest.FixtureRequest
+) -> None:
+    root = request.getfixturevalue(fixture)
+    assert Counter(ref.subset for ref in SOURCES[dataset](folder(root / place))) == counts

@@ -1,9 +1,8 @@
-"""Real samples and reference values: found through the environment, skipped where it does not name them."""
+"""The reference values, and the pair they were computed for."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,23 +12,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-
-
-def _folder(variable: str, content: str) -> Path:
-    value = os.environ.get(variable)
-    if not value:
-        pytest.skip(f"{variable} is not set: it names the folder of {content}")
-    return Path(value)
-
-
-@pytest.fixture(scope="session")
-def reference() -> Path:
-    return _folder("GMFLOW_REFERENCE", "reference weights, outputs and gradients")
-
-
-@pytest.fixture(scope="session")
-def samples() -> Path:
-    return _folder("GMFLOW_SAMPLES", "real samples of the datasets")
 
 
 @pytest.fixture(scope="session")

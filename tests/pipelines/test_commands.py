@@ -9,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 import pipelines.curriculum
 import pipelines.etl
@@ -319,6 +320,26 @@ def test_a_sample_that_was_damaged_on_storage_stops_the_stage_with_its_name(call
     assert shard.name in line
     assert "damaged" in line
     assert "Traceback" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_losses_that_are_not_finite_are_skipped_by_all_ranks_and_end_the_stage(call, workplace, tmp_path):
+    model = GMFlow(TINY)
+    with torch.no_grad():
+        model.backbone.stem.weight.fill_(float("nan"))
+    save_weights(model, tmp_path / "nan.safetensors")
+    result = call(
+        pipelines.curriculum,
+        *("--config", workplace.write(), f"init_from={tmp_path / 'nan.safetensors'}"),
+        *("stages.chairs.max_skipped_in_a_row=3", "machine.max_failures=0"),
+    )
+    code, out, err = result
+    assert code == 2, err
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert "stage chairs: 3 steps in a row with a non-finite loss or gradient, the last at step 2" in line
+    assert out.count("skipped: loss nan") == 3
+    assert not list((workplace.folder / "storage").rglob("final.safetensors"))
 
 
 def test_a_script_run_by_itself_prints_the_line_and_exits_with_2(tmp_path: Path):

@@ -112,6 +112,9 @@ def assert_told_once(workplace: Workplace) -> None:
     children = {run.data.tags["stage"]: run for run in runs if "stage" in run.data.tags}
     assert len(runs) == 3
     assert set(children) == {"chairs", "mix"}
+    (parent,) = [run for run in runs if "stage" not in run.data.tags]
+    told = client.get_metric_history(parent.info.run_id, "val/chairs/val/epe")
+    assert [metric.step for metric in told] == [0, 1]
     for child in children.values():
         assert child.info.status == "FINISHED"
         steps = [metric.step for metric in client.get_metric_history(child.info.run_id, "train/loss")]

@@ -58,7 +58,7 @@ def server(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 
 
 @pytest.fixture
-def stage_run(server: str, request: pytest.FixtureRequest) -> tracking.StageRun:
+def stage_run(server: str, request: pytest.FixtureRequest) -> tracking.TrackedRun:
     client = tracking.connect(server)
     run = tracking.CurriculumRun(client, MlflowConfig(tracking_uri=server), "test", key=request.node.name)
     return run.stage("chairs", key=f"{request.node.name}/chairs")
@@ -68,7 +68,7 @@ def lineage(stage: str, config_hash: str, epe: float) -> registry.Lineage:
     return registry.Lineage(stage, "random", {"chairs": "file:///c"}, config_hash, "sources:x", {"val/c/val/epe": epe})
 
 
-def history(run: tracking.StageRun, metric: str) -> list[tuple[int, float]]:
+def history(run: tracking.TrackedRun, metric: str) -> list[tuple[int, float]]:
     return [(entry.step, entry.value) for entry in run.client.get_metric_history(run.run_id, metric)]
 
 
@@ -83,7 +83,7 @@ def test_a_second_attempt_finds_the_same_runs(server, stage_run, request):
 def test_steps_told_again_after_a_resume_are_not_told_twice(stage_run):
     for step in (2, 4, 6):
         stage_run.log(Record(step, {"train/loss": step / 10}))
-    resumed = tracking.StageRun(stage_run.client, stage_run.client.get_run(stage_run.run_id))
+    resumed = tracking.TrackedRun(stage_run.client, stage_run.client.get_run(stage_run.run_id))
     for step in (4, 6, 8):
         resumed.log(Record(step, {"train/loss": step / 10, "val/epe": 1.0}))
     assert history(stage_run, "train/loss") == [(2, 0.2), (4, 0.4), (6, 0.6), (8, 0.8)]
