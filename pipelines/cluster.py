@@ -18,12 +18,14 @@ _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
 
 
 @contextlib.contextmanager
-def connected(cpus: int | None = None, *, verbose: bool = False) -> Iterator[None]:
+def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool = False) -> Iterator[None]:
     """Ray for the length of a `with`.
 
     Args:
         cpus: CPUs a local Ray offers, at least; None for those of the machine. A cluster offers what it has.
         verbose: workers' own output goes to the terminal too.
+        dashboard: a local Ray runs its dashboard: without it, Ray Train inside Tune leaks the workers' places of a
+            trial that is stopped early.
 
     `RAY_ADDRESS` (set by `ray job submit`) names the cluster; without it a local Ray is started and stopped.
     """
@@ -35,7 +37,7 @@ def connected(cpus: int | None = None, *, verbose: bool = False) -> Iterator[Non
     ray.init(
         address=None if remote else "local",
         num_cpus=None if remote else max(machine, cpus or machine),
-        include_dashboard=None if remote else False,
+        include_dashboard=None if remote else dashboard,
         object_store_memory=None if remote else _LOCAL_OBJECT_STORE_BYTES,
         configure_logging=True,
         logging_level=logging.INFO if verbose else logging.ERROR,
