@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
 from datasets_etl.manifest import Manifest
 from gmflow import GMFlowConfig
+from gmflow.config import GLOBAL
 from pipelines.errors import PipelineError
 from pipelines.sweeping.settings import Setting, check_crop, check_size, grid_settings
 from pipelines.training.config import (
@@ -229,6 +230,13 @@ class SweepConfig(_Frozen):
                 )
             if grid.corr_radius is not None and scales == 1:
                 raise ValueError(f"{phase}.corr_radius: a model of one scale matches globally; leave it out")
+            for name in ("corr_radius", "prop_radius"):
+                for value in getattr(grid, name) or ():
+                    if value < 1 and not (value == GLOBAL and scales == 1):
+                        alone = ", and -1 (global)" if scales == 1 else ""
+                        raise ValueError(
+                            f"{phase}.{name}: {value} makes no sense; valid are whole numbers from 1{alone}"
+                        )
         if self.tune is not None:
             machine, stage = self.tune.machine, self.tune.stage
             if machine.num_workers > stage.global_batch:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Read when Tune is imported: ^C is ours to answer, and nobody reads Tune's own CSV and TensorBoard files.
+# Read when Tune is imported: ^C and the terminal are ours, and nobody reads Tune's CSV and TensorBoard files.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 
 import ray
@@ -260,6 +261,10 @@ class _Bookkeeping(tune.Callback):
         self.plan = plan
         self.listener = listener
         self.number = len(announced(plan))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its run for `Tuner.restore`, which is not our way to go on; a listener holds open connections."""
+        return {"plan": self.plan}
 
     def _trial(self, trial: Any) -> Trial:
         return self.plan.trial(trial.config["point"])
