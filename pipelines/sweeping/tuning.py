@@ -263,7 +263,7 @@ class _Bookkeeping(tune.Callback):
         self.number = len(announced(plan))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its run for `Tuner.restore`, which is not our way to go on; a listener holds open connections."""
+        """Tune pickles its run for `Tuner.restore`, which is not how we go on; a listener holds open connections."""
         return {"plan": self.plan}
 
     def _trial(self, trial: Any) -> Trial:
