@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import signal
 import subprocess
 import time
@@ -300,4 +299,4 @@ def test_a_dry_run_starts_nothing(tuned, tmp_path: Path):
     output = run(workplace, "--dry-run")
     assert "tune: 5 trials of 80 steps" in output
     assert "probe: 2 settings" in output
-    assert os.listdir(tmp_path) == ["config.yaml"]
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
