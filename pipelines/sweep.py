@@ -80,7 +80,7 @@ def run_sweep(sweep: Sweep, *, retry: bool = False) -> list[Row]:
     """Both phases, as far as configured, and the report. Needs a connected Ray with its dashboard."""
     config = sweep.config
     weights = keep_weights(sweep)
-    run = SweepRun(config, weights, sweep.manifests)
+    run = SweepRun(config, weights, sweep.manifests, sweep.view.say)
     with run.parent.running(run.run_id):
         with sweep.view.showing():
             rows = []
@@ -185,7 +185,7 @@ def tune(
     for name in (setting.name for setting in seeds):
         sweep.view.say(f"the probe's front seeds {name}")
     board = _TrialBoard(sweep.view, run)
-    tune_trials(plan, seeds, board, board.hear)
+    tune_trials(plan, seeds, board)
     return list(board.rows.values())
 
 
@@ -203,13 +203,13 @@ class _TrialBoard(Listener):
             choices = {name: trial.point[name] for name in trial.point if not name.startswith(("attn", "corr", "prop"))}
             row = Row(trial.name, "trial", trial.model.build(), status="running", choices=choices)
             self._keep(row)
-            self.run.child(row).log_json(trial.stage.model_dump(mode="json"), "stage.json")
+            self.run.describe(row, trial.stage)
 
     def validated(self, trial: Trial, step: int, metrics: dict[str, float]) -> None:
         with self._lock:
             row = self.rows[trial.name]
             self._keep(replace(row, step=max(row.step, step), metrics=metrics))
-            self.run.child(row).log(Record(step, metrics))
+            self.run.log(row, Record(step, metrics))
 
     def ended(self, trial: Trial, result: TrialResult) -> None:
         with self._lock:
@@ -218,18 +218,22 @@ class _TrialBoard(Listener):
             self._keep(replace(row, status=result.status, reason=result.reason, step=step))
             self.run.end(self.rows[trial.name])
 
-    def hear(self, record: Record) -> None:
-        """What a trial's workers say."""
-        if not isinstance(record, TrialRecord):
-            return
+    def show(self, record: Record) -> None:
         with self._lock:
-            row = self.rows.get(record.trial)
-            if row is None:
-                return
-            self._keep(replace(row, step=max(row.step, record.step)))
-            self.run.child(row).log(record)
+            row = self.rows.get(self._of(record))
+            if row is not None and row.status == "running":
+                self._keep(replace(row, step=max(row.step, record.step)))
         if record.line:
-            self.view.log(f"{record.trial}: {record.line}")
+            self.view.log(f"{self._of(record)}: {record.line}")
+
+    def keep(self, record: Record) -> None:
+        row = self.rows.get(self._of(record))
+        if row is not None:
+            self.run.log(row, record)
+
+    @staticmethod
+    def _of(record: Record) -> str:
+        return record.trial if isinstance(record, TrialRecord) else ""
 
     def _keep(self, row: Row) -> None:
         self.rows[row.name] = row
@@ -255,7 +259,7 @@ def report(sweep: Sweep, rows: Sequence[Row], run: SweepRun) -> None:
     for row in (row for row in rows if row.status in ("failed", "stopped")):
         sweep.view.console.print(f"{row.phase} {row.name} {row.status}: {row.reason}", markup=False, highlight=False)
     uri = tracking.tracking_uri(config.mlflow.tracking_uri)
-    print(f"MLflow: {uri}, experiment {config.mlflow.experiment}, run {run.run_id}")
+    print(f"MLflow: {uri}, {tracking.run_link(uri, config.mlflow.experiment, run.run_id)}")
     for name in files:
         print(f"  {sweep.store.url}/report/{name}")
 
@@ -280,8 +284,14 @@ def register_best(sweep: Sweep, rows: Sequence[Row], run: SweepRun, plan: TrialP
         with tempfile.TemporaryDirectory(prefix="gmflow-best-") as folder:
             path = Path(folder) / FINAL_WEIGHTS
             path.write_bytes(open_store(trial.folder).read(FINAL_WEIGHTS))
-            version = registry.register(
-                run.client, config.mlflow.registered_model, run.child(row).run_id, path, lineage, config.objective
+            version = run.parent.patience(
+                registry.register,
+                run.client,
+                config.mlflow.registered_model,
+                run.child(row).run_id,
+                path,
+                lineage,
+                config.objective,
             )
         print(f"registered {row.name} as models:/{version.name}/{version.version}")
 

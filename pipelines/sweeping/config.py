@@ -14,10 +14,10 @@ from pipelines.errors import PipelineError
 from pipelines.sweeping.settings import Setting, check_crop, check_size, grid_settings
 from pipelines.training.config import (
     MachineConfig,
+    MetricConfig,
     MlflowConfig,
     ModelConfig,
     PartConfig,
-    PromotionConfig,
     SetConfig,
     StageConfig,
 )
@@ -190,7 +190,7 @@ class SweepConfig(_Frozen):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     storage: str
     data: dict[str, str | None]
-    objective: PromotionConfig
+    objective: MetricConfig
     model: ModelConfig = ModelConfig(variant="refine")
     weights: str | None = None
     seed: NonNegativeInt = 0
@@ -215,8 +215,8 @@ class SweepConfig(_Frozen):
             if self.data[used.data] is None:
                 raise ValueError(f"data.{used.data} is not set; give the manifest's URL: data.{used.data}=URL")
         for phase, chosen in self._validated:
-            if self.objective.name not in [one.name for one in chosen]:
-                raise ValueError(f"{phase}.validation lacks {self.objective.name}, the objective; add it")
+            if self.objective.set_name not in [one.name for one in chosen]:
+                raise ValueError(f"{phase}.validation lacks {self.objective.set_name}, the objective; add it")
         self._check_space()
         return self
 
@@ -279,7 +279,7 @@ class SweepConfig(_Frozen):
     @property
     def metric(self) -> str:
         """The objective as workers report it."""
-        return f"val/{self.objective.name}/{self.objective.metric}"
+        return self.objective.name
 
     @property
     def reads(self) -> tuple[PartConfig | SetConfig, ...]:

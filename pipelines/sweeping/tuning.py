@@ -7,7 +7,7 @@ Tune's, and may be continued with more trials than it was begun with.
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class TrialRecord(Record):
 
 
 class Listener:
-    """What the sweep's driver wants to hear of its trials. Called from Tune's loop, one at a time."""
+    """What the sweep's driver wants to hear of its trials, from Tune's loop and, of their workers, from the feed."""
 
     def started(self, trial: Trial) -> None:
         raise NotImplementedError
@@ -72,15 +72,22 @@ class Listener:
     def ended(self, trial: Trial, result: TrialResult) -> None:
         raise NotImplementedError
 
+    def show(self, record: Record) -> None:
+        """Each `TrialRecord`, at once."""
+        raise NotImplementedError
 
-def tune_trials(plan: TrialPlan, seeds: Sequence[Setting], listener: Listener, hear: Callable[[Record], None]) -> None:
+    def keep(self, record: Record) -> None:
+        """Each `TrialRecord`, in a thread of its own."""
+        raise NotImplementedError
+
+
+def tune_trials(plan: TrialPlan, seeds: Sequence[Setting], listener: Listener) -> None:
     """Train the trials to their ends; failing ones end alone. Needs a connected Ray with its dashboard.
 
     Args:
         plan: what they share.
         seeds: settings to try first.
-        listener: hears how trials start and end.
-        hear: gets every `TrialRecord` of their workers.
+        listener: hears of them.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     space, searcher, samples = _search(plan, seeds)
@@ -107,7 +114,7 @@ def tune_trials(plan: TrialPlan, seeds: Sequence[Setting], listener: Listener, h
             callbacks=[_Bookkeeping(plan, listener)],
         ),
     )
-    with listening(plan.feed, hear):
+    with listening(plan.feed, listener.show, listener.keep):
         tuner.fit()
 
 
@@ -183,7 +190,7 @@ def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
             tune.report(_report(plan, step, metrics))
     if ended is None:
         try:
-            _train(trial, plan, records.last_step)
+            _train(trial, plan)
         except Exception as error:
             told = error if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {error}"
             records.end(TrialResult("failed", " ".join(str(told).split())[:500], records.last_step))
@@ -198,7 +205,7 @@ def _report(plan: TrialPlan, step: int, metrics: dict[str, float]) -> dict[str, 
     return {_STEP: step, OBJECTIVE: metrics[plan.config.metric], "metrics": metrics}
 
 
-def _train(trial: Trial, plan: TrialPlan, known_step: int) -> None:
+def _train(trial: Trial, plan: TrialPlan) -> None:
     store = open_store(trial.folder)
     config = plan.config
     start = None if plan.weights is None else plan.weights.url
@@ -216,41 +223,47 @@ def _train(trial: Trial, plan: TrialPlan, known_step: int) -> None:
     writer = FeedWriter(plan.feed)
 
     def forward(record: Record) -> None:
-        writer.send(TrialRecord(record.step, record.metrics, record.line, record.pictures, trial.name))
+        writer.send(TrialRecord(**vars(record), trial=trial.name))
 
-    with listening(job.feed, forward):
-        trained = fit_stage(job, name, [_ReportValidations(trial, plan, known_step)])
+    with listening(job.feed, forward, lambda record: None):
+        last = fit_stage(job, name, [_ReportValidations(trial, plan)])
+    for step, metrics in last["records"]:
+        _remember(trial, plan, step, metrics)  # what an attempt that was killed here did not
     with tempfile.TemporaryDirectory(prefix="gmflow-final-") as folder:
         weights = Path(folder) / FINAL_WEIGHTS
-        final_weights(job, trained, trial.model, weights)
+        final_weights(last, trial.model, weights)
         store.upload(weights, FINAL_WEIGHTS)
     if TrialRecords.open(trial.folder).last_step != trial.stage.steps:
         raise PipelineError(f"{config.metric} has no value at the last step: the flow is not finite; lower peak_lr")
 
 
+def _remember(trial: Trial, plan: TrialPlan, step: int, told: dict[str, Any]) -> dict[str, float] | None:
+    """Add a validation to the trial's history; None where it is none, or there already."""
+    stage = trial.stage
+    due = step == stage.steps or (stage.validate_every is not None and step % stage.validate_every == 0)
+    records = TrialRecords.open(trial.folder)
+    if not due or step <= records.last_step or plan.config.metric not in told:
+        return None
+    scores = {name: float(value) for name, value in told.items() if name.startswith("val/")}
+    records.add(step, scores)
+    return scores
+
+
 class _ReportValidations(TuneReportCallback):
     """Carries a stage's validations to storage and to Tune; the last one to storage only, see `run_trial`.
 
-    Lives in Ray Train's controller. Steps up to `known_step` were told by an earlier attempt.
+    Lives in Ray Train's controller.
     """
 
-    def __init__(self, trial: Trial, plan: TrialPlan, known_step: int) -> None:
+    def __init__(self, trial: Trial, plan: TrialPlan) -> None:
         super().__init__()
         self.trial = trial
         self.plan = plan
-        self.known_step = known_step
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        told = metrics[0]
-        stage = self.trial.stage
-        step = int(told[_STEP])
-        due = step == stage.steps or (stage.validate_every is not None and step % stage.validate_every == 0)
-        if not due or step <= self.known_step or self.plan.config.metric not in told:
-            return
-        self.known_step = step
-        scores = {name: float(value) for name, value in told.items() if name.startswith("val/")}
-        TrialRecords.open(self.trial.folder).add(step, scores)
-        if step < stage.steps:
+        step = int(metrics[0][_STEP])
+        scores = _remember(self.trial, self.plan, step, metrics[0])
+        if scores is not None and step < self.trial.stage.steps:
             super().after_report(run_context, [_report(self.plan, step, scores)], None)
 
 

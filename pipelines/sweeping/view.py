@@ -1,18 +1,16 @@
 """What a person sees of a sweep: a live table on a terminal, plain lines in a job's log, the front at the end."""
 
 import contextlib
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from pipelines.sweeping.table import Row
+from pipelines.training.display import output
 
-_LOG_WIDTH = 160
 _SHOWN_ROWS = 30
 _STYLES = {"running": "bold", "failed": "red", "stopped": "yellow", "finished": "green", "waiting": "dim"}
 
@@ -26,7 +24,7 @@ class SweepView:
 
     def __init__(self, metric: str) -> None:
         self.metric = metric
-        self.console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+        self.console = output()
         self._rows: dict[str, Row] = {}
         self._live: Live | None = None
         self._lock = threading.Lock()
