@@ -36,35 +36,56 @@ def front_png(rows: Sequence[Row], metric: str, cost_size: Size) -> bytes:
                 alpha=[1.0 if row.status == "finished" else 0.35 for row in of_phase],  # type: ignore[arg-type]
                 cmap="viridis",
                 marker=marker,
-                edgecolors=["black" if row.front else "none" for row in of_phase],
+                edgecolors="black",
+                linewidths=[1.5 if row.front else 0 for row in of_phase],
                 label=phase if phase == "probe" else "trial",
                 zorder=3,
             )
     if shown:
         figure.colorbar(points, ax=axes, label="peak memory, MiB", format="%.1f")
-    front = sorted((row for row in shown if row.front), key=lambda row: _cost(row)[0])
+    front = _front_in_sight(shown, metric)
     axes.plot(
-        [_cost(row)[0] for row in front], [row.metrics[metric] for row in front], color="grey", lw=1, label="front"
+        [_cost(row)[0] for row in front],
+        [row.metrics[metric] for row in front],
+        color="grey",
+        lw=1,
+        label="front",
     )
     for row in (row for row in shown if row.reference):
         place = (_cost(row)[0], row.metrics[metric])
         axes.scatter(*place, s=240, facecolors="none", edgecolors=_REFERENCE, lw=2, zorder=4, label="reference")
-    for number, row in enumerate(front):
-        axes.annotate(
-            _short(row),
-            (_cost(row)[0], row.metrics[metric]),
-            textcoords="offset points",
-            xytext=(6, 7 if number % 2 == 0 else -13),
-            fontsize=8,
-        )
     axes.set_xlabel(f"latency of a pair at {cost_size[0]}×{cost_size[1]}, ms")
     axes.set_ylabel(_title(metric))
     axes.set_title("Accuracy against latency: windows (coarse×fine), radius")
     axes.grid(alpha=0.3)
-    axes.margins(x=0.12)
+    axes.margins(x=0.14, y=0.1)
     if shown:
-        axes.legend()
+        axes.legend(fontsize=8)
+    _name(axes, front, metric)
     return _png(figure)
+
+
+def _front_in_sight(rows: Sequence[Row], metric: str) -> list[Row]:
+    """The part of the front that is one without memory too, fastest first: each more accurate than all before."""
+    found: list[Row] = []
+    for row in sorted((row for row in rows if row.front), key=lambda row: (_cost(row)[0], row.metrics[metric])):
+        if not found or row.metrics[metric] < found[-1].metrics[metric]:
+            found.append(row)
+    return found
+
+
+def _name(axes: Any, front: Sequence[Row], metric: str) -> None:
+    """Names below and left of the points, where nothing can be; none over another."""
+    axes.figure.draw_without_rendering()  # so that places in pixels are known
+    named: list[tuple[float, float]] = []
+    for row in sorted(front, key=lambda row: not row.reference):
+        place = (_cost(row)[0], row.metrics[metric])
+        x, y = axes.transData.transform(place)
+        if not any(abs(x - a) < 90 and abs(y - b) < 18 for a, b in named):
+            named.append((x, y))
+            axes.annotate(
+                _short(row), place, textcoords="offset points", xytext=(-8, -5), ha="right", va="top", fontsize=8
+            )
 
 
 def heat_map_png(rows: Sequence[Row], metric: str) -> bytes | None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -66,19 +67,22 @@ class Row:
             "phase": self.phase,
             **self.point,
             "status": self.status,
-            "reason": self.reason,
             "step": self.step,
-            **self.metrics,
             "latency_ms": None if self.cost is None else self.cost.latency_ms,
             "peak_mib": None if self.cost is None else self.cost.peak_mib,
+            **self.metrics,
             "cost_padded_to": f"{padded[0]}x{padded[1]}",
             "reference": self.reference,
             "front": self.front,
+            "reason": self.reason,
         }
 
 
 def mark_front(rows: Sequence[Row], metric: str) -> list[Row]:
-    """The rows with `front` set: of those that were measured in all three, the ones that none dominates."""
+    """The rows with `front` set: of those that were measured in all three, the ones that none dominates.
+
+    Latency and memory are compared in steps of one percent.
+    """
     goals = [_goals(row, metric) for row in rows]
     measured = [found for found in goals if found is not None]
     return [
@@ -91,7 +95,12 @@ def _goals(row: Row, metric: str) -> tuple[float, float, float] | None:
     """(objective, latency, memory), each better when lower. What was stopped on its way is no model to choose."""
     if row.cost is None or metric not in row.metrics or row.status != "finished":
         return None
-    return row.metrics[metric], row.cost.latency_ms, row.cost.peak_mib
+    return row.metrics[metric], _percent_steps(row.cost.latency_ms), _percent_steps(row.cost.peak_mib)
+
+
+def _percent_steps(cost: float) -> int:
+    """Costs are compared in steps of one percent: less is noise in a timing, and no reason to choose a setting."""
+    return round(math.log(cost) / math.log(1.01))
 
 
 def _dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:

@@ -260,7 +260,7 @@ def row(name: str, epe: float, latency: float, memory: float, **more: Any) -> Ro
     return Row(name, "probe", REFINE, "finished", metrics={METRIC: epe}, cost=Cost(latency, memory), **more)
 
 
-@given(st.lists(st.tuples(*[st.integers(0, 4)] * 3), min_size=1, max_size=12))
+@given(st.lists(st.tuples(*[st.integers(1, 5)] * 3), min_size=1, max_size=12))
 def test_the_front_holds_what_nothing_beats_and_something_on_it_beats_the_rest(goals):
     rows = mark_front([row(str(number), *map(float, found)) for number, found in enumerate(goals)], METRIC)
     front = [found for found, marked in zip(goals, rows, strict=True) if marked.front]
@@ -269,6 +269,13 @@ def test_the_front_holds_what_nothing_beats_and_something_on_it_beats_the_rest(g
         beaten = [b for b in goals if all(np.less_equal(b, found)) and any(np.less(b, found))]
         assert marked.front == (not beaten)
         assert marked.front or any(b in front for b in beaten)
+
+
+def test_costs_closer_than_a_percent_are_the_same_cost():
+    rows = mark_front(
+        [row("better", 1.0, 100.2, 50.1), row("worse", 1.1, 100.0, 50.0), row("fast", 1.2, 90, 50)], METRIC
+    )
+    assert [one.front for one in rows] == [True, False, True]
 
 
 def test_the_front_takes_only_what_was_measured_to_the_end():
