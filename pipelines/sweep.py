@@ -16,6 +16,7 @@ from pathlib import Path
 from pipelines.cluster import connected  # sets Ray's environment, so before Ray
 
 # isort: split
+import ray
 from rich.table import Table
 
 from datasets_etl.manifest import Manifest
@@ -26,6 +27,7 @@ from pipelines.sweeping import plots
 from pipelines.sweeping.accuracy import Scores, Weights, measure_accuracy, score_jobs
 from pipelines.sweeping.config import SweepConfig
 from pipelines.sweeping.cost import measure_costs
+from pipelines.sweeping.room import check_room
 from pipelines.sweeping.settings import Setting, padded_size
 from pipelines.sweeping.table import Row, best_settings, mark_front, to_csv, to_json
 from pipelines.sweeping.tracking import SweepRun
@@ -79,6 +81,7 @@ def prepare(config: SweepConfig) -> Sweep:
 def run_sweep(sweep: Sweep, *, retry: bool = False) -> list[Row]:
     """Both phases, as far as configured, and the report. Needs a connected Ray with its dashboard."""
     config = sweep.config
+    check_room(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     weights = keep_weights(sweep)
     run = SweepRun(config, weights, sweep.manifests, sweep.view.say)
     with run.parent.running(run.run_id):

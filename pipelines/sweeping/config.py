@@ -104,6 +104,12 @@ class CostConfig(_Frozen):
     use_gpu: bool = False
     clock: Literal["wall", "cpu"] = "wall"
 
+    @pydantic.model_validator(mode="after")
+    def _clock_fits(self) -> Self:
+        if self.use_gpu and self.clock == "cpu":
+            raise ValueError("clock cpu counts processor time, which tells nothing of a GPU; use wall")
+        return self
+
     @property
     def size(self) -> tuple[int, int]:
         return self.height, self.width

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from datasets_etl.storage import ObjectStore, open_store
-from pipelines.errors import PipelineError
 from pipelines.sweeping.accuracy import Weights
 from pipelines.sweeping.config import RangeConfig, SweepConfig, TuneConfig
 from pipelines.sweeping.settings import Setting
@@ -249,28 +248,3 @@ def retry_failed(plan: TrialPlan) -> None:
         records = TrialRecords.open(trial.folder)
         if records.result is not None and records.result.status == "failed":
             records.end(None)
-
-
-def concurrent_trials(tune: TuneConfig, nodes: Sequence[Mapping[str, float]]) -> int:
-    """How many trials fit on a cluster at once; a trial's driver needs no CPU beside its workers'.
-
-    Args:
-        tune: with the machine of one trial.
-        nodes: the resources of each, as Ray names them.
-
-    Raises PipelineError where not even one fits.
-    """
-    machine = tune.machine
-    slots = 0
-    for resources in nodes:
-        fit = int(resources.get("CPU", 0)) // machine.cpus_per_worker
-        if machine.use_gpu:
-            fit = min(fit, int(resources.get("GPU", 0)))
-        slots += fit
-    if slots < machine.num_workers and tune.max_concurrent is None:
-        gpu = " and a GPU" if machine.use_gpu else ""
-        raise PipelineError(
-            f"tune.machine: a trial needs {machine.num_workers} worker(s) with {machine.cpus_per_worker} CPU(s){gpu} "
-            f"each; the cluster has room for {slots}. Lower it, or, where the cluster grows, set tune.max_concurrent"
-        )
-    return tune.max_concurrent or slots // machine.num_workers

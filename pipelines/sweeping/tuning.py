@@ -27,6 +27,7 @@ from ray.tune.search.optuna import OptunaSearch
 from datasets_etl.storage import open_store
 from pipelines.errors import USER_ERRORS, PipelineError
 from pipelines.sweeping.config import RangeConfig
+from pipelines.sweeping.room import concurrent_trials
 from pipelines.sweeping.settings import Setting
 from pipelines.sweeping.trials import (
     FINAL_WEIGHTS,
@@ -37,7 +38,6 @@ from pipelines.sweeping.trials import (
     TrialResult,
     announce,
     announced,
-    concurrent_trials,
     dimensions,
     listed_points,
     seed_points,

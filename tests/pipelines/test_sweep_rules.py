@@ -23,6 +23,7 @@ from pipelines.sweeping import plots
 from pipelines.sweeping.accuracy import SharedFeatures
 from pipelines.sweeping.config import SweepConfig
 from pipelines.sweeping.cost import Cost, _allocated_on_cpu
+from pipelines.sweeping.room import check_room, concurrent_trials
 from pipelines.sweeping.settings import Setting, check_crop, check_size, grid_settings, padded_size
 from pipelines.sweeping.table import Row, best_settings, mark_front, to_csv, to_json
 from pipelines.sweeping.trials import (
@@ -31,7 +32,6 @@ from pipelines.sweeping.trials import (
     TrialResult,
     announce,
     announced,
-    concurrent_trials,
     listed_points,
     retry_failed,
 )
@@ -150,6 +150,7 @@ def test_a_radius_larger_than_the_map_names_the_largest(radius):
         (["weights=null"], "which model is probed"),
         (["probe.gird={}"], "unknown key probe.gird; did you mean grid"),
         (["tune.machine.num_workers=5"], "cannot feed"),
+        (["cost={use_gpu: true, clock: cpu}"], "tells nothing of a GPU"),
     ],
 )
 def test_a_wrong_config_is_refused_with_the_way_out(tree, load, overrides, complaint):
@@ -254,6 +255,21 @@ def test_no_more_trials_run_at_once_than_the_cluster_holds(tree, load):
     gpu = load(tree, "tune.machine={num_workers: 1, use_gpu: true}").tune
     assert concurrent_trials(gpu, [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 64.0}]) == 2
     assert concurrent_trials(load(tree, "tune.max_concurrent=7").tune, [{"CPU": 1.0}]) == 7
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["probe.cpus=4"], r"probe: no node of the cluster has 4 CPU\(s\); lower probe.cpus"),
+        (["cost={cpus: 1, use_gpu: true}"], r"cost: no node of the cluster has 1 CPU\(s\) and a GPU"),
+        (["tune.machine={num_workers: 4}"], r"the cluster has room for 3"),
+    ],
+)
+def test_what_never_fits_is_said_before_anything_starts(tree, load, overrides, complaint):
+    nodes = [{"CPU": 2.0}, {"CPU": 1.0}]
+    check_room(load(tree), nodes)
+    with pytest.raises(PipelineError, match=complaint):
+        check_room(load(tree, *overrides), nodes)
 
 
 def row(name: str, epe: float, latency: float, memory: float, **more: Any) -> Row:
