@@ -136,10 +136,10 @@ def _search(plan: TrialPlan, seeds: Sequence[Setting]) -> tuple[dict[str, Any] |
         return {"point": tune.grid_search(listed_points(plan.config, seeds))}, None, 1
     known = [trial.point for trial in announced(plan)]
     first = known + [point for point in seed_points(plan.config, seeds) if point not in known]
-    return None, _DistinctOptuna(plan, first, len(known)), plan.tune.trials or 1
+    return None, DistinctOptuna(plan, first, len(known)), plan.tune.trials or 1
 
 
-class _DistinctOptuna(OptunaSearch):
+class DistinctOptuna(OptunaSearch):
     """Optuna's TPE over the space, without repeats: a point's trial is the same stage in the same folder.
 
     Args:

@@ -14,6 +14,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.tune.search import Searcher
 
 from gmflow import GMFlow, GMFlowConfig
 from gmflow.errors import GMFlowError
@@ -35,6 +36,7 @@ from pipelines.sweeping.trials import (
     listed_points,
     retry_failed,
 )
+from pipelines.sweeping.tuning import DistinctOptuna
 from pipelines.training.config import load_config
 from tests.conftest import ROOT
 
@@ -225,6 +227,25 @@ def test_random_points_are_distinct_inside_the_space_and_the_same_every_time(tre
     assert min(rates) < 5e-5 < 2e-4 < max(rates)
     finite = load(tree, "tune.searcher=random", "tune.trials=50")
     assert len(listed_points(finite, [])) == 8  # there are no more
+
+
+def test_optuna_begins_with_the_given_points_and_never_repeats_one(tree, load):
+    plan = plan_of(load(tree, "tune.searcher=optuna", "tune.trials=8"))
+    first = [{"attn_splits_1": 2, "attn_splits_2": 8, "corr_radius": 3}]
+    searcher = DistinctOptuna(plan, first, 0)
+    found = []
+    while isinstance(suggested := searcher.suggest(str(len(found))), dict):
+        found.append(suggested["point"])
+        searcher.on_trial_complete(str(len(found) - 1), {"objective": float(len(found)), "training_iteration": 1})
+    assert suggested == Searcher.FINISHED
+    assert found[0] == first[0]
+    assert len({json.dumps(point, sort_keys=True) for point in found}) == len(found) == 8  # all there are
+
+    ranged = plan_of(load(tree, "tune.searcher=optuna", "tune.trials=8", "tune.space.peak_lr={low: 1e-5, high: 1e-3}"))
+    draws = [DistinctOptuna(ranged, [], drawn).suggest("a")["point"] for drawn in (0, 0, 4)]
+    assert draws[0] == draws[1] != draws[2]  # a continued search does not draw the same again
+    assert 1e-5 <= draws[0]["peak_lr"] <= 1e-3
+    assert ranged.trial(draws[0]).stage.peak_lr == draws[0]["peak_lr"]
 
 
 def test_storage_remembers_trials_in_order_and_only_those_of_the_config(tree, load):
