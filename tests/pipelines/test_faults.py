@@ -249,7 +249,8 @@ def test_a_worker_that_hangs_and_storage_that_is_away_change_no_bit(
 ):
     with running(tmp_path) as storage:
         source = str(Path(workplace.config["data"]["chairs"].removeprefix("file://")).parents[2] / "chairs")
-        etl = workplace.start("etl.py", "--dataset", "chairs", "--source", source, "--target", "s3://data/sets")
+        command = ("etl.py", "--dataset", "chairs", "--source", source, "--target", "s3://data/sets")
+        etl = workplace.start(*command, **storage.settings)
         manifest, errors = etl.communicate(timeout=WAIT_SECONDS)
         assert etl.returncode == 0, errors
         overrides = [*SLOW, f"data.chairs={manifest.splitlines()[-1]}", "storage=s3://data/runs"]
