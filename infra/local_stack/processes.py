@@ -1,0 +1,129 @@
+"""Servers as processes that outlive the command which starts them, and are known again by pid and start time."""
+
+import contextlib
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from pipelines.errors import PipelineError
+
+_START_SECONDS = 120
+_STOP_SECONDS = 20
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a server is started.
+
+    Attributes:
+        command: its program and arguments.
+        environment: its whole environment.
+        user: the account it runs as; None for this one's.
+        working_folder: where relative paths of its own lead.
+    """
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    working_folder: Path
+    user: str | None = None
+
+
+@dataclass(frozen=True)
+class _Identity:
+    """A pid may be given to another process later; with its start time it is the same one."""
+
+    pid: int
+    started: float
+
+
+class ServerProcess:
+    """One server: `NAME.json` records its process, `NAME.log` holds what it prints."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name = name
+        self.log = folder / f"{name}.log"
+        self._record = folder / f"{name}.json"
+
+    def find(self) -> psutil.Process | None:
+        """The recorded process if it still runs."""
+        try:
+            known = _Identity(**json.loads(self._record.read_text()))
+            process = psutil.Process(known.pid)
+            if process.create_time() != known.started or process.status() == psutil.STATUS_ZOMBIE:
+                return None
+        except (FileNotFoundError, psutil.NoSuchProcess):
+            return None
+        return process
+
+    def start(self, launch: Launch, ready: Callable[[], object]) -> None:
+        """Returns once `ready` returns without an exception.
+
+        Raises PipelineError with the last line of the log where the server ends before that, or takes too long.
+        """
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                list(launch.command),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=dict(launch.environment),
+                cwd=launch.working_folder,
+                start_new_session=True,  # an interrupted terminal does not end it
+                user=launch.user,
+                group=launch.user,
+                extra_groups=None if launch.user is None else [],
+            )
+        identity = _Identity(process.pid, psutil.Process(process.pid).create_time())
+        self._record.write_text(json.dumps(asdict(identity)))
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                ready()
+            except Exception as error:  # whatever a client of a server that is not up yet raises
+                ended = process.poll() is not None
+                if not ended and time.monotonic() < deadline:
+                    time.sleep(_POLL_SECONDS)
+                    continue
+                self.stop()
+                how = (
+                    f"ended with {process.returncode}" if ended else f"is not ready after {_START_SECONDS} s ({error})"
+                )
+                raise PipelineError(f"{self.name}: {how}: {self._last_line()}; see {self.log}") from error
+            return
+
+    def stop(self) -> bool:
+        """End it and every process it started; whether there was anything to end."""
+        process = self.find()
+        self._record.unlink(missing_ok=True)
+        if process is None:
+            return False
+        family = [process, *process.children(recursive=True)]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+        _, left = psutil.wait_procs(family, timeout=_STOP_SECONDS)
+        for each in left:  # psutil signals no other process that took over a pid
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        psutil.wait_procs(left, timeout=_STOP_SECONDS)
+        return True
+
+    def _last_line(self) -> str:
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1] if lines else "it printed nothing"
+
+
+@contextlib.contextmanager
+def undone_on_failure(processes: list[ServerProcess]) -> Iterator[None]:
+    """Stops, last first, the processes that the block put into the list, where the block fails."""
+    try:
+        yield
+    except BaseException:
+        for process in reversed(processes):
+            process.stop()
+        raise
