@@ -172,6 +172,7 @@ def _fit(plan: _StagePlan, name: str) -> Result:
             num_workers=machine.num_workers,
             use_gpu=machine.use_gpu,
             resources_per_worker={"CPU": machine.cpus_per_worker, **({"GPU": 1} if machine.use_gpu else {})},
+            placement_strategy=machine.placement.upper(),
         ),
         run_config=RunConfig(
             name=name,

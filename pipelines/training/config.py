@@ -117,11 +117,16 @@ class StageConfig(_Frozen):
 
 
 class MachineConfig(_Frozen):
-    """What the machine is: changes speed and memory, never the result."""
+    """What the machine is: changes speed and memory, never the result.
+
+    `placement` puts workers on as few nodes as hold them (short ways), spreads them as far as there are nodes, or insists
+    on a node each.
+    """
 
     num_workers: PositiveInt = 1
     use_gpu: bool = False
     cpus_per_worker: PositiveInt = 1
+    placement: Literal["pack", "spread", "strict_spread"] = "pack"
     micro_batch: PositiveInt = 1
     loader_workers: NonNegativeInt = 0
     checkpointing: Literal["none", "selective", "full"] = "none"
