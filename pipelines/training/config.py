@@ -119,8 +119,8 @@ class StageConfig(_Frozen):
 class MachineConfig(_Frozen):
     """What the machine is: changes speed and memory, never the result.
 
-    `placement` puts workers on as few nodes as hold them (short ways), spreads them as far as there are nodes, or insists
-    on a node each.
+    `placement` packs workers on as few nodes as hold them, spreads them over as many as there are, or insists on a node
+    for each.
     """
 
     num_workers: PositiveInt = 1
