@@ -2,6 +2,7 @@
 
 import base64
 import configparser
+import contextlib
 import getpass
 import hashlib
 import json
@@ -103,7 +104,8 @@ def _postgresql(stack: Stack) -> Service:
         return Launch(command, dict(os.environ), data, account)
 
     def probe() -> str:
-        with psycopg2.connect(_postgresql_url(stack, "postgres"), connect_timeout=_PROBE_SECONDS) as connection:
+        url = _postgresql_url(stack, "postgres")
+        with contextlib.closing(psycopg2.connect(url, connect_timeout=_PROBE_SECONDS)) as connection:
             connection.autocommit = True
             cursor = connection.cursor()
             cursor.execute("SELECT datname FROM pg_database")
