@@ -182,7 +182,7 @@ def _mlflow(stack: Stack) -> Service:
     def database(name: str) -> str:
         if stack.settings.database == "sqlite":
             return f"sqlite:///{stack.folder}/{name}.db"
-        return _postgresql_url(stack, name)
+        return _postgresql_url(stack, name).replace("://", "+psycopg2://")  # SQLAlchemy's own choice is another driver
 
     def launch() -> Launch:
         runs, users = _DATABASES

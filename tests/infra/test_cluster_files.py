@@ -248,6 +248,13 @@ class TestAgreement:
         assert "--port=5000" in compose["mlflow"]["command"]
         assert "--allowed-hosts=mlflow:5000,localhost:5000,127.0.0.1:5000" in compose["mlflow"]["command"]
 
+    def test_databases_are_reached_by_the_driver_that_is_installed(self):
+        """SQLAlchemy 2.1 takes psycopg 3 where a URL names no driver."""
+        everything = "".join(path.read_text() for path in YAML_FILES)
+        assert set(re.findall(r"postgresql\S*://", everything)) == {"postgresql+psycopg2://"}
+        assert "psycopg2-binary" in LOCK
+        assert any(name.startswith("psycopg2-binary") for name in PROJECT["optional-dependencies"]["server"])
+
     def test_metrics_are_exported_where_prometheus_looks(self):
         (job,) = yaml.safe_load((INFRA / "monitoring/prometheus.yaml").read_text())["scrape_configs"]
         (target,) = job["dns_sd_configs"]
