@@ -5,10 +5,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from infra.local_stack.settings import HOST, free_ports
+from infra.local_stack.settings import HOST, free_ports, is_free
 from pipelines.errors import PipelineError
 
-_INNER = ("master.port", "volume.port", "filer.port", "admin.port")
+_INNER = ("master.port", "volume.port", "filer.port")
 
 
 def weed() -> str:
@@ -23,7 +23,9 @@ def weed() -> str:
 def command(folder: Path, s3_port: int, host: str = HOST) -> list[str]:
     """Its command line. Only S3 has authentication, so all listens on `host` alone; inner ports are any free ones."""
     inner = free_ports(2 * len(_INNER) + 1)
+    admin, admin_grpc = _admin_ports()
     flags = [f"-s3.port={s3_port}", f"-s3.port.grpc={inner.pop()}"]
+    flags += [f"-admin.port={admin}", f"-admin.port.grpc={admin_grpc}"]
     for name in _INNER:
         flags += [f"-{name}={inner.pop()}", f"-{name}.grpc={inner.pop()}"]
     return [
@@ -31,6 +33,14 @@ def command(folder: Path, s3_port: int, host: str = HOST) -> list[str]:
         *("-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),
         *("-master.telemetry=false", "-s3.autoCreateBucket=false"),
     ]
+
+
+def _admin_ports() -> tuple[int, int]:
+    """The administrator's HTTP and gRPC ports: its own worker looks for the second 10,000 above the first."""
+    while True:
+        (grpc,) = free_ports(1)
+        if is_free(grpc - 10_000):
+            return grpc - 10_000, grpc
 
 
 def environment(access_key: str, secret_key: str, buckets: tuple[str, ...]) -> dict[str, str]:

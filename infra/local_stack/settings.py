@@ -148,12 +148,18 @@ def _write_private(path: Path, content: str) -> None:
 
 def require_free(port: int, service: str, option: str) -> None:
     """Raises PipelineError where somebody listens on the port."""
+    if not is_free(port):
+        raise PipelineError(f"port {port}, for {service}, is taken; free it or give {option} PORT")
+
+
+def is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError:
-            raise PipelineError(f"port {port}, for {service}, is taken; free it or give {option} PORT") from None
+            return False
+    return True
 
 
 def free_ports(count: int) -> list[int]:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,10 @@ from pathlib import Path
 # What a host does before its command: as on a stock Debian, its own name leads to loopback.
 _BOOT = """
 hostname "$1"
-printf '127.0.0.1 localhost\\n127.0.1.1 %s\\n' "$1" > "$2/hosts-$1"
-mount --bind "$2/hosts-$1" /etc/hosts
-mkdir -p "$2/local"
-mount -t tmpfs -o mode=0777 tmpfs "$2/local"
+mount -t tmpfs -o mode=0777 tmpfs "$2"
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+printf '127.0.0.1 localhost\\n127.0.1.1 %s\\n' "$1" > "$2/hosts"
+mount --bind "$2/hosts" /etc/hosts
 shift 2
 exec "$@"
 """
@@ -34,12 +34,9 @@ class Host:
     namespace: str
     switch: str
     folder: Path
+    local: Path
     environment: Mapping[str, str]
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
-
-    @property
-    def local(self) -> Path:
-        return self.folder / "local"
 
     @property
     def log(self) -> Path:
@@ -47,7 +44,7 @@ class Host:
 
     def start(self, *command: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         """The host's own server; its file systems are this command's and its children's."""
-        boot = ["unshare", "--mount", "--uts", "sh", "-ec", _BOOT, "boot", self.name, str(self.folder)]
+        boot = ["unshare", "--mount", "--uts", "sh", "-ec", _BOOT, "boot", self.name, str(self.local)]
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", self.namespace, *boot, *command],
@@ -120,8 +117,9 @@ def possible() -> bool:
 def connected_hosts(names: Sequence[str], folder: Path, environment: Mapping[str, str]) -> Iterator[dict[str, Host]]:
     """Hosts on one switch for the length of a `with`: 10.231.7.1 and on, in the order of `names`."""
     switch = f"gmflow-{os.getpid()}-switch"
+    local = Path(tempfile.mkdtemp(prefix="gmflow-"))  # short: Ray keeps sockets in it
     hosts = {
-        name: Host(name, f"10.231.7.{number}", f"gmflow-{os.getpid()}-{name}", switch, folder, environment)
+        name: Host(name, f"10.231.7.{number}", f"gmflow-{os.getpid()}-{name}", switch, folder, local, environment)
         for number, name in enumerate(names, 1)
     }
     try:
@@ -143,3 +141,4 @@ def connected_hosts(names: Sequence[str], folder: Path, environment: Mapping[str
                 host.shut_down()
         for namespace in (switch, *(host.namespace for host in hosts.values())):
             subprocess.run(["ip", "netns", "del", namespace], check=False, capture_output=True)
+        local.rmdir()

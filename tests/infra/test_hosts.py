@@ -23,6 +23,8 @@ STEPS = 80
 def wait_until(happened, what: str, host: Host) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
     while not happened():
+        ended = [process.args for process in host.started if process.poll() is not None]
+        assert not ended, f"{ended} ended: {host.log.read_text()[-3000:]}"
         assert time.monotonic() < deadline, f"{what} did not happen: {host.log.read_text()[-3000:]}"
         time.sleep(0.2)
 

@@ -16,11 +16,12 @@ import torch
 from mlflow.exceptions import MlflowException
 
 from gmflow import GMFlow, GMFlowConfig, predict_flow, save_weights
+from infra.local_stack.settings import free_ports
 from pipelines.errors import PipelineError
 from pipelines.training import registry, tracking
 from pipelines.training.config import MlflowConfig, PromotionConfig
 from pipelines.training.feed import Record
-from tests.seaweedfs import S3Server, free_ports
+from tests.seaweedfs import S3Server
 
 TINY = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
 
