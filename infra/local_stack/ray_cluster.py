@@ -23,6 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--dashboard-port", type=int, required=True)
+    parser.add_argument("--agent-port", type=int, required=True, help="of the head's agent, which starts jobs' drivers")
     parser.add_argument("--workers", type=int, required=True)
     parser.add_argument("--cpus-per-worker", type=int, required=True)
     parser.add_argument("--temp", type=Path, required=True, help="folder for the nodes' temporary directories")
@@ -38,6 +39,8 @@ def main() -> None:
         "include_dashboard": True,
         "dashboard_host": HOST,
         "dashboard_port": arguments.dashboard_port,
+        # Its usual port may be that of another Ray on this machine: it would live on without it, and refuse jobs.
+        "dashboard_agent_listen_port": arguments.agent_port,
         "temp_dir": str(arguments.temp / "head"),
     }
     cluster = Cluster(initialize_head=True, head_node_args=common | head)

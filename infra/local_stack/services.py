@@ -24,7 +24,7 @@ from botocore.config import Config
 from infra.local_stack import seaweedfs
 from infra.local_stack.errors import StackError
 from infra.local_stack.processes import Launch, ServerProcess
-from infra.local_stack.settings import BUCKETS, HOST, REGION, Stack
+from infra.local_stack.settings import BUCKETS, HOST, REGION, Stack, free_ports
 
 _PROBE_SECONDS = 5
 _DATABASES = ("mlflow", "mlflow_auth")
@@ -220,10 +220,14 @@ def _mlflow(stack: Stack) -> Service:
 def _ray(stack: Stack) -> Service:
     settings = stack.settings
     nodes = settings.workers + 1
+    agent_port = stack.folder / "ray_agent_port"
 
     def launch() -> Launch:
+        (port,) = free_ports(1)
+        agent_port.write_text(str(port))
         command = [sys.executable, "-m", "infra.local_stack.ray_cluster", "--port", str(settings.ray_port)]
-        command += ["--dashboard-port", str(settings.dashboard_port), "--workers", str(settings.workers)]
+        command += ["--dashboard-port", str(settings.dashboard_port), "--agent-port", str(port)]
+        command += ["--workers", str(settings.workers)]
         command += ["--cpus-per-worker", str(settings.cpus_per_worker), "--temp", str(_made(ray_folder(stack)))]
         environment = _clean_environment() | stack.environment
         # A job's `python` is the one that runs this; its code is what it uploads.
@@ -238,6 +242,7 @@ def _ray(stack: Stack) -> Service:
         alive = [node for node in answer["data"]["result"]["result"] if node["state"] == "ALIVE"]
         if len(alive) < nodes:
             raise OSError(f"{len(alive)} of {nodes} nodes are up")
+        _get(f"http://{HOST}:{agent_port.read_text()}/api/local_raylet_healthz", headers)  # without it no job starts
         cpus = sum(node["resources_total"].get("CPU", 0) for node in alive)
         version = json.loads(_get(f"{stack.dashboard_url}/api/version", headers))["ray_version"]
         return f"Ray {version}, head and {nodes - 1} workers, {cpus:g} CPUs"
