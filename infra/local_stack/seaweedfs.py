@@ -38,9 +38,9 @@ def command(folder: Path, s3_port: int, host: str = HOST) -> list[str]:
 def _admin_ports() -> tuple[int, int]:
     """The administrator's HTTP and gRPC ports: its own worker looks for the second 10,000 above the first."""
     while True:
-        (grpc,) = free_ports(1)
-        if is_free(grpc - 10_000):
-            return grpc - 10_000, grpc
+        (http,) = free_ports(1, below=22_768)
+        if is_free(http + 10_000):
+            return http, http + 10_000
 
 
 def environment(access_key: str, secret_key: str, buckets: tuple[str, ...]) -> dict[str, str]:

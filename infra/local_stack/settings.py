@@ -165,18 +165,15 @@ def is_free(port: int) -> bool:
     return True
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now, outside the range of Ray's workers (10002 to 19999)."""
-    sockets: list[socket.socket] = []
-    try:
-        while len(sockets) < count:
-            candidate = socket.socket()
-            candidate.bind((HOST, 0))
-            if 10002 <= candidate.getsockname()[1] <= 19999:
-                candidate.close()
-            else:
-                sockets.append(candidate)
-        return [int(each.getsockname()[1]) for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+def free_ports(count: int, below: int = 32768) -> list[int]:
+    """Ports from 20,000 on that nobody listens on now.
+
+    Not those the system gives away by itself (from 32,768 on): until they are used, others might get them, and gRPC
+    servers even share a port without a word. Nor those of Ray's workers (10,002 to 19,999).
+    """
+    found: list[int] = []
+    while len(found) < count:
+        port = 20_000 + secrets.randbelow(below - 20_000)
+        if port not in found and is_free(port):
+            found.append(port)
+    return found

@@ -1,12 +1,15 @@
 """A local stack for the tests that need all servers, and `ray job` as a user gives it."""
 
+import json
 import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import boto3
 import psutil
@@ -77,6 +80,13 @@ class RunningStack:
         done = self.job("submit", "--working-dir", ".", *options, "--", "python", *entrypoint)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
+    def ask(self, path: str) -> dict[str, Any]:
+        """Ray's dashboard, at once; the command line takes seconds."""
+        headers = {"Authorization": f"Bearer {self.facts.secrets.ray_token}"}
+        request = urllib.request.Request(self.facts.dashboard_url + path, headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.loads(answer.read())
 
     def s3(self):
         environment = self.facts.environment

@@ -112,7 +112,7 @@ def test_training_goes_on_when_a_host_is_cut_off(tmp_path: Path, capsys: pytest.
         assert before.count("starts: ") == 1
         assert "starts: " not in after, "it began anew instead of going on from a checkpoint"
         with capsys.disabled():
-            told = f"cut off after step {last_step(before)}: resumed after {resumed:.0f} s, next step after {stepped:.0f} s"
+            told = f"cut off at step {last_step(before)}, resumed after {resumed:.0f} s, a step after {stepped:.0f} s"
             print(f"\n{told}")
 
 

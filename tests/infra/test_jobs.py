@@ -7,7 +7,6 @@ import json
 import re
 import signal
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -72,7 +71,8 @@ def submit_until_further_checkpoints(stack: RunningStack, job: str, manifest: st
     deadline = time.monotonic() + WAIT_SECONDS
     while len(checkpoints(stack, name) - before) < 2:
         assert time.monotonic() < deadline, stack.job("logs", job).stdout
-        assert "RUNNING" in (said := stack.job("status", job)).stderr + said.stdout or "PENDING" in said.stderr, said
+        assert stack.ask(f"/api/jobs/{job}")["status"] in ("PENDING", "RUNNING"), stack.job("logs", job).stdout
+        time.sleep(0.2)
     assert not [key for key in stack.keys("training", name) if key.endswith("/result.json")]
 
 
@@ -80,17 +80,18 @@ def test_a_stopped_job_and_a_cluster_that_died_resume_to_the_bit(stack: RunningS
     submit_until_further_checkpoints(stack, "first", manifest, "disturbed")
     stopped = stack.job("stop", "first")
     assert stopped.returncode == 0
-    assert "STOPPED" in (said := stack.job("status", "first")).stdout + said.stderr or "stopped" in said.stderr
+    status = stack.job("status", "first")
+    assert "was stopped" in status.stdout + status.stderr
     assert "stage=chairs step=0/30 rank=0 starts" in stack.job("logs", "first").stdout
 
     submit_until_further_checkpoints(stack, "second", manifest, "disturbed")
     cluster = psutil.Process(json.loads((stack.folder / "ray.json").read_text())["pid"])
     for process in [cluster, *cluster.children(recursive=True)]:
         process.send_signal(signal.SIGKILL)
-    status = stack_command("status", "--dir", str(stack.folder))
-    assert status.returncode == 1
-    assert re.search(r"ray +│ down", status.stdout)
-    assert re.search(r"s3 +│ healthy", status.stdout)
+    health = stack_command("status", "--dir", str(stack.folder))
+    assert health.returncode == 1
+    assert re.search(r"ray +│ down", health.stdout)
+    assert re.search(r"s3 +│ healthy", health.stdout)
 
     assert stack.up().returncode == 0
     log = stack.submit(*curriculum(manifest, "disturbed"), name="third")
@@ -146,22 +147,3 @@ def test_evaluation_as_a_job_reads_model_and_data_and_writes_to_s3(
     written = json.loads(stack.s3().get_object(Bucket="training", Key="scores/metrics.json")["Body"].read())
     assert written["pooled"]["epe"] == figures["epe"]
     assert figures["pairs"] == 3
-
-
-def test_a_wrong_config_fails_the_job_with_its_line(stack: RunningStack):
-    done = stack.job(
-        *("submit", "--working-dir", ".", "--", "python", "pipelines/curriculum.py"),
-        *("--config", "pipelines/configs/demo.yaml", "stages.chairs.stepz=3"),
-    )
-    assert done.returncode == 1
-    assert "error: pipelines/configs/demo.yaml: unknown key stages.0.stepz; did you mean steps?" in done.stdout
-    assert "Traceback" not in done.stdout
-
-
-def test_no_token_no_answer(stack: RunningStack, tmp_path: Path):
-    (tmp_path / "token").write_text("0" * 40)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunningStack, "environment", stack.environment | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")})
-        refused = stack.job("list")
-    assert refused.returncode != 0
-    assert re.search(r"401|403|[Uu]nauthor|[Aa]uthenticat|[Tt]oken", refused.stderr + refused.stdout)
