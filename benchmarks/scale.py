@@ -34,7 +34,7 @@ from datasets_etl.sources import EXPECTED_COUNTS, SOURCES, SourceTree
 from datasets_etl.storage import open_store
 from gmflow import GMFlow
 from pipelines.training.config import CurriculumConfig, SetConfig, StageConfig, load_config
-from pipelines.training.state import TrainingState
+from pipelines.training.state import TrainingState, to_bytes
 
 console = Console(width=140)
 
@@ -76,7 +76,7 @@ class Measured:
 
     Attributes:
         parameter_bytes: float32; as many bytes of gradients meet in every step.
-        checkpoint_bytes: what `TrainingState.save` writes.
+        checkpoint_bytes: what `TrainingState.snapshot` is stored as.
         sample_bytes: mean bytes of a sample in real shards, by dataset; what one ranged read fetches.
     """
 
@@ -113,10 +113,7 @@ def measure_model(config: CurriculumConfig) -> tuple[int, int]:
     for parameter in model.parameters():
         parameter.grad = parameter.detach() * 0
     state.optimizer.step()  # Adam's moments exist from the first step on
-    with tempfile.TemporaryDirectory() as folder:
-        state.save(Path(folder))
-        written = sum(path.stat().st_size for path in Path(folder).iterdir())
-    return sum(parameter.numel() * 4 for parameter in model.parameters()), written
+    return sum(parameter.numel() * 4 for parameter in model.parameters()), len(to_bytes(state.snapshot()))
 
 
 def measure_samples() -> dict[str, float]:

@@ -52,8 +52,12 @@ class ObjectStore(Protocol):
         """Size in bytes, None where the object does not exist."""
         ...
 
+    def delete(self, key: str) -> None:
+        """Remove an object; one that does not exist is no error."""
+        ...
+
     def walk(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Every object below `prefix`, sorted by key."""
+        """Every object whose key starts with `prefix`, sorted by key."""
         ...
 
 
@@ -119,9 +123,13 @@ class FileStore:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def delete(self, key: str) -> None:
+        with self._errors(key):
+            (self.root / key).unlink(missing_ok=True)
+
     def walk(self, prefix: str = "") -> Iterator[ObjectInfo]:
         found = []
-        for folder, _, names in os.walk(self.root / prefix if prefix.endswith("/") else self.root, followlinks=True):
+        for folder, _, names in os.walk(self.root / prefix.rpartition("/")[0], followlinks=True):
             relative = Path(folder).relative_to(self.root).as_posix()
             for name in names:
                 key = name if relative == "." else f"{relative}/{name}"
@@ -185,11 +193,19 @@ def _may_pass(error: BaseException | None) -> bool:
     return isinstance(error, _PASSING)
 
 
-# Every request is idempotent: reads, listings, and writes of whole objects. botocore's own retries come first, but they
-# cover neither bodies that break off nor a server that is away for seconds.
+PATIENCE_VARIABLE = "GMFLOW_STORAGE_PATIENCE_S"
+"""Environment: seconds for which a server that is away or busy is asked again; a mistyped endpoint shows as late."""
+
+
+def _out_of_patience(state: tenacity.RetryCallState) -> bool:
+    return (state.seconds_since_start or 0.0) > float(os.environ.get(PATIENCE_VARIABLE, "10"))
+
+
+# Every request is idempotent: reads, listings, deletions, and writes of whole objects. botocore's own retries come
+# first, but they cover neither bodies that break off nor a server that is away for seconds.
 _retry = tenacity.retry(
     retry=tenacity.retry_if_exception(_may_pass),
-    stop=tenacity.stop_after_attempt(6),
+    stop=_out_of_patience,
     wait=tenacity.wait_exponential_jitter(multiplier=0.3, max=10.0),
     reraise=True,
 )
@@ -227,6 +243,10 @@ class S3Store:
                 if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
                     return None
                 raise
+
+    def delete(self, key: str) -> None:
+        with self._errors(key):
+            _retry(_s3().delete_object)(Bucket=self.bucket, Key=self._key(key))
 
     def walk(self, prefix: str = "") -> Iterator[ObjectInfo]:
         start = self._key("")

@@ -19,7 +19,7 @@ from gmflow.errors import GMFlowError
 from gmflow.model import GMFlow
 from gmflow.transformer import FeedForward, TransformerBlock
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Checkpointing = Literal["none", "selective", "full"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,7 +35,8 @@ class ExecutionConfig:
     """How to run a model.
 
     Attributes:
-        precision: "fp32"; "bf16" or "fp16" compute convolutions, attention and feed-forward in that type, while
+        precision: "fp32"; "tf32" is the same but for products on NVIDIA GPUs, which round their factors to 10 bits;
+            "bf16" or "fp16" compute convolutions, attention and feed-forward in that type, while
             parameters, residual stream, matching, propagation and flow stay in float32. "fp16" needs a gradient
             scaler in training.
         checkpointing: what is recomputed in the backward pass instead of kept. "selective": the feed-forward's hidden
@@ -80,9 +81,13 @@ def prepare_model(model: GMFlow, config: ExecutionConfig, device: torch.device |
             # No random numbers are drawn in the model, so there is no generator state to bring back.
             module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
     place = next(model.parameters()).device
+    if place.type == "cuda":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the layout of cuDNN's fast convolutions
+        # Settings of the process, not of a model; PyTorch's own defaults round in convolutions only.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     if config.compile:
         model.compile()
-    if config.precision != "fp32":
+    if config.precision in _DTYPES:
         model.forward = autocast(place, config.precision)(model.forward)  # type: ignore[method-assign]
     if not config.ddp:
         return model

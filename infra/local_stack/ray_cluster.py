@@ -12,6 +12,7 @@ from pathlib import Path
 
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # read when Ray is imported: stay on loopback
 
+from ray._private.utils import write_ray_address
 from ray.cluster_utils import Cluster
 
 from infra.local_stack.settings import HOST
@@ -44,6 +45,8 @@ def main() -> None:
         "temp_dir": str(arguments.temp / "head"),
     }
     cluster = Cluster(initialize_head=True, head_node_args=common | head)
+    # Where the job server looks for its own cluster; without it, it takes any other that runs on this machine.
+    write_ray_address(cluster.gcs_address, head["temp_dir"])
     try:
         for number in range(arguments.workers):
             temp_dir = str(arguments.temp / f"worker{number}")

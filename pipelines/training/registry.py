@@ -22,7 +22,7 @@ from datasets_etl.storage import split_url
 from gmflow import GMFlow, load_model
 from pipelines.errors import PipelineError
 from pipelines.training import tracking
-from pipelines.training.config import PromotionConfig
+from pipelines.training.config import MetricConfig
 
 CHAMPION = "champion"
 
@@ -69,7 +69,7 @@ def register(
     run_id: str,
     weights: Path,
     lineage: Lineage,
-    promotion: PromotionConfig | None,
+    promotion: MetricConfig | None,
 ) -> ModelVersion:
     """Register a finished stage's weights, once: a second call with the same lineage returns the first version.
 
@@ -110,16 +110,15 @@ def _log_model(model_name: str, run_id: str, weights: Path, lineage: Lineage) ->
         return mlflow.register_model(logged.model_uri, model_name, tags=lineage.tags())
 
 
-def _improves(client: MlflowClient, model_name: str, lineage: Lineage, promotion: PromotionConfig | None) -> bool:
+def _improves(client: MlflowClient, model_name: str, lineage: Lineage, promotion: MetricConfig | None) -> bool:
     if promotion is None:
         return True
     try:
         champion = client.get_model_version_by_alias(model_name, CHAMPION)
     except MlflowException:
         return True
-    metric = f"val/{promotion.name}/{promotion.metric}"
-    reigning = champion.tags.get(metric.replace("/", "."))
-    return reigning is None or lineage.metrics[metric] < float(reigning)
+    reigning = champion.tags.get(promotion.name.replace("/", "."))
+    return reigning is None or lineage.metrics[promotion.name] < float(reigning)
 
 
 def resolve_model(reference: str, tracking_uri: str | None = None) -> GMFlow:

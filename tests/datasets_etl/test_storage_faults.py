@@ -20,14 +20,6 @@ CONTENT = bytes(range(256)) * 400
 
 
 @pytest.fixture
-def fresh_client() -> Iterator[None]:
-    """Settings are read when a process makes its client."""
-    storage._s3_of_process.cache_clear()
-    yield
-    storage._s3_of_process.cache_clear()
-
-
-@pytest.fixture
 def proxy(s3: S3Server, fresh_client: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     """A network between this process and the S3 server."""
     with faulty_proxy(s3.endpoint) as between:

@@ -57,7 +57,7 @@ def final_weights(stack: RunningStack, name: str) -> bytes:
 
 
 def checkpoints(stack: RunningStack, name: str) -> set[str]:
-    return {key for key in stack.keys("training", name) if key.endswith("/state.json")}
+    return {key for key in stack.keys("training", name) if "/checkpoints/" in key and key.endswith(".json")}
 
 
 def submit_until_further_checkpoints(stack: RunningStack, job: str, manifest: str, name: str) -> None:
