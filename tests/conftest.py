@@ -57,9 +57,11 @@ def s3(s3_server: S3Server) -> Iterator[S3Server]:
 @pytest.fixture
 def fresh_client() -> Iterator[None]:
     """S3 settings are read when a process makes its client: a test that changes them wants a client of its own."""
-    storage._s3_of_process.cache_clear()
+    for made in (storage._s3_of_process, storage._http):
+        made.cache_clear()
     yield
-    storage._s3_of_process.cache_clear()
+    for made in (storage._s3_of_process, storage._http):
+        made.cache_clear()
 
 
 @pytest.fixture(scope="session")

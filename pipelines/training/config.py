@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from datasets_etl.augment import AugmentConfig
+from datasets_etl.cache import SampleCache
 from gmflow import GMFlowConfig
 from gmflow.execution import Precision
 from pipelines.errors import PipelineError
@@ -144,6 +145,16 @@ class StageConfig(_Frozen):
         return self.model_dump(mode="json", exclude=watched)
 
 
+class CacheConfig(_Frozen):
+    """A folder on each machine's own disk that keeps samples read from storage, up to a size in GiB."""
+
+    folder: str
+    gib: PositiveFloat
+
+    def build(self) -> SampleCache:
+        return SampleCache(Path(self.folder), int(self.gib * 2**30))
+
+
 class MachineConfig(_Frozen):
     """What the machine is: changes speed and memory, never the result.
 
@@ -155,6 +166,7 @@ class MachineConfig(_Frozen):
             for each.
         micro_batch: samples a worker computes at a time; gradients are accumulated up to the recipe's batch.
         loader_workers: processes of each worker that read and augment; 0: the worker itself does.
+        cache: keeps samples on the machines' own disks; None: each is read from storage every time.
         checkpointing: activations recomputed in the backward pass instead of kept.
         compile: the model through torch.compile.
         max_failures: how often a stage is started again after a worker failed.
@@ -169,6 +181,7 @@ class MachineConfig(_Frozen):
     placement: Literal["pack", "spread", "strict_spread"] = "pack"
     micro_batch: PositiveInt = 1
     loader_workers: NonNegativeInt = 0
+    cache: CacheConfig | None = None
     checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     max_failures: NonNegativeInt = 3

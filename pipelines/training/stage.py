@@ -112,6 +112,7 @@ class _Worker:
                 for part in stage.mixture
             ],
             seed=job.seed,
+            cache=job.machine.cache.build() if job.machine.cache else None,
         )
         self.validation = {
             chosen.name: EvaluationSet(manifests[chosen.data], chosen.subset, chosen.limit)

@@ -21,7 +21,7 @@ from infra.local_stack.services import require_postgresql
 from infra.local_stack.settings import Stack, free_ports
 from tests.conftest import ROOT
 
-WAIT_SECONDS = 300
+WAIT_SECONDS = 600
 PORT_OPTIONS = ("--s3-port", "--mlflow-port", "--postgres-port", "--ray-port", "--dashboard-port")
 
 

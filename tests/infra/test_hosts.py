@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 from tests.infra.conftest import WAIT_SECONDS
 from tests.infra.hosts import Host, connected_hosts, possible
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # clusters of many processes, on machines at work
 
 BIN = Path(sys.executable).parent
 STEPS = 60

@@ -15,7 +15,7 @@ from mlflow.tracking import MlflowClient
 from datasets_etl.synthetic import write_dataset
 from tests.infra.conftest import WAIT_SECONDS, RunningStack, stack_command
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # clusters of many processes, on machines at work
 
 STEPS = 60
 TOLD = list(range(2, STEPS + 1, 2))

@@ -14,9 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow.tracking import MlflowClient
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
+from torch.optim.lr_scheduler import OneCycleLR
 
+from datasets_etl.loader import MixturePart, PositionDataset, collate
+from datasets_etl.manifest import Manifest
+from gmflow import load_model
 from pipelines.curriculum import run_curriculum
 from pipelines.training.config import CurriculumConfig, load_config
 from tests.pipelines.conftest import Workplace, workplace_in
@@ -28,7 +33,8 @@ WAIT_SECONDS = 300
 
 # Steps long enough for something to happen in the middle of a stage. Few and at a low rate, because another number of
 # workers rounds differently, and training makes more of any difference with every step.
-SLOW = ["only=[chairs]", "stages.chairs.steps=30", "stages.chairs.crop=[128, 192]", "stages.chairs.peak_lr=1e-4"]
+STEPS = 24
+SLOW = ["only=[chairs]", f"stages.chairs.steps={STEPS}", "stages.chairs.crop=[96, 128]", "stages.chairs.peak_lr=2e-5"]
 SLOW += ["stages.chairs.checkpoint_every=4", "stages.chairs.log_every=1"]
 
 # As in test_curriculum.py: what no output depends on.
@@ -36,12 +42,32 @@ FREE_BIASES = ("shortcut.bias", "propagation.key.bias")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, manifests: dict[str, str]) -> dict[str, torch.Tensor]:
-    """Weights of the slow stage after a run on two workers that nobody interfered with."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, manifests: dict[str, str]) -> Workplace:
+    """After a run of the slow stage on two workers that nobody interfered with."""
     workplace = workplace_in(tmp_path_factory.mktemp("undisturbed"), manifests)
+    run_curriculum(slow_config(workplace))
+    return workplace
+
+
+@pytest.fixture(scope="module")
+def expected(undisturbed: Workplace) -> dict[str, torch.Tensor]:
+    """Its weights."""
+    return final_weights(undisturbed)
+
+
+def slow_config(workplace: Workplace) -> CurriculumConfig:
     overrides = [*SLOW, f"mlflow={{tracking_uri: '{workplace.tracking_uri}'}}"]
-    run_curriculum(load_config(CurriculumConfig, str(workplace.write()), overrides))
-    return final_weights(workplace)
+    return load_config(CurriculumConfig, str(workplace.write()), overrides)
+
+
+def told_losses(workplace: Workplace) -> list[float]:
+    """Of every step, as MLflow has them: each once and in order."""
+    client = MlflowClient(workplace.tracking_uri)
+    experiment = client.get_experiment_by_name("gmflow").experiment_id
+    (run,) = client.search_runs([experiment], filter_string="tags.stage = 'chairs'")
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [entry.step for entry in history] == list(range(1, STEPS + 1))
+    return [entry.value for entry in history]
 
 
 def final_weights(workplace: Workplace) -> dict[str, torch.Tensor]:
@@ -148,7 +174,33 @@ def assert_same_to_the_bit(expected: Mapping[str, torch.Tensor], found: Mapping[
     assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
 
 
-def test_a_machine_that_is_to_go_is_left_in_time_and_nothing_is_lost(machines, undisturbed, workplace: Workplace):
+def test_the_losses_of_twenty_steps_are_those_of_the_plainest_loop(undisturbed: Workplace):
+    """Two workers of Ray Train with accumulated gradients, against the recipe written down in one process."""
+    config = slow_config(undisturbed)
+    stage = config.stages[0]
+    (initial,) = (undisturbed.folder / "storage").glob("tiny-chairs-*/init.safetensors")
+    model = load_model(initial).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.peak_lr, weight_decay=1e-4)
+    schedule = OneCycleLR(optimizer, stage.peak_lr, stage.steps + 10, pct_start=0.05, cycle_momentum=False)
+    (part,) = stage.mixture
+    manifest = Manifest.load(str(config.data["chairs"]))
+    samples = PositionDataset([MixturePart(manifest, part.subset, 1, part.augmentation(stage.crop))], seed=config.seed)
+    losses = []
+    for step in range(20):
+        image0, image1, flow, valid = collate([samples[step * 4 + i] for i in range(4)])
+        predictions = model(image0.float(), image1.float()).predictions
+        errors = [(valid[:, None] * (predicted - flow).abs()).mean() for predicted in predictions]
+        loss = sum(0.9 ** (len(errors) - 1 - i) * error for i, error in enumerate(errors))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    assert told_losses(undisturbed)[:20] == pytest.approx(losses, abs=1e-3)
+
+
+def test_a_machine_that_is_to_go_is_left_in_time_and_nothing_is_lost(machines, expected, workplace: Workplace):
     hosts = [machines.add() for _ in range(3)]
     job = Job(
         workplace.start(
@@ -166,10 +218,12 @@ def test_a_machine_that_is_to_go_is_left_in_time_and_nothing_is_lost(machines, u
     machines.lose(doomed)
     job.finish()
     assert job.step_of("resumes", after=left) == job.step_of("leaves"), "no step was done twice"
-    assert_same_to_the_bit(undisturbed, final_weights(workplace))
+    assert_same_to_the_bit(expected, final_weights(workplace))
 
 
-def test_a_lost_machine_without_a_spare_is_gone_on_without(machines, undisturbed, workplace: Workplace):
+def test_a_lost_machine_without_a_spare_is_gone_on_without(
+    machines, undisturbed: Workplace, expected, workplace: Workplace
+):
     hosts = [machines.add() for _ in range(2)]
     job = Job(
         workplace.start(
@@ -182,20 +236,21 @@ def test_a_lost_machine_without_a_spare_is_gone_on_without(machines, undisturbed
     machines.lose(machines.at_work(hosts)[-1])
     job.wait_for(r"resumes: .* on 1 workers")
     job.finish()
-    resumed = job.step_of("resumes")
-    assert resumed >= 4, "at most the steps since the newest stored checkpoint are done again"
+    assert job.step_of("resumes") >= 4, "at most the steps since the newest stored checkpoint are done again"
+    assert told_losses(workplace) == pytest.approx(told_losses(undisturbed), rel=1e-5)
     found = final_weights(workplace)
-    for name, tensor in undisturbed.items():
+    for name, tensor in expected.items():
         if not name.endswith(FREE_BIASES):
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
 def test_a_worker_that_hangs_and_storage_that_is_away_change_no_bit(
-    undisturbed, workplace: Workplace, tmp_path: Path, s3: S3Server
+    expected, workplace: Workplace, tmp_path: Path, s3: S3Server
 ):
     with running(tmp_path) as storage:
         source = str(Path(workplace.config["data"]["chairs"].removeprefix("file://")).parents[2] / "chairs")
-        etl = workplace.start("etl.py", "--dataset", "chairs", "--source", source, "--target", "s3://data/sets")
+        command = ("etl.py", "--dataset", "chairs", "--source", source, "--target", "s3://data/sets")
+        etl = workplace.start(*command, **storage.settings)
         manifest, errors = etl.communicate(timeout=WAIT_SECONDS)
         assert etl.returncode == 0, errors
         overrides = [*SLOW, f"data.chairs={manifest.splitlines()[-1]}", "storage=s3://data/runs"]
@@ -214,4 +269,4 @@ def test_a_worker_that_hangs_and_storage_that_is_away_change_no_bit(
         keys = [found["Key"] for found in client.list_objects_v2(Bucket="data", Prefix="runs/")["Contents"]]
         (final,) = [key for key in keys if key.endswith("final.safetensors")]
         client.download_file("data", final, str(tmp_path / "final.safetensors"))
-    assert_same_to_the_bit(undisturbed, load_file(tmp_path / "final.safetensors"))
+    assert_same_to_the_bit(expected, load_file(tmp_path / "final.safetensors"))
