@@ -56,6 +56,7 @@ def up(folder: Path, given: dict[str, Any]) -> int:
         stack.save()
         missing = [each for each in services(stack) if each.process(stack).find() is None]
         for service in missing:
+            service.process(stack).stop()  # what a server that was killed may have left behind
             for port, option in service.ports.items():
                 require_free(port, service.name, option)
         started: list[ServerProcess] = []

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -53,14 +54,17 @@ class ServerProcess:
 
     def find(self) -> psutil.Process | None:
         """The recorded process if it still runs."""
-        try:
-            known = _Identity(**json.loads(self._record.read_text()))
-            process = psutil.Process(known.pid)
-            if process.create_time() != known.started or process.status() == psutil.STATUS_ZOMBIE:
-                return None
-        except (FileNotFoundError, psutil.NoSuchProcess):
+        known = self._known()
+        process = None if known is None else _process(known.pid)
+        if known is None or process is None or process.create_time() != known.started:
             return None
         return process
+
+    def _known(self) -> _Identity | None:
+        try:
+            return _Identity(**json.loads(self._record.read_text()))
+        except FileNotFoundError:
+            return None
 
     def start(self, launch: Launch, ready: Callable[[], object]) -> None:
         """Returns once `ready` returns without an exception.
@@ -99,22 +103,41 @@ class ServerProcess:
             return
 
     def stop(self) -> bool:
-        """End it and every process it started; whether there was anything to end."""
-        process = self.find()
-        self._record.unlink(missing_ok=True)
-        if process is None:
+        """End it and every process it started, also where it is itself dead; whether there was anything to end."""
+        known, process = self._known(), self.find()
+        if known is None:
             return False
-        children = process.children(recursive=True)
-        for family, patience in (([process], _STOP_SECONDS), (children, _CHILDREN_STOP_SECONDS)):
+        orphans = _session(known.pid) if process is not None or _process(known.pid) is None else []
+        children = {*orphans, *(process.children(recursive=True) if process is not None else [])} - {process}
+        for family, patience in (([process] if process else [], _STOP_SECONDS), (children, _CHILDREN_STOP_SECONDS)):
             _signal(family, psutil.Process.terminate)
             _, left = psutil.wait_procs(family, timeout=patience)
             _signal(left, psutil.Process.kill)
             psutil.wait_procs(left, timeout=_STOP_SECONDS)
-        return True
+        self._record.unlink(missing_ok=True)
+        return process is not None or bool(children)
 
     def _last_line(self) -> str:
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         return lines[-1] if lines else "it printed nothing"
+
+
+def _process(pid: int) -> psutil.Process | None:
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _session(leader: int) -> list[psutil.Process]:
+    """Processes of a session. Its number is given to no other process while one of them lives."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(process.pid) == leader:
+                found.append(process)
+    return found
 
 
 def _signal(processes: Iterable[psutil.Process], send: Callable[[psutil.Process], None]) -> None:

@@ -53,6 +53,18 @@ time.sleep(600)
         assert again.find() is None
         assert not again.stop()
 
+    def test_what_a_killed_server_leaves_behind_is_ended_too(self, tmp_path: Path):
+        code = self.SERVER.replace(", start_new_session=True", "")
+        ServerProcess(tmp_path, "s").start(launch(code, tmp_path), lambda: listed(tmp_path, "pids"))
+        pids = listed(tmp_path, "pids")
+        os.kill(pids["server"], signal.SIGKILL)
+        os.waitpid(pids["server"], 0)
+        process = ServerProcess(tmp_path, "s")
+        assert process.find() is None
+        assert psutil.pid_exists(pids["child"])
+        assert process.stop()
+        assert not psutil.pid_exists(pids["child"])
+
     def test_a_pid_that_now_belongs_to_another_is_left_alone(self, tmp_path: Path):
         other = subprocess.Popen(["sleep", "600"])
         try:
