@@ -23,12 +23,14 @@ _SIOCGIFADDR = 0x8915
 
 
 @contextlib.contextmanager
-def connected(cpus: int | None = None, *, verbose: bool = False) -> Iterator[None]:
+def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool = False) -> Iterator[None]:
     """Ray for the length of a `with`.
 
     Args:
         cpus: CPUs a local Ray offers, at least; None for those of the machine. A cluster offers what it has.
         verbose: workers' own output goes to the terminal too.
+        dashboard: a local Ray runs its dashboard: without it, Ray Train inside Tune leaks the workers' places of a
+            trial that is stopped early.
 
     `RAY_ADDRESS` (set by `ray job submit`) names the cluster; without it a local Ray is started and stopped.
     """
@@ -40,7 +42,7 @@ def connected(cpus: int | None = None, *, verbose: bool = False) -> Iterator[Non
     ray.init(
         address=None if remote else "local",
         num_cpus=None if remote else max(machine, cpus or machine),
-        include_dashboard=None if remote else False,
+        include_dashboard=None if remote else dashboard,
         object_store_memory=None if remote else _LOCAL_OBJECT_STORE_BYTES,
         runtime_env={"worker_process_setup_hook": talk_where_ray_does} if remote else None,
         configure_logging=True,

@@ -11,6 +11,8 @@ import pipelines.curriculum
 import pipelines.etl
 import pipelines.evaluate
 import pipelines.predict
+import pipelines.sweep
+from pipelines.sweeping.config import SweepConfig
 from pipelines.training.config import CurriculumConfig, load_config
 from tests.conftest import ROOT
 
@@ -21,7 +23,7 @@ COMMANDS = [line for line in SHELL.splitlines() if line.startswith("python pipel
 JOBS = [line for line in SHELL.splitlines() if line.startswith("ray job submit")]
 SCRIPTS = {
     f"pipelines/{module.__name__.rpartition('.')[2]}.py": module
-    for module in (pipelines.curriculum, pipelines.etl, pipelines.evaluate, pipelines.predict)
+    for module in (pipelines.curriculum, pipelines.etl, pipelines.evaluate, pipelines.predict, pipelines.sweep)
 }
 
 
@@ -38,6 +40,9 @@ def test_a_command_is_understood_by_its_script(line):
         config = load_config(CurriculumConfig, str(ROOT / parsed.config), parsed.overrides)
         assert config.machine.num_workers == 8
         assert config.stages[0].steps == 50000
+    if script.endswith("sweep.py"):
+        swept = load_config(SweepConfig, str(ROOT / parsed.config), parsed.overrides)
+        assert swept.weights == "models:/gmflow@champion"
 
 
 @pytest.mark.parametrize("line", JOBS)
