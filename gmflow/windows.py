@@ -65,7 +65,7 @@ def window_grid(maps: int, height: int, width: int, splits: int, *, shifted: boo
             groups.append(WindowGroup(maps * len(rows) * len(columns), length, regions))
     tokens = torch.cat(order)
     inverse = torch.empty_like(tokens)
-    inverse[tokens] = torch.arange(len(tokens), device=device)
+    inverse[tokens] = torch.arange(tokens.shape[0], device=device)
     return WindowGrid(tokens, inverse, tuple(groups))
 
 
