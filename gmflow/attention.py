@@ -52,7 +52,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, regions: Tensor | None 
         return out
     mask = None if regions is None else _crossing_bias(regions, regions).to(query.dtype)
     wide = F.pad(value, (0, query.shape[-1] - value.shape[-1]))  # the fused kernels want values as wide as keys
-    return F.scaled_dot_product_attention(query, key, wide, attn_mask=mask)[..., : value.shape[-1]]
+    # One head: with three dimensions PyTorch takes none of its fused kernels.
+    one_head = F.scaled_dot_product_attention(query.unsqueeze(1), key.unsqueeze(1), wide.unsqueeze(1), attn_mask=mask)
+    return one_head.squeeze(1)[..., : value.shape[-1]]
 
 
 def computes_exactly(tokens: Tensor) -> bool:
