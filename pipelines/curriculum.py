@@ -14,26 +14,21 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipelines.cluster import connected  # sets Ray's environment, so before Ray
 
 # isort: split
-from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchTrainer
 from rich.console import Console
 from rich.table import Table
 
 from datasets_etl.manifest import Manifest
 from datasets_etl.storage import ObjectStore, open_store
-from gmflow import GMFlow, load_weights, save_weights
-from pipelines.errors import USER_ERRORS, PipelineError, command
+from pipelines.errors import command
 from pipelines.training import registry, tracking
 from pipelines.training.code_version import code_version
 from pipelines.training.config import CurriculumConfig, StageConfig, load_config
 from pipelines.training.feed import Record, listening
-from pipelines.training.stage import INITIAL_WEIGHTS, StageJob, train_stage
-from pipelines.training.state import read_checkpoint
+from pipelines.training.launch import final_weights, fit_stage, provide_initial_weights
+from pipelines.training.stage import StageJob
 
 _FINAL_WEIGHTS = "final.safetensors"
 _RESULT = "result.json"
@@ -118,7 +113,10 @@ class _StagePlan:
 def _run_stage(plan: _StagePlan, run: tracking.CurriculumRun) -> StageResult:
     """Train, keep the final weights, register them, and only then say that the stage is finished."""
     name = f"{plan.config.name}-{plan.stage.name}-{plan.hash}"
-    _provide_initial_weights(plan)
+    config = plan.config
+    start = plan.parent.weights if plan.parent else config.init_from
+    provide_initial_weights(plan.folder, config.model, config.seed, start, config.mlflow.tracking_uri)
+    job = _job(plan, name)
     stage_run = run.stage(plan.stage.name, key=f"{run.run_id}/{name}")
     stage_run.log_json(plan.stage.model_dump(mode="json"), "stage.json")
 
@@ -128,19 +126,19 @@ def _run_stage(plan: _StagePlan, run: tracking.CurriculumRun) -> StageResult:
             _say(record.line)
 
     with run.running(stage_run.run_id):
-        with listening(f"feed-{name}", hear):
-            trained = _fit(plan, name)
+        with listening(job.feed, hear):
+            trained = fit_stage(job, name)
         with tempfile.TemporaryDirectory(prefix="gmflow-final-") as folder:
             weights = Path(folder) / "model.safetensors"
-            metrics = _final_weights(plan, trained, weights)
+            metrics = final_weights(job, trained, config.model, weights)
             plan.folder.upload(weights, _FINAL_WEIGHTS)
             version = registry.register(
                 run.client,
-                plan.config.mlflow.registered_model,
+                config.mlflow.registered_model,
                 stage_run.run_id,
                 weights,
                 _lineage(plan, metrics),
-                plan.config.promotion,
+                config.promotion,
             )
     result = StageResult(
         stage=plan.stage.name,
@@ -154,83 +152,16 @@ def _run_stage(plan: _StagePlan, run: tracking.CurriculumRun) -> StageResult:
     return result
 
 
-def _fit(plan: _StagePlan, name: str) -> Result:
-    machine = plan.config.machine
-    job = StageJob(
+def _job(plan: _StagePlan, name: str) -> StageJob:
+    return StageJob(
         stage=plan.stage,
-        machine=machine,
+        machine=plan.config.machine,
         data=plan.used_data,
         folder=plan.folder.url,
         feed=f"feed-{name}",
         seed=plan.config.seed,
         precision=plan.config.precision,
     )
-    trainer = TorchTrainer(
-        train_stage,
-        train_loop_config={"job": job},
-        scaling_config=ScalingConfig(
-            num_workers=machine.num_workers,
-            use_gpu=machine.use_gpu,
-            resources_per_worker={"CPU": machine.cpus_per_worker, **({"GPU": 1} if machine.use_gpu else {})},
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=plan.folder.url.rpartition("/")[0],
-            failure_config=FailureConfig(max_failures=machine.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-        ),
-    )
-    try:
-        return trainer.fit()
-    except TrainingFailedError as error:
-        if (mine := _user_error(error)) is not None:
-            raise mine from error
-        raise
-
-
-def _user_error(error: BaseException | None) -> Exception | None:
-    """An error of ours that Ray carried home inside its own."""
-    while error is not None:
-        if isinstance(error, USER_ERRORS):
-            return error
-        failures = getattr(error, "worker_failures", {})
-        for failure in failures.values():
-            if (mine := _user_error(failure)) is not None:
-                return mine
-        error = getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error.__cause__
-    return None
-
-
-def _provide_initial_weights(plan: _StagePlan) -> None:
-    """Pin what the stage starts from in its folder, once: an alias may move, a file may be replaced."""
-    if plan.folder.size(INITIAL_WEIGHTS) is not None:
-        return
-    model = _seeded_model(plan.config)
-    reference = plan.parent.weights if plan.parent else plan.config.init_from
-    with tempfile.TemporaryDirectory(prefix="gmflow-init-") as folder:
-        if reference is not None:
-            load_weights(model, registry.fetch_weights(reference, Path(folder), plan.config.mlflow.tracking_uri))
-        path = Path(folder) / f"pinned-{INITIAL_WEIGHTS}"
-        save_weights(model, path)
-        plan.folder.upload(path, INITIAL_WEIGHTS)
-
-
-def _seeded_model(config: CurriculumConfig) -> GMFlow:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return GMFlow(config.model.build())
-
-
-def _final_weights(plan: _StagePlan, trained: Result, path: Path) -> dict[str, float]:
-    """Write the last checkpoint's weights to `path`; returns the newest value of every metric it carries."""
-    if trained.checkpoint is None:
-        raise PipelineError(f"stage {plan.stage.name}: ended without a checkpoint; see Ray's logs")
-    with trained.checkpoint.as_directory() as folder:
-        saved = read_checkpoint(Path(folder))
-    model = GMFlow(plan.config.model.build())
-    model.load_state_dict(saved["model"])
-    save_weights(model, path)
-    return {name: value for _, metrics in saved["records"] for name, value in metrics.items()}
 
 
 def _lineage(plan: _StagePlan, metrics: Mapping[str, float]) -> registry.Lineage:

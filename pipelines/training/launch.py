@@ -1,0 +1,114 @@
+"""One stage from the outside: its initial weights, Ray Train around its workers, its final weights.
+
+The curriculum and the sweep both train through this; there is no other loop.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    Result,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    UserCallback,
+)
+from ray.train.torch import TorchTrainer
+
+from datasets_etl.storage import ObjectStore
+from gmflow import GMFlow, load_weights, save_weights
+from pipelines.errors import USER_ERRORS, PipelineError
+from pipelines.training import registry
+from pipelines.training.config import ModelConfig
+from pipelines.training.stage import INITIAL_WEIGHTS, StageJob, train_stage
+from pipelines.training.state import read_checkpoint
+
+
+def provide_initial_weights(
+    folder: ObjectStore, model: ModelConfig, seed: int, reference: str | None, tracking_uri: str | None
+) -> None:
+    """Pin what a stage starts from in its folder, once: an alias may move, a file may be replaced.
+
+    Args:
+        folder: of the stage, on storage.
+        model: to build.
+        seed: of the random weights.
+        reference: models:/…, .pth or .safetensors to take the weights from; None leaves them random.
+        tracking_uri: of the registry that knows models:/… references.
+    """
+    if folder.size(INITIAL_WEIGHTS) is not None:
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        initial = GMFlow(model.build())
+    with tempfile.TemporaryDirectory(prefix="gmflow-init-") as scratch:
+        if reference is not None:
+            load_weights(initial, registry.fetch_weights(reference, Path(scratch), tracking_uri))
+        path = Path(scratch) / f"pinned-{INITIAL_WEIGHTS}"
+        save_weights(initial, path)
+        folder.upload(path, INITIAL_WEIGHTS)
+
+
+def fit_stage(job: StageJob, name: str, callbacks: Sequence[UserCallback] = ()) -> Result:
+    """Train a stage on Ray to its end, resuming what storage holds of it. Its initial weights must be in its folder.
+
+    Args:
+        job: what the workers are told.
+        name: of the run on Ray; the last part of `job.folder`.
+        callbacks: Ray Train's, such as the one that reports to Ray Tune.
+
+    Raises an error of ours where a worker met one, ray.train.TrainingFailedError for any other end.
+    """
+    machine = job.machine
+    trainer = TorchTrainer(
+        train_stage,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=machine.num_workers,
+            use_gpu=machine.use_gpu,
+            resources_per_worker={"CPU": machine.cpus_per_worker, **({"GPU": 1} if machine.use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=job.folder.rpartition("/")[0],
+            failure_config=FailureConfig(max_failures=machine.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            callbacks=list(callbacks),
+        ),
+    )
+    try:
+        return trainer.fit()
+    except TrainingFailedError as error:
+        if (mine := _user_error(error)) is not None:
+            raise mine from error
+        raise
+
+
+def _user_error(error: BaseException | None) -> Exception | None:
+    """An error of ours that Ray carried home inside its own."""
+    while error is not None:
+        if isinstance(error, USER_ERRORS):
+            return error
+        failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+        for failure in failures.values():
+            if (mine := _user_error(failure)) is not None:
+                return mine
+        error = getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error.__cause__
+    return None
+
+
+def final_weights(job: StageJob, trained: Result, model: ModelConfig, path: Path) -> dict[str, float]:
+    """Write the last checkpoint's weights to `path`; returns the newest value of every metric it carries."""
+    if trained.checkpoint is None:
+        raise PipelineError(f"stage {job.stage.name}: ended without a checkpoint; see Ray's logs")
+    with trained.checkpoint.as_directory() as folder:
+        saved: dict[str, Any] = read_checkpoint(Path(folder))
+    final = GMFlow(model.build())
+    final.load_state_dict(saved["model"])
+    save_weights(final, path)
+    return {name: value for _, metrics in saved["records"] for name, value in metrics.items()}
