@@ -77,8 +77,9 @@ def save_program(model: GMFlow, path: str | Path) -> None:
         GMFlowError: `path` does not end in `.pt2`, or its folder does not exist.
     """
     path = _checked(path, ".pt2")
-    program = export_program(model)
-    replace_file(path, lambda beside: torch.export.save(program, beside, extra_files=_facts(model)))
+    content = io.BytesIO()
+    torch.export.save(export_program(model), content, extra_files=_facts(model))
+    replace_file(path, lambda beside: Path(beside).write_bytes(content.getvalue()))
 
 
 def save_onnx(model: GMFlow, path: str | Path) -> None:

@@ -69,9 +69,7 @@ def flow_to_image(flow: npt.NDArray[np.floating], max_flow: float | None = None)
     return image
 
 
-# KITTI's logarithmic colour scale (Menze & Geiger, CVPR 2015, development kit): upper limit of a band, its colour.
-# An error of 1 is just an outlier: 3 px and 5 % of the speed.
-_KITTI_BANDS = (
+KITTI_BANDS = (
     (0.0625, (49, 54, 149)),
     (0.125, (69, 117, 180)),
     (0.25, (116, 173, 209)),
@@ -83,6 +81,10 @@ _KITTI_BANDS = (
     (16.0, (215, 48, 39)),
     (np.inf, (165, 0, 38)),
 )
+"""KITTI's logarithmic colour scale (Menze & Geiger, CVPR 2015, development kit): upper limit of a band, its colour.
+
+A value of 1 is just an outlier: 3 px and 5 % of the speed.
+"""
 
 
 def error_to_image(
@@ -113,8 +115,8 @@ def error_to_image(
     speed = np.linalg.norm(target, axis=2)
     # An outlier exceeds both limits, so the milder of the two decides.
     outlierness = np.minimum(error / 3, error / np.maximum(0.05 * speed, 1e-12))
-    limits = np.array([limit for limit, _ in _KITTI_BANDS[:-1]])
-    colours = np.array([colour for _, colour in _KITTI_BANDS], np.uint8)
+    limits = np.array([limit for limit, _ in KITTI_BANDS[:-1]])
+    colours = np.array([colour for _, colour in KITTI_BANDS], np.uint8)
     image: npt.NDArray[np.uint8] = colours[np.searchsorted(limits, outlierness, side="right")]
     image[~known] = 0
     return image

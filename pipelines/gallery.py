@@ -16,7 +16,14 @@ _WIDTH = 512
 _QUALITY = 80
 
 # What a card shows, in this order.
-FRAME0, FRAME1, WARPED, TRUTH, PREDICTION, ERROR = "frame 0", "frame 1", "frame 1 warped", "truth", "prediction", "error"
+FRAME0, FRAME1, WARPED, TRUTH, PREDICTION, ERROR = (
+    "frame 0",
+    "frame 1",
+    "frame 1 warped",
+    "truth",
+    "prediction",
+    "error",
+)
 OCCLUSION, OCCLUSION_FOUND = "occlusion", "occlusion found"
 
 

@@ -6,14 +6,15 @@ Every pair's sums are kept and added up in the set's order, whoever computed the
 import functools
 import itertools
 import resource
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import ray
 import torch
 
-from datasets_etl.loader import EvaluationSet
+from datasets_etl.loader import EvaluationSet, read_sample
 from datasets_etl.manifest import Manifest
 from gmflow import GMFlow
 from gmflow.metrics import FlowMetrics
@@ -45,7 +46,8 @@ class Evaluation:
     """Metrics of a set, see `FlowMetrics.compute`.
 
     Attributes:
-        pooled: over every valid pixel of the set.
+        sums: over every valid pixel of the set.
+        pooled: their figures.
         scenes: the same for every scene of it.
         images: of every image by its key.
         cards: pairs to look at, largest error first.
@@ -54,6 +56,7 @@ class Evaluation:
         device: what computed.
     """
 
+    sums: FlowMetrics
     pooled: dict[str, float]
     scenes: dict[str, dict[str, float]]
     images: dict[str, dict[str, float]]
@@ -96,12 +99,13 @@ def evaluate(
     model: GMFlow | None,
     evaluation_set: EvaluationSet,
     device: torch.device,
-    options: ScoringOptions = ScoringOptions(),  # noqa: B008  (frozen)
+    options: ScoringOptions = ScoringOptions(),
     on_scored: OnScored = lambda key, picture: None,
 ) -> Evaluation:
     """Score every sample of a set, one at a time, in this process; without a model, zero flow is scored."""
     part = _Part(Gallery.of(options.name, len(evaluation_set), options.gallery))
-    for number, scored in enumerate(_scored(model, evaluation_set, range(len(evaluation_set)), device, options)):
+    samples = (evaluation_set[number] for number in range(len(evaluation_set)))
+    for number, scored in enumerate(score(model, samples, device, bidirectional=options.bidirectional)):
         _add(part, number, scored, options)
         on_scored(scored.sample.key, part.pictures.pop(scored.sample.key, None))
     _finish(part, device)
@@ -153,7 +157,7 @@ def _by_shard(evaluation_set: EvaluationSet) -> Iterator[list[int]]:
 def _score_part(
     weights: bytes,
     manifest: Manifest,
-    indices: np.ndarray,
+    indices: npt.NDArray[np.int64],
     numbers: list[int],
     gallery: Gallery,
     options: ScoringOptions,
@@ -165,8 +169,8 @@ def _score_part(
     device = torch.device("cuda" if use_gpu else "cpu")
     model = _model_of(weights).to(device)
     part = _Part(gallery)
-    chosen = EvaluationSet.of(manifest, indices)
-    for number, scored in zip(numbers, _scored(model, chosen, range(len(chosen)), device, options), strict=True):
+    samples = (read_sample(manifest, int(index)) for index in indices)
+    for number, scored in zip(numbers, score(model, samples, device, bidirectional=options.bidirectional), strict=True):
         _add(part, number, scored, options)
     _finish(part, device)
     return part
@@ -175,17 +179,6 @@ def _score_part(
 @functools.lru_cache(maxsize=1)
 def _model_of(weights: bytes) -> GMFlow:
     return decode_weights(weights)
-
-
-def _scored(
-    model: GMFlow | None,
-    evaluation_set: EvaluationSet,
-    numbers: range,
-    device: torch.device,
-    options: ScoringOptions,
-) -> Iterator[Scored]:
-    samples = (evaluation_set[number] for number in numbers)
-    return score(model, samples, device, bidirectional=options.bidirectional)
 
 
 def _add(part: _Part, number: int, scored: Scored, options: ScoringOptions) -> None:
@@ -213,8 +206,10 @@ def _evaluation(part: _Part) -> Evaluation:
     scenes: dict[str, list[PairScore]] = {}
     for pair in pairs:
         scenes.setdefault(pair.scene, []).append(pair)
+    sums = _pooled(pairs)
     return Evaluation(
-        pooled=_pooled(pairs).compute(),
+        sums=sums,
+        pooled=sums.compute(),
         scenes={scene: _pooled(those).compute() for scene, those in sorted(scenes.items())},
         images={pair.key: pair.metrics.compute() for pair in pairs},
         cards=part.gallery.cards(),
@@ -232,5 +227,9 @@ def _pooled(pairs: list[PairScore]) -> FlowMetrics:
     return pooled
 
 
-def pool(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
-    raise NotImplementedError
+def pool(evaluations: Iterable[Evaluation]) -> dict[str, float]:
+    """Metrics over every valid pixel of several sets."""
+    pooled = FlowMetrics()
+    for evaluation in evaluations:
+        pooled.merge(evaluation.sums)
+    return pooled.compute()

@@ -123,14 +123,26 @@ class CurriculumRun:
     @contextlib.contextmanager
     def running(self, run_id: str) -> Iterator[None]:
         """Marks a run as running, then as finished, or failed where the block raises."""
-        self.client.update_run(run_id, status="RUNNING")
-        try:
+        with run_status(self.client, run_id):
             yield
-        except BaseException:
-            with contextlib.suppress(MlflowException):
-                self.client.set_terminated(run_id, "FAILED")
-            raise
-        self.client.set_terminated(run_id, "FINISHED")
+
+
+@contextlib.contextmanager
+def run_status(client: MlflowClient, run_id: str) -> Iterator[None]:
+    """Marks a run as running, then as finished, or failed where the block raises."""
+    client.update_run(run_id, status="RUNNING")
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(MlflowException):
+            client.set_terminated(run_id, "FAILED")
+        raise
+    client.set_terminated(run_id, "FINISHED")
+
+
+def start_run(client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str]) -> Run:
+    """A new run of an experiment, which is created where there is none of that name."""
+    return client.create_run(_experiment(client, experiment), run_name=name, tags=dict(tags))
 
 
 def _experiment(client: MlflowClient, name: str) -> str:
