@@ -110,12 +110,12 @@ def warp_animation(
 
 
 def encode_animation(pictures: Sequence[npt.NDArray[np.uint8]], *, milliseconds: int = 60) -> bytes:
-    """RGB pictures, uint8 `[H, W, 3]` of one size, as an animated GIF that runs for ever."""
+    """RGB pictures, uint8 `[H, W, 3]` of one size, as an animated WebP that runs for ever."""
     animation = cv2.Animation()
     animation.frames = [cv2.cvtColor(picture, cv2.COLOR_RGB2BGR) for picture in pictures]
     animation.durations = [milliseconds] * len(animation.frames)
     animation.loop_count = 0
-    done, data = cv2.imencodeanimation(".gif", animation)
+    done, data = cv2.imencodeanimation(".webp", animation, [cv2.IMWRITE_WEBP_QUALITY, 90])
     if not done:
         raise RuntimeError("OpenCV could not write the animation")
     encoded: bytes = data.tobytes()

@@ -13,6 +13,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from gmflow.errors import GMFlowError
 from gmflow.model import GMFlow
+from gmflow.predict import evaluating
 from gmflow.weights import CONFIG_KEY, replace_file
 
 ONNX_OPSET = 20
@@ -51,8 +53,58 @@ def minimum_size(model: GMFlow) -> int:
     return -(-needed // model.size_multiple) * model.size_multiple
 
 
-def export_program(model: GMFlow) -> torch.export.ExportedProgram:
-    """The graph of a forward pass, on the model's device, for every batch and image size from `minimum_size` on.
+@dataclass(frozen=True)
+class ExportedModel:
+    """A model's graph, for every batch and image size from `minimum_size` on, ready to be written.
+
+    Attributes:
+        program: (image0, image1) → flow.
+        facts: configuration, size multiple and minimum size, as they stand in the files.
+    """
+
+    program: torch.export.ExportedProgram
+    facts: dict[str, str]
+
+    def save_program(self, path: str | Path) -> None:
+        """Write a `.pt2` for `torch.export.load`; a file of that name is replaced whole or not at all.
+
+        Raises:
+            GMFlowError: `path` does not end in `.pt2`, or its folder does not exist.
+        """
+        path = _checked(path, ".pt2")
+        content = io.BytesIO()
+        torch.export.save(self.program, content, extra_files=self.facts)
+        replace_file(path, lambda beside: Path(beside).write_bytes(content.getvalue()))
+
+    def save_onnx(self, path: str | Path) -> None:
+        """Write an `.onnx`; a file of that name is replaced whole or not at all. Takes a minute or more.
+
+        Raises:
+            GMFlowError: `path` does not end in `.onnx`, its folder does not exist, or `onnxscript` is not installed.
+        """
+        path = _checked(path, ".onnx")
+        with _quiet():
+            try:
+                converted = torch.onnx.export(
+                    self.program,
+                    dynamo=True,
+                    input_names=["image0", "image1"],
+                    output_names=["flow"],
+                    opset_version=ONNX_OPSET,
+                    verbose=False,
+                )
+            except ImportError as error:
+                raise GMFlowError(
+                    f"{path}: ONNX needs onnx and onnxscript: pip install 'gmflow-ray[export]'"
+                ) from error
+        if converted is None:
+            raise RuntimeError("torch.onnx.export returned no program")
+        converted.model.metadata_props.update(self.facts)
+        replace_file(path, lambda beside: converted.save(beside, external_data=False))
+
+
+def export_model(model: GMFlow) -> ExportedModel:
+    """Trace a forward pass on the model's device.
 
     Attention is the fused operation, so its flow differs from the model's on a CPU as that on an accelerator does.
     """
@@ -64,48 +116,11 @@ def export_program(model: GMFlow) -> torch.export.ExportedProgram:
         2: multiple * torch.export.Dim("height", min=smallest // multiple, max=_LARGEST_SIDE // multiple),
         3: multiple * torch.export.Dim("width", min=smallest // multiple, max=_LARGEST_SIDE // multiple),
     }
-    with torch.no_grad():
-        return torch.export.export(
+    with torch.no_grad(), evaluating(model):
+        program = torch.export.export(
             _ImagesToFlow(model).eval(), (example, example.clone()), dynamic_shapes=(sizes, sizes), strict=False
         )
-
-
-def save_program(model: GMFlow, path: str | Path) -> None:
-    """Write a `.pt2` for `torch.export.load`; a file of that name is replaced whole or not at all.
-
-    Raises:
-        GMFlowError: `path` does not end in `.pt2`, or its folder does not exist.
-    """
-    path = _checked(path, ".pt2")
-    content = io.BytesIO()
-    torch.export.save(export_program(model), content, extra_files=_facts(model))
-    replace_file(path, lambda beside: Path(beside).write_bytes(content.getvalue()))
-
-
-def save_onnx(model: GMFlow, path: str | Path) -> None:
-    """Write an `.onnx`; a file of that name is replaced whole or not at all. Needs `pip install gmflow-ray[export]`.
-
-    Raises:
-        GMFlowError: `path` does not end in `.onnx`, its folder does not exist, or `onnxscript` is not installed.
-    """
-    path = _checked(path, ".onnx")
-    program = export_program(model)
-    with _quiet():
-        try:
-            converted = torch.onnx.export(
-                program,
-                dynamo=True,
-                input_names=["image0", "image1"],
-                output_names=["flow"],
-                opset_version=ONNX_OPSET,
-                verbose=False,
-            )
-        except ImportError as error:
-            raise GMFlowError(f"{path}: ONNX needs onnx and onnxscript: pip install 'gmflow-ray[export]'") from error
-    if converted is None:
-        raise RuntimeError("torch.onnx.export returned no program")
-    converted.model.metadata_props.update(_facts(model))
-    replace_file(path, lambda beside: converted.save(beside, external_data=False))
+    return ExportedModel(program, _facts(model))
 
 
 def _facts(model: GMFlow) -> dict[str, str]:

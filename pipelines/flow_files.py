@@ -85,7 +85,9 @@ FLOW_FORMATS: dict[str, FlowFormat] = {
     "kitti": FlowFormat("_kitti.png", lambda result: encode_kitti(result.prediction.flow)),
     "npz": FlowFormat(".npz", _npz),
     "arrows": FlowFormat("_arrows.png", lambda r: to_png(draw_arrows(r.pair.frame0, r.prediction.flow))),
-    "warp": FlowFormat("_warp.gif", lambda r: encode_animation(list(warp_animation(r.pair.frame1, r.prediction.flow)))),
+    "warp": FlowFormat(
+        "_warp.webp", lambda r: encode_animation(list(warp_animation(r.pair.frame1, r.prediction.flow)))
+    ),
     "error": FlowFormat("_error.png", _error, truth=True),
     "backward": FlowFormat("_backward.flo", lambda result: formats.encode_flo(_backward(result)), both_ways=True),
     "occlusion": FlowFormat("_occlusion.png", lambda r: formats.encode_mask(_occluded(r)), both_ways=True),
