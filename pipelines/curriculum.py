@@ -22,6 +22,7 @@ from rich.table import Table
 
 from datasets_etl.manifest import Manifest
 from datasets_etl.storage import ObjectStore, open_store
+from pipelines import report
 from pipelines.errors import command
 from pipelines.training import registry, tracking
 from pipelines.training.code_version import code_version
@@ -91,6 +92,7 @@ def run_curriculum(config: CurriculumConfig) -> list[StageResult]:
                 result = _run_stage(plan, run)
             run.log_stage(len(results), result.metrics)
             results.append(result)
+        report.log_curriculum_report(client, run.run_id)
     return results
 
 

@@ -12,6 +12,7 @@ from datasets_etl import formats
 from gmflow import Prediction, error_to_image, flow_to_image
 from gmflow.drawing import draw_arrows, encode_animation, warp_animation
 from gmflow.visualize import UNKNOWN
+from pipelines.errors import PipelineError
 from pipelines.frames import Pair
 from pipelines.training.pictures import to_png
 
@@ -61,9 +62,13 @@ def _npz(result: Result) -> bytes:
     return buffer.getvalue()
 
 
+def _warp(result: Result) -> bytes:
+    return encode_animation(list(warp_animation(result.pair.frame1, result.prediction.flow)))
+
+
 def _error(result: Result) -> bytes:
     if result.truth is None:
-        raise ValueError(f"{result.pair.name} has no truth")
+        raise PipelineError(f"frame {result.pair.name} has no ground truth in --truth: no error map of it")
     return to_png(error_to_image(result.prediction.flow, result.truth.flow, result.truth.valid))
 
 

@@ -179,9 +179,10 @@ def _card(card: Card) -> dict[str, Any]:
     return {**vars(card), "pictures": pictures}
 
 
-def _error_scale() -> list[tuple[str, str]]:
+def _error_scale() -> list[tuple[str, str, bool]]:
+    """Of each band its upper limit, its colour, and whether that is dark."""
     return [
-        (f"{limit:g}" if math.isfinite(limit) else "more", f"rgb({red} {green} {blue})")
+        (f"{limit:g}" if math.isfinite(limit) else "more", f"rgb({red} {green} {blue})", red + 2 * green + blue < 420)
         for limit, (red, green, blue) in KITTI_BANDS
     ]
 
