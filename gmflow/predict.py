@@ -138,11 +138,12 @@ def predict_batch(
         bidirectional: also the flow from frame 1 to frame 0, and what is occluded in either.
     """
     device = next(model.parameters()).device
-    if len({frame.shape for pair in pairs for frame in pair if isinstance(frame, np.ndarray)}) > 1:
-        sizes = ", ".join(str(list(frame.shape)) for pair in pairs for frame in pair)
-        raise GMFlowError(f"frames of a batch must have one size, not {sizes}")
-    image0 = torch.cat([_image("frame0", frame) for frame, _ in pairs])  # [B, 3, H, W]
-    image1 = torch.cat([_image("frame1", frame) for _, frame in pairs])
+    firsts = [_image("frame0", frame) for frame, _ in pairs]
+    seconds = [_image("frame1", frame) for _, frame in pairs]
+    if len({image.shape for image in (*firsts, *seconds)}) > 1:
+        sizes = ", ".join("x".join(map(str, image.shape[2:])) for image in (*firsts, *seconds))
+        raise GMFlowError(f"frames of a batch must have one size, not {sizes} (height x width)")
+    image0, image1 = torch.cat(firsts), torch.cat(seconds)  # [B, 3, H, W]
     _check_images(image0, image1)
     with torch.inference_mode(), evaluating(model), autocast(device, precision):
         if tiling is not None and not tiling.covers(*image0.shape[2:]):
