@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gmflow.eager import outside_graphs
+
 EXCLUDED = -1e9
 """Score of a pair that must not match. Finite, so that a query without any partner stays free of NaN."""
 
@@ -128,8 +130,7 @@ class _ChunkedAttention(torch.autograd.Function):
         return to_query, to_key, to_value, None
 
 
-# A compiler would unroll the loops over chunks, for minutes.
-_chunked_attention = torch.compiler.disable(_ChunkedAttention.apply)  # type: ignore[no-untyped-call]
+_chunked_attention = outside_graphs(_ChunkedAttention.apply)
 
 
 def neighbourhood_attention(query: Tensor, key: Tensor, value: Tensor, radius: int, *, exclude_outside: bool) -> Tensor:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gmflow.eager import outside_graphs
+
 CPU_CHUNK = 1 << 20
 """Hidden values computed at a time on a CPU: 4 MiB of float32, measured best (docs/performance.md)."""
 
@@ -20,7 +22,7 @@ ACCELERATOR_CHUNK = 1 << 27
 """Elsewhere: large enough to fill the device, small enough to bound memory at any image size."""
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler would unroll the loop over chunks, for minutes
+@outside_graphs
 def feed_forward(source: Tensor, message: Tensor, expand: Tensor, contract: Tensor) -> Tensor:
     """Tokens `[T, C]` and messages `[T, C]` → updates `[T, C]`.
 

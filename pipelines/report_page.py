@@ -95,6 +95,7 @@ class Report:
             "worst": self.worst,
             "speed": self.speed,
             "error_scale": _error_scale(),
+            "figure_names": FIGURES,
         }
         # JSON inside HTML: nothing in it may look like the end of its element.
         data = json.dumps(_without_nan(content), ensure_ascii=False).replace("<", "\\u003c")

@@ -198,7 +198,7 @@ def _finish(part: _Part, device: torch.device) -> None:
         part.peak_bytes, part.device = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
     else:
         part.peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        part.device = f"CPU, {torch.get_num_threads()} threads"
+        part.device = f"CPU, threads: {torch.get_num_threads()}"
 
 
 def _evaluation(part: _Part) -> Evaluation:
