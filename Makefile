@@ -29,6 +29,7 @@ lint: setup
 bench: setup
 	$(BIN)/python -m benchmarks.model
 	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.training
 
 # Newest versions that fit pyproject.toml; look at the difference before you commit it.
 lock: setup

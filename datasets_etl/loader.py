@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datasets_etl.augment import AugmentConfig, augment
+from datasets_etl.cache import SampleCache
 from datasets_etl.manifest import Manifest
 from datasets_etl.order import Order, rank_positions, sample_generator
 from datasets_etl.samples import FlowSample, decode_sample
@@ -60,11 +61,13 @@ def read_sample(manifest: Manifest, index: int, *, occlusion: bool = True) -> Fl
     return _decoded(_read_stored(manifest, index), occlusion=occlusion)
 
 
-def _read_stored(manifest: Manifest, index: int) -> tuple[bytes, str]:
+def _read_stored(manifest: Manifest, index: int, cache: SampleCache | None = None) -> tuple[bytes, str]:
     """A sample's bytes, and what to call it in an error."""
     shard, entry = manifest.place(index)
     store = manifest.store()
-    return read_sample_bytes(store, shard, entry), f"{store.url}/{shard.name}: sample {entry.key}"
+    fetch = functools.partial(read_sample_bytes, store, shard, entry)
+    data = fetch() if cache is None else cache.read(shard, entry, fetch)
+    return data, f"{store.url}/{shard.name}: sample {entry.key}"
 
 
 def _decoded(stored: tuple[bytes, str], *, occlusion: bool) -> FlowSample:
@@ -94,10 +97,17 @@ class EvaluationSet(Dataset[FlowSample]):
 
 
 class PositionDataset(Dataset[FlowBatch]):
-    """Map-style: the n-th augmented sample of a run, a pure function of (mixture, seed, position)."""
+    """Map-style: the n-th augmented sample of a run, a pure function of (mixture, seed, position).
 
-    def __init__(self, mixture: Sequence[MixturePart], seed: int) -> None:
+    Args:
+        mixture: what an epoch holds.
+        seed: of order and augmentation.
+        cache: keeps stored samples on this machine; None reads them from storage each time.
+    """
+
+    def __init__(self, mixture: Sequence[MixturePart], seed: int, cache: SampleCache | None = None) -> None:
         self.mixture = tuple(mixture)
+        self._read = functools.partial(_read_stored, cache=cache)
         self.seed = seed
         self.selections = [part.manifest.select(part.subset) for part in mixture]
         self.order = Order(
@@ -114,7 +124,7 @@ class PositionDataset(Dataset[FlowBatch]):
         parts, indices = self.order.locate(positions)
         chosen = [self.mixture[part] for part in parts]
         numbers = [int(self.selections[part][index]) for part, index in zip(parts, indices, strict=True)]
-        stored = _reading_threads(os.getpid()).map(_read_stored, [part.manifest for part in chosen], numbers)
+        stored = _reading_threads(os.getpid()).map(self._read, [part.manifest for part in chosen], numbers)
         return [
             to_tensors(
                 augment(_decoded(read, occlusion=False), part.augmentation, sample_generator(self.seed, position))

@@ -5,21 +5,22 @@ The model says what is computed and knows none of this; here is the one place th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from gmflow.backbone import ResidualBlock
+from gmflow.backbone import Backbone, ResidualBlock
 from gmflow.errors import GMFlowError
 from gmflow.model import GMFlow
 from gmflow.transformer import FeedForward, TransformerBlock
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Checkpointing = Literal["none", "selective", "full"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,6 +29,8 @@ _RECOMPUTED: dict[str, tuple[type[nn.Module], ...]] = {
     "selective": (FeedForward, ResidualBlock),
     "full": (TransformerBlock, ResidualBlock),
 }
+# What 16-bit rounding in these does to gradients is out of proportion (docs/performance.md): not in training.
+_WIDE_IN_TRAINING = (Backbone, FeedForward)
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,10 @@ class ExecutionConfig:
     """How to run a model.
 
     Attributes:
-        precision: "fp32"; "bf16" or "fp16" compute convolutions, attention and feed-forward in that type, while
-            parameters, residual stream, matching, propagation and flow stay in float32. "fp16" needs a gradient
-            scaler in training.
+        precision: "fp32"; "tf32" is the same but for products on NVIDIA GPUs, which round their factors to 10 bits;
+            "bf16" or "fp16" compute convolutions, attention and feed-forward in that type, while
+            parameters, residual stream, matching, propagation and flow stay in float32; so do, where gradients are
+            wanted, the backbone and the feed-forward. "fp16" needs a gradient scaler in training.
         checkpointing: what is recomputed in the backward pass instead of kept. "selective": the feed-forward's hidden
             layer and the residual blocks; "full": whole transformer blocks and the residual blocks.
         compile: run through `torch.compile`.
@@ -76,13 +80,19 @@ def prepare_model(model: GMFlow, config: ExecutionConfig, device: torch.device |
     if device is not None:
         model.to(device)
     for module in model.modules():
+        if config.precision in _DTYPES and isinstance(module, _WIDE_IN_TRAINING):
+            module.forward = partial(_wide_in_training, module.forward)  # type: ignore[method-assign]
         if isinstance(module, _RECOMPUTED[config.checkpointing]):
             # No random numbers are drawn in the model, so there is no generator state to bring back.
             module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
     place = next(model.parameters()).device
+    if place.type == "cuda":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the layout of cuDNN's fast convolutions
+        # Settings of the process, not of a model; PyTorch's own defaults round in convolutions only.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     if config.compile:
         model.compile()
-    if config.precision != "fp32":
+    if config.precision in _DTYPES:
         model.forward = autocast(place, config.precision)(model.forward)  # type: ignore[method-assign]
     if not config.ddp:
         return model
@@ -94,6 +104,13 @@ def prepare_model(model: GMFlow, config: ExecutionConfig, device: torch.device |
         broadcast_buffers=False,  # the only buffers are constants
         gradient_as_bucket_view=True,
     )
+
+
+def _wide_in_training(forward: Callable[..., Any], *tensors: Tensor) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*tensors)
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return forward(*(tensor.float() for tensor in tensors))
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

@@ -22,13 +22,14 @@ from datasets_etl.manifest import Manifest
 from datasets_etl.storage import open_store
 from datasets_etl.synthetic import write_dataset
 from pipelines.cluster import connected
-from pipelines.curriculum import StageResult, run_curriculum
+from pipelines.curriculum import run_curriculum
 from pipelines.errors import command
 from pipelines.etl import shard_dataset
 from pipelines.frames import find_clips
 from pipelines.predict import PredictionOptions, predict_clip
 from pipelines.scoring import ScoringOptions, evaluate
 from pipelines.training.config import CurriculumConfig, load_config
+from pipelines.training.plan import StageResult
 from pipelines.training.registry import CHAMPION, resolve_model
 
 ROOT = Path("runs/demo")

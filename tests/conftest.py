@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from datasets_etl import storage
 from pipelines.cluster import connected
 from tests.seaweedfs import S3Server, running
 
@@ -51,6 +52,16 @@ def s3(s3_server: S3Server) -> Iterator[S3Server]:
         for name, value in s3_server.settings.items():
             patch.setenv(name, value)
         yield s3_server
+
+
+@pytest.fixture
+def fresh_client() -> Iterator[None]:
+    """S3 settings are read when a process makes its client: a test that changes them wants a client of its own."""
+    for made in (storage._s3_of_process, storage._http):
+        made.cache_clear()
+    yield
+    for made in (storage._s3_of_process, storage._http):
+        made.cache_clear()
 
 
 @pytest.fixture(scope="session")

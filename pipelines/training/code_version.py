@@ -1,5 +1,6 @@
 """Which code ran: a commit where there is one, and always a hash of the sources."""
 
+import functools
 import hashlib
 import subprocess
 from pathlib import Path
@@ -8,6 +9,7 @@ _ROOT = Path(__file__).parents[2]
 _PACKAGES = ("gmflow", "datasets_etl", "pipelines")
 
 
+@functools.cache
 def code_version() -> str:
     """`git:COMMIT sources:HASH`; without the commit where the code runs outside a checkout (a submitted job)."""
     hashed = f"sources:{_source_hash()}"

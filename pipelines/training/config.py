@@ -15,7 +15,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from datasets_etl.augment import AugmentConfig
+from datasets_etl.cache import SampleCache
 from gmflow import GMFlowConfig
+from gmflow.execution import Precision
 from pipelines.errors import PipelineError
 
 
@@ -84,6 +86,29 @@ class SetConfig(_Frozen):
         return f"{self.data}/{self.subset}"
 
 
+class MetricConfig(_Frozen):
+    """A metric of a validation set; lower is better."""
+
+    data: str
+    subset: str
+    metric: str = "epe"
+
+    @property
+    def set_name(self) -> str:
+        return f"{self.data}/{self.subset}"
+
+    @property
+    def name(self) -> str:
+        """As it is tracked, such as "val/sintel/training-clean/epe"."""
+        return f"val/{self.set_name}/{self.metric}"
+
+
+class GateConfig(MetricConfig):
+    """What a finished stage must reach before anything is built on it."""
+
+    below: PositiveFloat
+
+
 class StageConfig(_Frozen):
     """One stage of the curriculum: the recipe (which decides the weights) and what is watched on the way."""
 
@@ -98,12 +123,16 @@ class StageConfig(_Frozen):
     clip_norm: PositiveFloat = 1.0
     gamma: float = Field(default=0.9, gt=0, le=1)
     max_flow: PositiveFloat = 400.0
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
     max_skipped_in_a_row: PositiveInt = 10
 
     validation: tuple[SetConfig, ...] = ()
     validate_every: PositiveInt | None = None
     checkpoint_every: PositiveInt = 1000
+    keep_last: PositiveInt = 2
+    keep_best: MetricConfig | None = None
     log_every: PositiveInt = 50
+    gates: tuple[GateConfig, ...] = ()
 
     @property
     def reads(self) -> tuple[PartConfig | SetConfig, ...]:
@@ -112,41 +141,67 @@ class StageConfig(_Frozen):
 
     def recipe(self) -> dict[str, Any]:
         """The part that decides the weights."""
-        watched = {"validation", "validate_every", "checkpoint_every", "log_every"}
+        watched = {"validation", "validate_every", "checkpoint_every", "keep_last", "keep_best", "log_every", "gates"}
         return self.model_dump(mode="json", exclude=watched)
 
 
+class CacheConfig(_Frozen):
+    """A folder on each machine's own disk that keeps samples read from storage, up to a size in GiB."""
+
+    folder: str
+    gib: PositiveFloat
+
+    def build(self) -> SampleCache:
+        return SampleCache(Path(self.folder), int(self.gib * 2**30))
+
+
 class MachineConfig(_Frozen):
-    """What the machine is: changes speed and memory, never the result."""
+    """What the machine is: changes speed and memory, never the result.
+
+    Attributes:
+        num_workers: data-parallel workers.
+        min_workers: go on with as few as this many while machines are missing; None: wait for all of them.
+        cpus_per_worker, use_gpu: what each worker takes of the cluster.
+        micro_batch: samples a worker computes at a time; gradients are accumulated up to the recipe's batch.
+        loader_workers: processes of each worker that read and augment; 0: the worker itself does.
+        cache: keeps samples on the machines' own disks; None: each is read from storage every time.
+        checkpointing: activations recomputed in the backward pass instead of kept.
+        compile: the model through torch.compile.
+        max_failures: how often a stage is started again after a worker failed.
+        hang_timeout_s: a worker without progress for as long is ended, so that the stage resumes.
+        storage_patience_s: for how long workers wait for storage that is away.
+    """
 
     num_workers: PositiveInt = 1
+    min_workers: PositiveInt | None = None
     use_gpu: bool = False
     cpus_per_worker: PositiveInt = 1
     micro_batch: PositiveInt = 1
     loader_workers: NonNegativeInt = 0
+    cache: CacheConfig | None = None
     checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     max_failures: NonNegativeInt = 3
+    hang_timeout_s: PositiveFloat = 900.0
+    storage_patience_s: PositiveFloat = 120.0
+
+    @pydantic.model_validator(mode="after")
+    def _fewest_below_most(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers {self.min_workers} is above num_workers {self.num_workers}")
+        return self
 
 
 class MlflowConfig(_Frozen):
-    """Where runs and models go. Without a URI: MLFLOW_TRACKING_URI, or SQLite in `runs/` of the working folder."""
+    """Where runs and models go. Without a URI: MLFLOW_TRACKING_URI, or SQLite in `runs/` of the working folder.
+
+    A server that is away while a stage runs is waited for, `patience_s` at most; training goes on meanwhile.
+    """
 
     tracking_uri: str | None = None
     experiment: str = "gmflow"
     registered_model: str = "gmflow"
-
-
-class PromotionConfig(_Frozen):
-    """`champion` moves to a stage's model when this validation metric (lower is better) improves on it."""
-
-    data: str
-    subset: str
-    metric: str = "epe"
-
-    @property
-    def name(self) -> str:
-        return f"{self.data}/{self.subset}"
+    patience_s: PositiveFloat = 3600.0
 
 
 class CurriculumConfig(_Frozen):
@@ -157,8 +212,9 @@ class CurriculumConfig(_Frozen):
         storage: URL or path for checkpoints and weights; every node must reach it.
         data: name → manifest URL, the datasets that mixtures and validation sets refer to.
         stages: in order; each starts from the weights of the one before.
-        init_from: weights the first stage starts from: models:/…, .pth or .safetensors. None: random.
-        only: run these stages alone.
+        init_from: weights the first selected stage starts from: models:/…, .pth or .safetensors. None: random, or what
+            the stage before it ended with.
+        only: run these stages alone; the first goes on from the stage before it unless `init_from` is given.
         seed: of initial weights, order and augmentation.
         precision: arithmetic of the forward pass.
         promotion: None promotes every finished stage.
@@ -171,11 +227,11 @@ class CurriculumConfig(_Frozen):
     model: ModelConfig = ModelConfig()
     machine: MachineConfig = MachineConfig()
     mlflow: MlflowConfig = MlflowConfig()
-    promotion: PromotionConfig | None = None
+    promotion: MetricConfig | None = None
     init_from: str | None = None
     only: tuple[str, ...] | None = None
     seed: NonNegativeInt = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
 
     @pydantic.model_validator(mode="after")
     def _references_hold(self) -> Self:
@@ -188,6 +244,13 @@ class CurriculumConfig(_Frozen):
         multiple = self.model.build().size_multiple
         for stage in self.selected_stages:
             self._check_stage(stage, multiple)
+        for stage in self.chain:
+            for used in stage.mixture:
+                if stage not in self.selected_stages and self.data.get(used.data) is None:
+                    raise ValueError(
+                        f"only: {self.selected_stages[0].name} starts from what {stage.name} ended with, "
+                        f"and that is found by its data: set data.{used.data}, or give init_from"
+                    )
         return self
 
     def _check_stage(self, stage: StageConfig, multiple: int) -> None:
@@ -203,14 +266,25 @@ class CurriculumConfig(_Frozen):
                 f"stage {stage.name}: global_batch {stage.global_batch} cannot feed "
                 f"machine.num_workers {self.machine.num_workers}; each worker needs a sample a step"
             )
-        if self.promotion and self.promotion.name not in [chosen.name for chosen in stage.validation]:
-            raise ValueError(
-                f"stage {stage.name}: validation lacks {self.promotion.name}, which promotion compares by; add it"
-            )
+        sets = [chosen.name for chosen in stage.validation]
+        watched = {"promotion": (self.promotion,), "keep_best": (stage.keep_best,), "gates": stage.gates}
+        for purpose, metrics in watched.items():
+            for metric in metrics:
+                if metric is not None and metric.set_name not in sets:
+                    raise ValueError(
+                        f"stage {stage.name}: validation lacks {metric.set_name}, which {purpose} compares by; add it"
+                    )
 
     @property
     def selected_stages(self) -> tuple[StageConfig, ...]:
         return tuple(stage for stage in self.stages if self.only is None or stage.name in self.only)
+
+    @property
+    def chain(self) -> tuple[StageConfig, ...]:
+        """The selected stages, after the finished ones that lead to them where no `init_from` says otherwise."""
+        selected = self.selected_stages
+        before = self.stages[: self.stages.index(selected[0])]
+        return selected if self.init_from else (*before, *selected)
 
     def stage_hash(self, stage: StageConfig, versions: Mapping[str, str], parent: str) -> str:
         """Names everything that decides a stage's weights.

@@ -6,7 +6,9 @@ leaves no half-told run behind.
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import ray
@@ -24,12 +26,14 @@ class Record:
         metrics: name → value, tracked against the step.
         line: what a person reads of it; empty where nothing is to be shown.
         pictures: file name → PNG.
+        time_ms: when it was made, milliseconds since 1970: told twice, it is the same entry.
     """
 
     step: int
     metrics: dict[str, float] = field(default_factory=dict)
     line: str = ""
     pictures: dict[str, bytes] = field(default_factory=dict)
+    time_ms: int = field(default_factory=lambda: int(time.time() * 1000))
 
 
 @ray.remote(num_cpus=0)
@@ -57,32 +61,45 @@ class FeedWriter:
 
 
 @contextlib.contextmanager
-def listening(name: str, handle: Callable[[Record], None]) -> Iterator[None]:
-    """The driver's end: calls `handle` with every record, in order, for the length of a `with`."""
+def listening(name: str, show: Callable[[Record], None], keep: Callable[[Record], None]) -> Iterator[None]:
+    """The driver's end, for the length of a `with`: every record is shown at once and kept as soon as possible.
+
+    Args:
+        name: of the queue.
+        show: called with every record, in order; must be quick.
+        keep: called with every record, in order, in a thread of its own: it may wait for a server. The end of the
+            `with` waits until all is kept, and raises what `keep` raised.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = _Queue.options(name=name, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     ray.get(queue.drain.remote())  # it must stand before a worker looks for it
     ended = threading.Event()
-    failures: list[Exception] = []
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="keep") as keeper:
+        failures: list[Exception] = []
 
-    def listen() -> None:
-        try:
+        def keep_in_turn(record: Record) -> None:
+            try:
+                keep(record)
+            except Exception as error:  # noqa: BLE001 (raised where the driver waits)
+                failures.append(error)
+
+        def listen() -> None:
             while True:
                 last = ended.wait(_POLL_SECONDS)
                 for record in ray.get(queue.drain.remote()):
-                    handle(record)
+                    show(record)
+                    keeper.submit(keep_in_turn, record)
                 if last:
                     return
-        except Exception as error:  # noqa: BLE001 (raised again where the driver waits)
-            failures.append(error)
 
-    thread = threading.Thread(target=listen, name="feed", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        ray.kill(queue)
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as listener:
+            listening = listener.submit(listen)
+            try:
+                yield
+            finally:
+                ended.set()
+                wait([listening])
+                ray.kill(queue)
+        listening.result()
     if failures:
         raise failures[0]

@@ -3,6 +3,7 @@
 The curriculum and the sweep both train through this; there is no other loop.
 """
 
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,9 +11,7 @@ from typing import Any
 
 import torch
 from ray.train import (
-    CheckpointConfig,
     FailureConfig,
-    Result,
     RunConfig,
     ScalingConfig,
     TrainingFailedError,
@@ -20,13 +19,16 @@ from ray.train import (
 )
 from ray.train.torch import TorchTrainer
 
-from datasets_etl.storage import ObjectStore
+from datasets_etl.storage import ObjectStore, open_store
 from gmflow import GMFlow, load_weights, save_weights
 from pipelines.errors import USER_ERRORS, PipelineError
 from pipelines.training import registry
+from pipelines.training.checkpoints import CheckpointStore
 from pipelines.training.config import ModelConfig
 from pipelines.training.stage import INITIAL_WEIGHTS, StageJob, train_stage
-from pipelines.training.state import read_checkpoint
+from pipelines.training.state import result_weights
+
+log = logging.getLogger(__name__)
 
 
 def provide_initial_weights(
@@ -54,22 +56,41 @@ def provide_initial_weights(
         folder.upload(path, INITIAL_WEIGHTS)
 
 
-def fit_stage(job: StageJob, name: str, callbacks: Sequence[UserCallback] = ()) -> Result:
+def fit_stage(job: StageJob, name: str, callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
     """Train a stage on Ray to its end, resuming what storage holds of it. Its initial weights must be in its folder.
+
+    Workers that leave a machine about to be taken away end early; they are started again, elsewhere.
 
     Args:
         job: what the workers are told.
         name: of the run on Ray; the last part of `job.folder`.
         callbacks: Ray Train's, such as the one that reports to Ray Tune.
 
+    Returns the snapshot of the last step.
     Raises an error of ours where a worker met one, ray.train.TrainingFailedError for any other end.
     """
+    checkpoints = CheckpointStore(open_store(job.folder))
+    done = _newest_step(newest := checkpoints.newest(log.warning))
+    while newest is None or done < job.stage.steps:
+        _fit(job, name, callbacks)
+        before, done = done, _newest_step(newest := checkpoints.newest(log.warning))
+        if done <= before:
+            raise PipelineError(f"stage {job.stage.name}: ended without a new checkpoint; see Ray's logs")
+    return newest
+
+
+def _newest_step(snapshot: dict[str, Any] | None) -> int:
+    return 0 if snapshot is None else int(snapshot["step"])
+
+
+def _fit(job: StageJob, name: str, callbacks: Sequence[UserCallback]) -> None:
     machine = job.machine
+    fewest = machine.min_workers or machine.num_workers
     trainer = TorchTrainer(
         train_stage,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=machine.num_workers,
+            num_workers=machine.num_workers if fewest == machine.num_workers else (fewest, machine.num_workers),
             use_gpu=machine.use_gpu,
             resources_per_worker={"CPU": machine.cpus_per_worker, **({"GPU": 1} if machine.use_gpu else {})},
         ),
@@ -77,12 +98,11 @@ def fit_stage(job: StageJob, name: str, callbacks: Sequence[UserCallback] = ()) 
             name=name,
             storage_path=job.folder.rpartition("/")[0],
             failure_config=FailureConfig(max_failures=machine.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
             callbacks=list(callbacks),
         ),
     )
     try:
-        return trainer.fit()
+        trainer.fit()
     except TrainingFailedError as error:
         if (mine := _user_error(error)) is not None:
             raise mine from error
@@ -102,13 +122,15 @@ def _user_error(error: BaseException | None) -> Exception | None:
     return None
 
 
-def final_weights(job: StageJob, trained: Result, model: ModelConfig, path: Path) -> dict[str, float]:
-    """Write the last checkpoint's weights to `path`; returns the newest value of every metric it carries."""
-    if trained.checkpoint is None:
-        raise PipelineError(f"stage {job.stage.name}: ended without a checkpoint; see Ray's logs")
-    with trained.checkpoint.as_directory() as folder:
-        saved: dict[str, Any] = read_checkpoint(Path(folder))
+def final_weights(last: dict[str, Any], model: ModelConfig, path: Path) -> dict[str, float]:
+    """Write the weights a stage ends with to `path`; returns the newest value of every metric.
+
+    Args:
+        last: of `fit_stage`.
+        model: as it was trained.
+        path: a `.safetensors` file.
+    """
     final = GMFlow(model.build())
-    final.load_state_dict(saved["model"])
+    final.load_state_dict(result_weights(last))
     save_weights(final, path)
-    return {name: value for _, metrics in saved["records"] for name, value in metrics.items()}
+    return {name: value for _, metrics in last["records"] for name, value in metrics.items()}

@@ -25,7 +25,7 @@ from datasets_etl.storage import split_url
 from gmflow import GMFlow, load_model
 from pipelines.errors import PipelineError
 from pipelines.training import tracking
-from pipelines.training.config import PromotionConfig
+from pipelines.training.config import MetricConfig
 
 CHAMPION = "champion"
 
@@ -75,7 +75,7 @@ def register(
     run_id: str,
     weights: Path,
     lineage: Lineage,
-    promotion: PromotionConfig | None,
+    promotion: MetricConfig | None,
 ) -> ModelVersion:
     """Register a finished stage's weights, once: a second call with the same lineage returns the first version.
 
@@ -169,16 +169,15 @@ def _example() -> list[dict[str, str]]:
     return [{n: base64.b64encode(encode_frame_png(f)).decode() for n, f in zip(names, frames, strict=True)}]
 
 
-def _improves(client: MlflowClient, model_name: str, lineage: Lineage, promotion: PromotionConfig | None) -> bool:
+def _improves(client: MlflowClient, model_name: str, lineage: Lineage, promotion: MetricConfig | None) -> bool:
     if promotion is None:
         return True
     try:
         champion = client.get_model_version_by_alias(model_name, CHAMPION)
     except MlflowException:
         return True
-    metric = f"val/{promotion.name}/{promotion.metric}"
-    reigning = champion.tags.get(metric.replace("/", "."))
-    return reigning is None or lineage.metrics[metric] < float(reigning)
+    reigning = champion.tags.get(promotion.name.replace("/", "."))
+    return reigning is None or lineage.metrics[promotion.name] < float(reigning)
 
 
 def resolve_model(reference: str, tracking_uri: str | None = None) -> GMFlow:

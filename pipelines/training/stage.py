@@ -2,38 +2,48 @@
 
 import logging
 import math
+import os
+import resource
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import Checkpoint
+from ray.train.collective import broadcast_from_rank_zero
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets_etl.loader import EvaluationSet, FlowBatch, MixturePart, PositionDataset, TrainingStream
 from datasets_etl.manifest import Manifest
-from datasets_etl.storage import open_store
+from datasets_etl.storage import PATIENCE_VARIABLE, open_store
 from gmflow import GMFlow, load_model
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.loss import sequence_loss
 from gmflow.metrics import FlowMetrics
 from pipelines.errors import PipelineError
+from pipelines.training.checkpoints import CheckpointStore, CheckpointWriter, KeepPolicy
 from pipelines.training.config import MachineConfig, StageConfig
 from pipelines.training.feed import FeedWriter, Record
+from pipelines.training.interval import Interval, StepTotals
 from pipelines.training.pictures import comparison_png
 from pipelines.training.state import TrainingState
 from pipelines.training.validation import validate
+from pipelines.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 INITIAL_WEIGHTS = "init.safetensors"
+
+# How often the ranks ask Ray whether one of their machines is about to be taken away: asking is a collective.
+_LOOK_OUT_S = 2.0
+# How often a long validation says how far it is.
+_VALIDATION_NEWS_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ class StageJob:
     Attributes:
         stage, machine: from the config.
         data: name → manifest URL.
-        folder: URL of the stage's folder on storage; its initial weights lie there.
+        folder: URL of the stage's folder on storage; its initial weights lie there, its checkpoints go there.
         feed: name of the queue the driver listens to.
         seed: of order and augmentation.
         precision: of the forward pass.
@@ -59,26 +69,31 @@ class StageJob:
 
 
 def train_stage(config: dict[str, Any]) -> None:
-    """What Ray Train runs on every worker. Resumes from Ray's newest checkpoint where there is one."""
-    worker = _Worker(config["job"])
-    worker.resume()
-    for step, batches in worker.stream():
-        totals = worker.accumulate(batches)
-        worker.update(totals)
-        worker.state.step = step + 1
-        worker.track(totals)
-        worker.validate_when_due()
-        worker.checkpoint_when_due()
+    """What Ray Train runs on every worker: from the newest checkpoint to the end, or until its machine is to go."""
+    job: StageJob = config["job"]
+    os.environ[PATIENCE_VARIABLE] = str(job.machine.storage_patience_s)  # loader processes inherit it
+    worker = _Worker(job)
+    with worker.watchdog.watching():
+        worker.resume()
+        for step, batches in worker.stream():
+            sums = worker.accumulate(batches)
+            totals = worker.update(sums)
+            worker.state.step = step + 1
+            worker.track(totals)
+            worker.validate_when_due()
+            worker.checkpoint_when_due()
+            if sums.look_out and worker.must_leave():
+                break
+        worker.finish()
 
 
-@dataclass
-class _Totals:
-    """Sums of one step over all ranks, and where its time went (seconds, this rank)."""
+class _StepSums(NamedTuple):
+    """Of one step over all ranks: the same on each. `data_wait` is this rank's."""
 
     loss: float
     metrics: FlowMetrics
+    look_out: bool
     data_wait: float
-    grad_norm: float = float("nan")
 
 
 class _Worker:
@@ -88,6 +103,7 @@ class _Worker:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         self.feed = FeedWriter(job.feed)
+        self.watchdog = Watchdog(job.machine.hang_timeout_s, self._warn)
         manifests = {name: Manifest.load(url) for name, url in job.data.items()}
         stage = job.stage
         self.dataset = PositionDataset(
@@ -96,35 +112,46 @@ class _Worker:
                 for part in stage.mixture
             ],
             seed=job.seed,
+            cache=job.machine.cache.build() if job.machine.cache else None,
         )
         self.validation = {
             chosen.name: EvaluationSet(manifests[chosen.data], chosen.subset, chosen.limit)
             for chosen in stage.validation
         }
         self.model = _initial_model(job).to(self.device)
-        self.prepared = prepare_model(
-            self.model,
-            ExecutionConfig(
-                precision=job.precision,
-                checkpointing=job.machine.checkpointing,
-                compile=job.machine.compile,
-                ddp=self.world_size > 1,
-            ),
+        self.state = TrainingState.fresh(self.model, stage, job.precision)
+        self.prepared = self._prepare()
+        self.checkpoints = CheckpointStore(open_store(job.folder))
+        best = None if stage.keep_best is None else stage.keep_best.name
+        self.writer = CheckpointWriter(self.checkpoints, KeepPolicy(stage.keep_last, best), self._warn)
+        self.validated: dict[str, float] = {}  # at the current step
+        self.looked_out = time.monotonic()
+
+    def _prepare(self) -> nn.Module:
+        machine = self.job.machine
+        execution = ExecutionConfig(
+            precision=self.job.precision,
+            checkpointing=machine.checkpointing,
+            compile=machine.compile,
+            ddp=self.world_size > 1,
         )
-        self.state = TrainingState.fresh(self.model, stage)
-        self.skipped_in_a_row = 0
-        self.since_log = _Interval()
+        if self.state.average is not None:
+            average = self.state.average.module
+            assert isinstance(average, GMFlow)
+            prepare_model(average, ExecutionConfig(precision=self.job.precision))
+        return prepare_model(self.model, execution)
 
     def resume(self) -> None:
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+        """From the newest whole checkpoint, which rank 0 chooses for all."""
+        saved = self.checkpoints.newest(self._warn) if self.rank == 0 else None
+        step = broadcast_from_rank_zero(None if saved is None else saved["step"])
+        if step is None:
             self._say(f"starts: {self._sizes()}")
             return
-        with checkpoint.as_directory() as folder:
-            self.state.restore(Path(folder))
+        self.state.restore(saved or self.checkpoints.read(step))
         if self.rank == 0:
-            for step, metrics in self.state.records:
-                self.feed.send(Record(step, metrics))
+            for told, metrics in self.state.records:
+                self.feed.send(Record(told, metrics))
         self._say(f"resumes: {self._sizes()}")
 
     def stream(self) -> Iterator[tuple[int, Iterator[FlowBatch]]]:
@@ -139,7 +166,7 @@ class _Worker:
             workers=self.job.machine.loader_workers,
         )
 
-    def accumulate(self, batches: Iterator[FlowBatch]) -> _Totals:
+    def accumulate(self, batches: Iterator[FlowBatch]) -> _StepSums:
         """Forward and backward over the micro-batches; gradients meet in the last one's backward."""
         stage = self.job.stage
         self.prepared.train()
@@ -147,12 +174,12 @@ class _Worker:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         metrics = FlowMetrics()
         waited = 0.0
-        before = time.perf_counter()
+        before = self._next_is("waiting for data")
         batch = next(batches, None)
         while batch is not None:
             current = FlowBatch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
             following = next(batches, None)
-            waited += time.perf_counter() - before
+            waited += self._next_is("computing, or waiting for another worker") - before
             with self._gradient_sync(last=following is None):
                 predictions = self.prepared(current.image0.float(), current.image1.float()).predictions
                 loss = sequence_loss(
@@ -164,10 +191,10 @@ class _Worker:
                     # DDP averages over ranks: with this divisor the average is the mean over the global batch.
                     normalizer=stage.global_batch / self.world_size,
                 )
-                loss.backward()  # type: ignore[no-untyped-call]
+                self.state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach() / self.world_size
             metrics.update(predictions[-1].detach(), current.flow, current.valid)
-            before = time.perf_counter()
+            before = self._next_is("waiting for data")
             batch = following
         return self._over_ranks(loss_sum, metrics, waited)
 
@@ -176,44 +203,59 @@ class _Worker:
             return nullcontext()
         return self.prepared.no_sync()
 
-    def _over_ranks(self, loss_sum: torch.Tensor, metrics: FlowMetrics, waited: float) -> _Totals:
-        sums = torch.cat([loss_sum[None], metrics.state().to(self.device)])
+    def _over_ranks(self, loss_sum: torch.Tensor, metrics: FlowMetrics, waited: float) -> _StepSums:
+        """The sums, and whether it is time to look out for machines that go: rank 0's clock decides for all."""
+        now = self._next_is("waiting for the other workers")
+        look_out = self.rank == 0 and now - self.looked_out > _LOOK_OUT_S
+        own = [loss_sum[None], loss_sum.new_tensor([float(look_out)]), metrics.state().to(self.device)]
+        sums = torch.cat(own)
         if self.world_size > 1:
             dist.all_reduce(sums)
         sums = sums.cpu()
-        return _Totals(float(sums[0]), FlowMetrics.from_state(sums[1:]), waited)
+        return _StepSums(float(sums[0]), FlowMetrics.from_state(sums[2:]), bool(sums[1]), waited)
 
-    def update(self, totals: _Totals) -> None:
+    def update(self, sums: _StepSums) -> StepTotals:
         """Clip and step, unless loss or gradients are not finite: all ranks hold the same sums, so they agree."""
-        stage = self.job.stage
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), stage.clip_norm)
-        totals.grad_norm = float(norm)
-        if math.isfinite(totals.loss) and math.isfinite(totals.grad_norm):
-            self.state.optimizer.step()
-            self.skipped_in_a_row = 0
+        state = self.state
+        state.scaler.unscale_(state.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.job.stage.clip_norm))
+        if math.isfinite(sums.loss) and math.isfinite(norm):
+            state.scaler.step(state.optimizer)
+            if state.average is not None:
+                state.average.update_parameters(self.model)
+            state.skipped_in_a_row = 0
         else:
-            self.state.skipped += 1
-            self.skipped_in_a_row += 1
-            self._say(f"skipped: loss {totals.loss}, gradient norm {totals.grad_norm}")
-            if self.skipped_in_a_row >= stage.max_skipped_in_a_row:
-                raise PipelineError(
-                    f"stage {stage.name}: {self.skipped_in_a_row} steps in a row with a non-finite loss or gradient, "
-                    f"the last at step {self.state.step}; lower peak_lr or look at the data"
-                )
-        self.state.schedule.step()
+            self._skip(sums.loss, norm)
+        state.scaler.update()
+        state.schedule.step()
+        return StepTotals(sums.loss, sums.metrics, norm, sums.data_wait)
 
-    def track(self, totals: _Totals) -> None:
+    def _skip(self, loss: float, norm: float) -> None:
+        state, stage = self.state, self.job.stage
+        state.skipped += 1
+        # A scale for fp16 that proves too large is how the scaler finds the right one.
+        searching = state.scaler.is_enabled() and math.isfinite(loss) and state.scaler.get_scale() > 1
+        state.skipped_in_a_row += not searching
+        self._say(f"skipped: loss {loss}, gradient norm {norm}")
+        if state.skipped_in_a_row >= stage.max_skipped_in_a_row:
+            raise PipelineError(
+                f"stage {stage.name}: {state.skipped_in_a_row} steps in a row with a non-finite loss or gradient, "
+                f"the last at step {state.step}; lower peak_lr or look at the data"
+            )
+
+    def track(self, totals: StepTotals) -> None:
         """Metrics of the steps since the last record, when one is due."""
-        self.since_log.add(totals)
-        stage, step = self.job.stage, self.state.step
-        if step % stage.log_every and step != stage.steps:
+        stage, state = self.job.stage, self.state
+        state.interval.add(totals)
+        if state.step % stage.log_every and state.step != stage.steps:
             return
-        metrics = self.since_log.metrics(stage.global_batch)
-        metrics["train/lr"] = float(self.state.schedule.get_last_lr()[0])
-        metrics["train/skipped_steps"] = float(self.state.skipped)
-        self.since_log = _Interval()
-        self.state.record(step, metrics)
-        left = (stage.steps - step) * metrics["time/step_s"]
+        metrics = state.interval.metrics(stage.global_batch)
+        metrics["train/lr"] = float(state.schedule.get_last_lr()[0])
+        metrics["train/skipped_steps"] = float(state.skipped)
+        metrics["system/memory_gib"] = _peak_memory_gib(self.device)
+        state.interval = Interval()
+        state.record(state.step, metrics)
+        left = (stage.steps - state.step) * metrics["time/step_s"]
         self._say(
             f"loss={metrics['train/loss']:.3f} epe={metrics['train/epe']:.3f} lr={metrics['train/lr']:.2e} "
             f"samples/s={metrics['time/samples_per_s']:.1f} wait={100 * metrics['time/data_wait']:.0f}% "
@@ -223,35 +265,72 @@ class _Worker:
 
     def validate_when_due(self) -> None:
         stage, step = self.job.stage, self.state.step
+        self.validated = {}
         if step != stage.steps and (stage.validate_every is None or step % stage.validate_every):
             return
-        metrics: dict[str, float] = {}
         pictures: dict[str, bytes] = {}
         for name, evaluation in self.validation.items():
-            scores, first = validate(self.model, evaluation, self.device, self.rank, self.world_size)
+            result, news = self.state.result, self._validation_news(name, len(evaluation))
+            assert isinstance(result, GMFlow)
+            scores, first = validate(result, evaluation, self.device, self.rank, self.world_size, news)
             # A speed range without a pixel has no figure.
-            metrics |= {f"val/{name}/{metric}": value for metric, value in scores.items() if not math.isnan(value)}
+            self.validated |= {f"val/{name}/{metric}": v for metric, v in scores.items() if not math.isnan(v)}
             if first is not None and self.rank == 0:
                 pictures[f"{name.replace('/', '_')}_step_{step:06d}.png"] = comparison_png(first)
-        if metrics:
-            self.state.record(step, metrics)
-            shown = " ".join(f"{name}={value:.3f}" for name, value in metrics.items() if name.endswith("/epe"))
-            self._say(f"validated {shown}", metrics, pictures)
-        self.since_log.restart()
+        if self.validated:
+            self.state.record(step, self.validated)
+            shown = " ".join(f"{name}={value:.3f}" for name, value in self.validated.items() if name.endswith("/epe"))
+            self._say(f"validated {shown}", self.validated, pictures)
+        self.state.interval.restart_clock()
+
+    def _validation_news(self, name: str, total: int) -> Any:
+        since = time.monotonic()
+
+        def tell(done: int) -> None:
+            nonlocal since
+            if self._next_is(f"validating on {name}") - since > _VALIDATION_NEWS_S:
+                since = time.monotonic()
+                self._say(f"validating on {name}: {done} of {total}")
+
+        return tell
 
     def checkpoint_when_due(self) -> None:
-        """Hand the state to Ray, which uploads it; every rank reports, rank 0 with the files."""
+        """Rank 0 hands a snapshot to the writer; all ranks report, which is what Ray Tune decides by."""
         stage, step = self.job.stage, self.state.step
-        if step % stage.checkpoint_every and step != stage.steps:
-            return
-        with tempfile.TemporaryDirectory(prefix="gmflow-checkpoint-") as folder:
-            checkpoint = None
-            if self.rank == 0:
-                self.state.save(Path(folder))
-                checkpoint = Checkpoint.from_directory(folder)
+        due = step == stage.steps or step % stage.checkpoint_every == 0
+        if due:
+            self._checkpoint()
+        if due or self.validated:
             latest = {name: value for _, metrics in self.state.records for name, value in metrics.items()}
-            ray.train.report(latest | {"step": step}, checkpoint=checkpoint)
-        self.since_log.restart()
+            ray.train.report(latest | {"step": step})
+            self.state.interval.restart_clock()
+
+    def _checkpoint(self) -> None:
+        if self.rank == 0:
+            self.writer.submit(self.state.snapshot(), self.validated)
+
+    def must_leave(self) -> bool:
+        """Whether Ray knows that a machine of this group is about to be taken; then all leave, with a checkpoint."""
+        self.looked_out = time.monotonic()
+        notice = ray.train.get_preemption_info()
+        if notice is None:
+            return False
+        self._say(
+            f"leaves: the machine of worker {', '.join(map(str, notice.preempted_ranks))} is about to be taken away"
+        )
+        self._checkpoint()
+        return True
+
+    def finish(self) -> None:
+        """Wait until the newest checkpoint is stored. Raises what its write met."""
+        self._next_is("writing the last checkpoint")
+        self.writer.flush()
+        self.writer.close()
+
+    def _next_is(self, doing: str) -> float:
+        """Tells the watchdog what comes now; returns the time."""
+        self.watchdog.progress(f"{doing} in step {self.state.step}")
+        return time.monotonic()
 
     def _sizes(self) -> str:
         stage = self.job.stage
@@ -263,48 +342,21 @@ class _Worker:
     def _say(
         self, text: str, metrics: dict[str, float] | None = None, pictures: dict[str, bytes] | None = None
     ) -> None:
-        stage = self.job.stage
-        line = f"stage={stage.name} step={self.state.step}/{stage.steps} rank={self.rank} {text}"
+        """What all ranks have to say is told once, by rank 0."""
+        line = self._line(text)
         log.info(line)
         if self.rank == 0:
             self.feed.send(Record(self.state.step, metrics or {}, line, pictures or {}))
 
+    def _warn(self, text: str) -> None:
+        """What this rank alone has to say."""
+        line = self._line(text)
+        log.warning(line)
+        self.feed.send(Record(self.state.step, line=line))
 
-class _Interval:
-    """Sums over the steps since the last record."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.loss = 0.0
-        self.grad_norm = 0.0
-        self.data_wait = 0.0
-        self.seconds = 0.0
-        self.scores = FlowMetrics()
-        self._since = time.perf_counter()
-
-    def add(self, totals: _Totals) -> None:
-        self.steps += 1
-        self.loss += totals.loss
-        self.grad_norm += totals.grad_norm
-        self.data_wait += totals.data_wait
-        self.scores.merge(totals.metrics)
-        self.seconds += time.perf_counter() - self._since
-        self.restart()
-
-    def restart(self) -> None:
-        """Time from here on belongs to the next step."""
-        self._since = time.perf_counter()
-
-    def metrics(self, global_batch: int) -> dict[str, float]:
-        scores = self.scores.compute()
-        return {
-            "train/loss": self.loss / self.steps,
-            "train/grad_norm": self.grad_norm / self.steps,
-            **{f"train/{name}": scores[name] for name in ("epe", "px1", "px3", "px5")},
-            "time/step_s": self.seconds / self.steps,
-            "time/samples_per_s": self.steps * global_batch / self.seconds,
-            "time/data_wait": self.data_wait / self.seconds,
-        }
+    def _line(self, text: str) -> str:
+        stage = self.job.stage
+        return f"stage={stage.name} step={self.state.step}/{stage.steps} rank={self.rank} {text}"
 
 
 def _initial_model(job: StageJob) -> GMFlow:
@@ -313,3 +365,10 @@ def _initial_model(job: StageJob) -> GMFlow:
         path = Path(folder) / INITIAL_WEIGHTS
         path.write_bytes(open_store(job.folder).read(INITIAL_WEIGHTS))
         return load_model(path)
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """Of the accelerator where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

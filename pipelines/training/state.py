@@ -1,24 +1,21 @@
-"""Everything an exact resume needs, as one file with its hash."""
+"""Everything an exact resume needs, as a value that can be copied, stored and put back."""
 
-import hashlib
-import json
+import copy
+import io
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from gmflow.execution import Precision
 from pipelines.errors import PipelineError
 from pipelines.training.config import StageConfig
-
-FORMAT_VERSION = 1
-
-_STATE_FILE = "state.pt"
-_FACTS_FILE = "state.json"
+from pipelines.training.interval import Interval
 
 # The newest logged steps travel with a checkpoint: what a dying driver did not hear is said again at resume.
 _REMEMBERED_RECORDS = 200
@@ -32,54 +29,112 @@ class TrainingState:
         model: the bare model, without any wrapper.
         optimizer: AdamW over its parameters.
         schedule: one-cycle learning rate, stepped once a step, skipped ones too.
+        scaler: of the loss for fp16; passes everything on as it is for other precisions.
+        average: exponential moving average of the weights, where the stage keeps one.
         step: the next step to run; the position in the data stream is step · global batch.
         skipped: steps whose update was left out because a loss or gradient was not finite.
+        skipped_in_a_row: how many of them were the newest.
+        interval: sums over the steps since the newest record.
         records: newest tracked metrics as (step, metrics).
     """
 
     model: nn.Module
     optimizer: AdamW
     schedule: LambdaLR
+    scaler: torch.amp.GradScaler
+    average: AveragedModel | None = None
     step: int = 0
     skipped: int = 0
+    skipped_in_a_row: int = 0
+    interval: Interval = field(default_factory=Interval)
     records: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
     @classmethod
-    def fresh(cls, model: nn.Module, stage: StageConfig) -> "TrainingState":
-        """A new stage: the given weights with a fresh optimiser and schedule."""
+    def fresh(cls, model: nn.Module, stage: StageConfig, precision: Precision = "fp32") -> "TrainingState":
+        """A new stage: the given weights with a fresh optimiser and schedule. The model must be on its device."""
         optimizer = AdamW(model.parameters(), lr=stage.peak_lr, weight_decay=stage.weight_decay)
-        return cls(model, optimizer, LambdaLR(optimizer, lambda step: one_cycle(step, stage.steps + 10, stage.warmup)))
+        device = next(model.parameters()).device
+        return cls(
+            model,
+            optimizer,
+            LambdaLR(optimizer, lambda step: one_cycle(step, stage.steps + 10, stage.warmup)),
+            torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+            None if stage.ema_decay is None else _average(model, stage.ema_decay),
+        )
+
+    @property
+    def result(self) -> nn.Module:
+        """What is validated and registered: the averaged weights where the stage keeps them, else the newest."""
+        return self.model if self.average is None else self.average.module
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         self.records = [*self.records, (step, metrics)][-_REMEMBERED_RECORDS:]
 
-    def save(self, folder: Path) -> None:
-        """Write the state and then the facts that vouch for it."""
-        path = folder / _STATE_FILE
-        torch.save(
-            {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "step": self.step,
-                "skipped": self.skipped,
-                "records": self.records,
-            },
-            path,
-        )
-        facts = {"format": FORMAT_VERSION, "step": self.step, "torch": torch.__version__, "sha256": _sha256(path)}
-        (folder / _FACTS_FILE).write_text(json.dumps(facts))
+    def snapshot(self) -> dict[str, Any]:
+        """A copy on the CPU of all that is needed to go on from here; training on does not change it."""
+        return {
+            "model": _to_cpu(self.model.state_dict()),
+            "optimizer": _to_cpu(self.optimizer.state_dict()),
+            "schedule": copy.deepcopy(self.schedule.state_dict()),
+            "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else _to_cpu(self.average.state_dict()),
+            "step": self.step,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "interval": self.interval.state_dict(),
+            "records": self.records,
+        }
 
-    def restore(self, folder: Path) -> None:
-        """Continue where a checkpoint ended. Raises PipelineError for a damaged one or one of another model."""
-        saved = read_checkpoint(folder)
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Continue from a snapshot. Raises PipelineError for one of another model."""
         try:
             self.model.load_state_dict(saved["model"])
+            if self.average is not None:
+                self.average.load_state_dict(saved["average"])
         except RuntimeError as error:
-            raise PipelineError(f"{folder}: checkpoint of another architecture: {error}") from error
+            raise PipelineError(f"checkpoint of step {saved['step']} is of another architecture: {error}") from error
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
-        self.step, self.skipped, self.records = saved["step"], saved["skipped"], saved["records"]
+        self.scaler.load_state_dict(saved["scaler"])
+        self.interval = Interval.from_state_dict(saved["interval"])
+        self.step, self.records = saved["step"], saved["records"]
+        self.skipped, self.skipped_in_a_row = saved["skipped"], saved["skipped_in_a_row"]
+
+
+def _average(model: nn.Module, decay: float) -> AveragedModel:
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
+
+
+def result_weights(saved: dict[str, Any]) -> dict[str, Tensor]:
+    """Of a snapshot: the state dict of `TrainingState.result`."""
+    if saved["average"] is None:
+        weights: dict[str, Tensor] = saved["model"]
+        return weights
+    prefix = "module."
+    return {name[len(prefix) :]: value for name, value in saved["average"].items() if name.startswith(prefix)}
+
+
+def to_bytes(snapshot: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(snapshot, buffer)
+    return buffer.getvalue()
+
+
+def from_bytes(data: bytes) -> dict[str, Any]:
+    """Tensors and plain values only, on the CPU: no code can come along."""
+    saved: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    return saved
+
+
+def _to_cpu(value: Any) -> Any:
+    """A deep copy with every tensor on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: _to_cpu(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_to_cpu(item) for item in value]
+    return copy.deepcopy(value)
 
 
 def one_cycle(step: int, total: int, warmup: float) -> float:
@@ -95,22 +150,3 @@ def one_cycle(step: int, total: int, warmup: float) -> float:
 
 def _cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
-
-
-def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """What `TrainingState.save` wrote, on the CPU. Raises PipelineError where it is missing or damaged."""
-    path = folder / _STATE_FILE
-    try:
-        facts = json.loads((folder / _FACTS_FILE).read_text())
-        whole = facts["format"] == FORMAT_VERSION and facts["sha256"] == _sha256(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise PipelineError(f"{folder}: no readable checkpoint ({error}); remove it to go on without") from error
-    if not whole:
-        raise PipelineError(f"{folder}: damaged checkpoint, or one of another version; remove it to go on without")
-    saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    return saved
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,21 +1,29 @@
 """MLflow runs of a curriculum: one parent, one child a stage, found again when the same command is given again."""
 
 import contextlib
+import importlib.metadata
 import logging
 import os
+import platform
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import requests
+import tenacity
+import torch
+from boto3.exceptions import S3UploadFailedError
+from botocore.exceptions import BotoCoreError
 from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from datasets_etl.manifest import Manifest
 from pipelines.errors import PipelineError
+from pipelines.training.code_version import code_version
 from pipelines.training.config import CurriculumConfig, MlflowConfig
 from pipelines.training.feed import Record
 
@@ -31,6 +39,7 @@ def tracking_uri(configured: str | None) -> str:
 def connect(configured: str | None) -> MlflowClient:
     """A client whose server answered. Raises PipelineError where there is none."""
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # not every table it makes is news
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # patience is `patiently`'s, and is told
     uri = tracking_uri(configured)
     if (folder := _embedded_folder(uri)) is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,26 +60,69 @@ def _embedded_folder(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")).absolute().parent
 
 
+def patiently(patience_s: float, tell: Callable[[str], None]) -> tenacity.Retrying:
+    """Calls what it is given again while MLflow is away or busy.
+
+    Args:
+        patience_s: for how long, in seconds; then the error is raised.
+        tell: called with a line when waiting begins.
+    """
+
+    def say_once(state: tenacity.RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome is not None:
+            reason = str(state.outcome.exception()).splitlines()[0][:200]
+            tell(f"MLflow is away ({reason}); what it should know is kept and sent when it answers")
+
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_may_pass),
+        stop=tenacity.stop_after_delay(patience_s),
+        wait=tenacity.wait_exponential_jitter(multiplier=0.5, max=15.0),
+        before_sleep=say_once,
+        reraise=True,
+    )
+
+
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, MlflowException):
+        return bool(error.get_http_status_code() >= HTTPStatus.INTERNAL_SERVER_ERROR)
+    return isinstance(error, requests.RequestException | BotoCoreError | S3UploadFailedError)
+
+
 class TrackedRun:
     """A run that takes records and sees that none is told twice."""
 
-    def __init__(self, client: MlflowClient, run: Run) -> None:
+    def __init__(self, client: MlflowClient, run: Run, patience: tenacity.Retrying) -> None:
         self.client = client
         self.run_id: str = run.info.run_id
+        self._patience = patience
         self._told: dict[str, int] = {}  # metric → newest step MLflow has
 
     def log(self, record: Record) -> None:
-        """Metrics against the step; what an earlier attempt already told is left out: a replay is exact."""
-        news = {name: value for name, value in record.metrics.items() if record.step > self._last_told(name)}
-        if news:
-            now = int(time.time() * 1000)
-            self.client.log_batch(self.run_id, [Metric(name, value, now, record.step) for name, value in news.items()])
-            self._told |= dict.fromkeys(news, record.step)
+        """Metrics against the step; what an earlier attempt already told is left out: a replay is exact.
+
+        Waits for an MLflow that is away.
+        """
+        self._patience(self._log_metrics, record)
         for name, png in record.pictures.items():
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / name
-                path.write_bytes(png)
-                self.client.log_artifact(self.run_id, str(path), "pictures")
+            self._patience(self._log_picture, name, png)
+
+    def _log_metrics(self, record: Record) -> None:
+        news = {name: value for name, value in record.metrics.items() if record.step > self._last_told(name)}
+        if not news:
+            return
+        entries = [Metric(name, value, record.time_ms, record.step) for name, value in news.items()]
+        try:
+            self.client.log_batch(self.run_id, entries)
+        except Exception:
+            self._told.clear()  # it may have come through nevertheless: ask before it is told again
+            raise
+        self._told |= dict.fromkeys(news, record.step)
+
+    def _log_picture(self, name: str, png: bytes) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            path.write_bytes(png)
+            self.client.log_artifact(self.run_id, str(path), "pictures")
 
     def _last_told(self, name: str) -> int:
         if name not in self._told:
@@ -79,7 +131,7 @@ class TrackedRun:
         return self._told[name]
 
     def log_json(self, content: Mapping[str, Any], name: str) -> None:
-        self.client.log_dict(self.run_id, dict(content), name)
+        self._patience(self.client.log_dict, self.run_id, dict(content), name)
 
 
 class CurriculumRun:
@@ -90,29 +142,33 @@ class CurriculumRun:
         config: experiment and names.
         name: of the curriculum.
         key: names the resolved config; the same key finds the same run.
+        tell: called with a line when MLflow is waited for.
     """
 
-    def __init__(self, client: MlflowClient, config: MlflowConfig, name: str, key: str) -> None:
+    def __init__(
+        self, client: MlflowClient, config: MlflowConfig, name: str, key: str, tell: Callable[[str], None]
+    ) -> None:
         self.client = client
+        self.patience = patiently(config.patience_s, tell)
         self.experiment_id = _experiment(client, config.experiment)
-        self._own = TrackedRun(client, _find_or_create(client, self.experiment_id, name, key, {}))
+        self._own = TrackedRun(client, _find_or_create(client, self.experiment_id, name, key, {}), self.patience)
         self.run_id = self._own.run_id
 
     def stage(self, name: str, key: str) -> TrackedRun:
         """The child run of a stage."""
         tags = {"mlflow.parentRunId": self.run_id, "stage": name}
-        run = _find_or_create(self.client, self.experiment_id, name, key, tags)
-        return TrackedRun(self.client, run)
+        run = self.patience(_find_or_create, self.client, self.experiment_id, name, key, tags)
+        return TrackedRun(self.client, run, self.patience)
 
     def log_setup(self, config: CurriculumConfig, manifests: Mapping[str, Manifest]) -> None:
-        """The resolved config and the manifests the run reads."""
-        resolved = config.model_dump(mode="json")
-        self.client.log_dict(self.run_id, resolved, "config.yaml")
+        """The resolved config, the manifests the run reads, and what it runs on."""
+        self._own.log_json(config.model_dump(mode="json"), "config.yaml")
+        self._own.log_json(environment(), "environment.json")
         facts = {
             name: {"url": manifest.url, "version": manifest.version, "subsets": manifest.subsets}
             for name, manifest in manifests.items()
         }
-        self.client.log_dict(self.run_id, facts, "manifests.json")
+        self._own.log_json(facts, "manifests.json")
         for name, manifest in manifests.items():
             self.client.set_tag(self.run_id, f"manifest.{name}", manifest.url)
 
@@ -123,8 +179,34 @@ class CurriculumRun:
     @contextlib.contextmanager
     def running(self, run_id: str) -> Iterator[None]:
         """Marks a run as running, then as finished, or failed where the block raises."""
-        with run_status(self.client, run_id):
+        self.patience(self.client.update_run, run_id, status="RUNNING")
+        try:
             yield
+        except BaseException:
+            with contextlib.suppress(MlflowException):  # the error under way says more
+                self.client.set_terminated(run_id, "FAILED")
+            raise
+        self.patience(self.client.set_terminated, run_id, "FINISHED")
+
+
+def run_link(uri: str, experiment: str, run_id: str) -> str:
+    """Where to look at a run: its page where MLflow is a server, else its id."""
+    if not uri.startswith(("http://", "https://")):
+        return f"run {run_id}"
+    found = MlflowClient(uri).get_experiment_by_name(experiment)
+    return f"{uri.rstrip('/')}/#/experiments/{found.experiment_id}/runs/{run_id}"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, to tell one run's surroundings from another's."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "code": code_version(),
+        "packages": {found.name: found.version for found in importlib.metadata.distributions()},
+    }
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Metrics of a model on stored samples: the same code in a stage's validation and in `evaluate.py`."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -63,18 +63,26 @@ def score(
 
 
 def validate(
-    model: GMFlow, evaluation: EvaluationSet, device: torch.device, rank: int, world_size: int
+    model: GMFlow,
+    evaluation: EvaluationSet,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    on_scored: Callable[[int], None],
 ) -> tuple[dict[str, float], Scored | None]:
     """Pooled metrics over all ranks, the same on each, and this rank's first sample for a picture.
 
-    Every rank of the group must call it; each takes every world_size-th sample.
+    Every rank of the group must call it; each takes every world_size-th sample. `on_scored` is called after each with
+    the number of samples done by all ranks together, as far as this one can tell.
     """
     pooled = FlowMetrics()
     first = None
     with evaluating(model):
-        for scored in score(model, (evaluation[i] for i in range(rank, len(evaluation), world_size)), device):
+        numbers = range(rank, len(evaluation), world_size)
+        for number, scored in zip(numbers, score(model, (evaluation[i] for i in numbers), device), strict=True):
             pooled.merge(scored.metrics)
             first = first or scored
+            on_scored(number + 1)
     sums = pooled.state().to(device)
     if world_size > 1:
         dist.all_reduce(sums)

@@ -5,7 +5,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from datasets_etl import storage
 from datasets_etl.errors import DataError
 from datasets_etl.storage import open_store, split_url
 
@@ -80,14 +79,6 @@ def test_a_failed_write_leaves_neither_the_object_nor_a_part_of_it(tmp_path):
         store.upload(tmp_path / "missing", "kept")
     assert store.read("kept") == b"old"
     assert [path.name for path in (tmp_path / "root").iterdir()] == ["kept"]
-
-
-@pytest.fixture
-def fresh_client():
-    """Settings are read when a process makes its client."""
-    storage._s3_of_process.cache_clear()
-    yield
-    storage._s3_of_process.cache_clear()
 
 
 def test_wrong_credentials_are_said_in_a_line(s3, fresh_client, monkeypatch):

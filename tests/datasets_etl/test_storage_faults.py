@@ -20,14 +20,6 @@ CONTENT = bytes(range(256)) * 400
 
 
 @pytest.fixture
-def fresh_client() -> Iterator[None]:
-    """Settings are read when a process makes its client."""
-    storage._s3_of_process.cache_clear()
-    yield
-    storage._s3_of_process.cache_clear()
-
-
-@pytest.fixture
 def proxy(s3: S3Server, fresh_client: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     """A network between this process and the S3 server."""
     with faulty_proxy(s3.endpoint) as between:
@@ -87,7 +79,7 @@ def test_a_network_that_stays_broken_is_one_line_not_damage(store, proxy):
 def test_an_object_that_is_too_short_is_damage_at_once(store, proxy):
     with pytest.raises(DamagedError, match=r"2400 bytes at offset 100000 instead of 5000"):
         store.read_range("x", 100_000, 5000)
-    assert len(proxy.seen) == 1
+    assert len(proxy.seen) <= 2, "not waited for"
 
 
 @pytest.mark.slow

@@ -274,7 +274,7 @@ def test_frames_of_different_size_unknown_padding_and_precision_are_refused() ->
         predict_flow(tiny(), one, other)
     with pytest.raises(GMFlowError, match="padding must be one of sintel, kitti"):
         predict_flow(tiny(), one, one, padding="reflect")  # type: ignore[arg-type]
-    with pytest.raises(GMFlowError, match="precision must be one of fp32, bf16, fp16"):
+    with pytest.raises(GMFlowError, match="precision must be one of fp32, tf32, bf16, fp16"):
         predict_flow(tiny(), one, one, precision="int8")  # type: ignore[arg-type]
 
 
@@ -359,7 +359,7 @@ def test_what_is_no_flow_is_refused() -> None:
 # Execution
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
 def test_low_precision_keeps_float32_results_and_gradients(precision: Any) -> None:
     model = tiny().train()
     prepare_model(model, ExecutionConfig(precision=precision))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gmflow import load_model
+from gmflow.execution import ExecutionConfig, prepare_model
 from gmflow.geometry import forward_backward_occlusion
 from gmflow.loss import sequence_loss
 from gmflow.metrics import FlowMetrics
@@ -112,6 +113,23 @@ def test_training_predictions_loss_metrics_and_gradients_are_those_of_the_refere
     assert figures["epe"] == pytest.approx(expected["metrics"]["epe"], abs=1e-3)
     for pixels in ("1", "3", "5"):
         assert figures[f"px{pixels}"] / 100 == pytest.approx(expected["metrics"][f"{pixels}px"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_bf16_training_goes_the_way_of_fp32(
+    reference: Path, reference_gradients: dict[str, Any], reference_crop: Pair
+) -> None:
+    image0, image1, target = reference_crop
+    gradients = []
+    for precision in ("fp32", "bf16"):
+        model = load_model(reference / WEIGHTS["refine"]).train()
+        predictions = prepare_model(model, ExecutionConfig(precision=precision))(image0, image1).predictions
+        sequence_loss(predictions, target, torch.ones_like(target[:, 0], dtype=torch.bool)).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    exact, rounded = gradients
+    assert exact.norm().item() == pytest.approx(reference_gradients["refine"]["total_grad_norm"], rel=1e-3)
+    assert (rounded.norm() / exact.norm()).item() == pytest.approx(1, abs=0.03)
+    assert torch.cosine_similarity(rounded, exact, dim=0).item() > 0.99
 
 
 def test_occlusion_is_that_of_the_reference(reference_outputs: dict[str, np.ndarray]) -> None:

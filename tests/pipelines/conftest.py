@@ -42,12 +42,12 @@ class Workplace:
         path.write_text(yaml.safe_dump(self.config))
         return path
 
-    def start(self, script: str, *arguments: str) -> subprocess.Popen[str]:
-        """A pipeline as a user starts it."""
+    def start(self, script: str, *arguments: str, **settings: str) -> subprocess.Popen[str]:
+        """A pipeline as a user starts it, with `settings` in its environment."""
         return subprocess.Popen(
             [sys.executable, str(ROOT / "pipelines" / script), *arguments],
             cwd=self.folder,
-            env={**os.environ, "MLFLOW_TRACKING_URI": self.tracking_uri},
+            env={**os.environ, "MLFLOW_TRACKING_URI": self.tracking_uri, **settings},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

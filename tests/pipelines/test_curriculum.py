@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -9,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
 from pipelines.curriculum import run_curriculum
+from pipelines.errors import PipelineError
 from pipelines.training.config import CurriculumConfig, load_config
+from pipelines.training.dry_run import show_dry_run
 from pipelines.training.registry import resolve_model
 from tests.pipelines.conftest import Workplace, workplace_in
 
@@ -43,9 +47,9 @@ def final_weights(workplace: Workplace, stage: str) -> dict[str, torch.Tensor]:
 
 
 def wait_for_checkpoint(process: subprocess.Popen[str], workplace: Workplace, stage: str) -> None:
-    """Until the stage has a second checkpoint: Ray has taken note of the first by then."""
+    """Until the stage has a second checkpoint."""
     deadline = time.monotonic() + WAIT_SECONDS
-    pattern = f"storage/tiny-{stage}-*/checkpoint_*/state.json"
+    pattern = f"storage/tiny-{stage}-*/checkpoints/step_*.json"
     while len(list(workplace.folder.glob(pattern))) < 2:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, f"no checkpoint of {stage}"
@@ -94,14 +98,25 @@ def test_a_killed_worker_and_a_killed_driver_change_no_bit(undisturbed: Workplac
     assert "stage=chairs" in told
     assert "resumes" in told, "the worker was killed before its first checkpoint or after its last"
     assert not (stage_folder(workplace, "mix") / "result.json").exists()
+    damage_newest_checkpoint(workplace, "mix")
 
-    output = run(workplace)
+    again = workplace.start("curriculum.py", "--config", config)
+    output, errors = again.communicate(timeout=WAIT_SECONDS)
+    assert again.returncode == 0, errors
+    assert "damaged checkpoint" in errors
     assert "stage=chairs finished earlier" in output
     assert "resumes" in output
     for stage in ("chairs", "mix"):
         expected, found = final_weights(undisturbed, stage), final_weights(workplace, stage)
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), stage
     assert_told_once(workplace)
+
+
+def damage_newest_checkpoint(workplace: Workplace, stage: str) -> None:
+    newest = sorted((stage_folder(workplace, stage) / "checkpoints").glob("step_*.json"))[-1].with_suffix(".pt")
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
 
 
 def assert_told_once(workplace: Workplace) -> None:
@@ -209,3 +224,47 @@ def test_storage_may_be_s3(manifests: dict[str, str], tmp_path: Path):
     assert all(torch.equal(tensor, trained.state_dict()[name]) for name, tensor in registered.state_dict().items())
     assert run_curriculum(config) == [result]
     assert not (tmp_path / "storage").exists()
+
+
+def resolved(workplace: Workplace, *overrides: str) -> CurriculumConfig:
+    tracked = f"mlflow={{tracking_uri: '{workplace.tracking_uri}'}}"
+    return load_config(CurriculumConfig, str(workplace.write()), [tracked, *overrides])
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_stage_that_misses_its_gate_is_the_last(undisturbed: Workplace):
+    gate = "stages.chairs.gates=[{data: chairs, subset: val, below: 0.01}]"
+    with pytest.raises(PipelineError, match=r"stage chairs: stopped at its gate: val/chairs/val/epe is \d+\.\d+, not"):
+        run_curriculum(resolved(undisturbed, gate))
+    passed = run_curriculum(resolved(undisturbed, gate.replace("0.01", "1000")))
+    assert [result.stage for result in passed] == ["chairs", "mix"]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_later_stage_alone_goes_on_from_the_finished_one_before_it(undisturbed: Workplace, workplace: Workplace):
+    (result,) = run_curriculum(resolved(undisturbed, "only=[mix]"))
+    assert result.weights == (stage_folder(undisturbed, "mix") / "final.safetensors").as_uri()
+    with pytest.raises(PipelineError, match=r"mix starts from what chairs ended with, which is not finished in .*"):
+        run_curriculum(resolved(workplace, "only=[mix]"))
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_dry_run_tells_where_each_stage_stands_and_writes_nothing(
+    undisturbed: Workplace, workplace: Workplace, capsys
+):
+    show_dry_run(resolved(undisturbed, "stages.mix.steps=400"))
+    out = capsys.readouterr().out
+    config = yaml.safe_load(out.partition("\n\n")[0])
+    assert config["stages"][1]["steps"] == 400
+    chairs, mix = (line for line in out.splitlines() if re.match(r"│ (chairs|mix) ", line))
+    assert [cell.strip() for cell in chairs.split("│")[2:9]] == [
+        *("finished", "random weights", "40", "4", "32x48", "12", "13.3")
+    ]
+    assert [cell.strip() for cell in mix.split("│")[2:9]] == ["new", "chairs", "400", "4", "32x48", "24", "66.7"]
+    assert re.search(r"\d:\d\d:\d\d │ +\d\.\d GiB", mix)
+
+    show_dry_run(resolved(workplace, "machine.use_gpu=true"))
+    (chairs,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ chairs")]
+    assert "GiB" not in chairs, "no estimate where Ray has no room for a worker"
+    assert not (workplace.folder / "storage").exists()
+    assert not (workplace.folder / "mlflow.db").exists()

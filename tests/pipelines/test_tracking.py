@@ -1,12 +1,7 @@
 """Runs and registered models on a real MLflow server whose artifacts lie on S3."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlflow
@@ -18,50 +13,37 @@ from mlflow.exceptions import MlflowException
 from gmflow import GMFlow, GMFlowConfig, predict_flow, save_weights
 from pipelines.errors import PipelineError
 from pipelines.training import registry, tracking
-from pipelines.training.config import MlflowConfig, PromotionConfig
+from pipelines.training.config import MetricConfig, MlflowConfig
 from pipelines.training.feed import Record
-from tests.seaweedfs import S3Server, free_ports
+from tests.faulty_proxy import faulty_proxy
+from tests.mlflow_server import MlflowServer, mlflow_running
+from tests.seaweedfs import S3Server
 
 TINY = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
 
 
 @pytest.fixture(scope="module")
-def server(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of the server."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    (port,) = free_ports(1)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", "s3://data/mlflow"]
-    environment = {
-        **os.environ,
-        "MLFLOW_S3_ENDPOINT_URL": s3.endpoint,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 120
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=2)
-                break
-            except OSError:
-                assert process.poll() is None, (folder / "server.log").read_text()
-                assert time.monotonic() < deadline, (folder / "server.log").read_text()
-                time.sleep(0.3)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
+def mlflow_server(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    with mlflow_running(tmp_path_factory.mktemp("mlflow"), s3) as server:
+        yield server
+
+
+@pytest.fixture
+def server(mlflow_server: MlflowServer) -> str:
+    """Its URL."""
+    return mlflow_server.url
+
+
+def curriculum_run(
+    server: str, key: str, tell: Callable[[str], None] = pytest.fail, patience_s: float = 60.0
+) -> tracking.CurriculumRun:
+    config = MlflowConfig(tracking_uri=server, patience_s=patience_s)
+    return tracking.CurriculumRun(tracking.connect(server), config, "test", key, tell)
 
 
 @pytest.fixture
 def stage_run(server: str, request: pytest.FixtureRequest) -> tracking.TrackedRun:
-    client = tracking.connect(server)
-    run = tracking.CurriculumRun(client, MlflowConfig(tracking_uri=server), "test", key=request.node.name)
-    return run.stage("chairs", key=f"{request.node.name}/chairs")
+    return curriculum_run(server, request.node.name).stage("chairs", key=f"{request.node.name}/chairs")
 
 
 def lineage(stage: str, config_hash: str, epe: float) -> registry.Lineage:
@@ -73,17 +55,16 @@ def history(run: tracking.TrackedRun, metric: str) -> list[tuple[int, float]]:
 
 
 def test_a_second_attempt_finds_the_same_runs(server, stage_run, request):
-    client = tracking.connect(server)
-    again = tracking.CurriculumRun(client, MlflowConfig(tracking_uri=server), "test", key=request.node.name)
+    again = curriculum_run(server, request.node.name)
     assert again.stage("chairs", key=f"{request.node.name}/chairs").run_id == stage_run.run_id
-    other = tracking.CurriculumRun(client, MlflowConfig(tracking_uri=server), "test", key="another config")
+    other = curriculum_run(server, "another config")
     assert other.run_id != again.run_id
 
 
-def test_steps_told_again_after_a_resume_are_not_told_twice(stage_run):
+def test_steps_told_again_after_a_resume_are_not_told_twice(server, stage_run, request):
     for step in (2, 4, 6):
         stage_run.log(Record(step, {"train/loss": step / 10}))
-    resumed = tracking.TrackedRun(stage_run.client, stage_run.client.get_run(stage_run.run_id))
+    resumed = curriculum_run(server, request.node.name).stage("chairs", key=f"{request.node.name}/chairs")
     for step in (4, 6, 8):
         resumed.log(Record(step, {"train/loss": step / 10, "val/epe": 1.0}))
     assert history(stage_run, "train/loss") == [(2, 0.2), (4, 0.4), (6, 0.6), (8, 0.8)]
@@ -112,7 +93,7 @@ def test_a_registered_model_is_the_same_one_and_opens_no_pickle(server, stage_ru
 def test_registering_again_gives_the_first_version_and_champion_moves_only_when_better(stage_run, tmp_path: Path):
     weights = tmp_path / "model.safetensors"
     save_weights(GMFlow(TINY), weights)
-    rule = PromotionConfig(data="c", subset="val")
+    rule = MetricConfig(data="c", subset="val")
 
     def register(stage: str, config_hash: str, epe: float) -> str:
         found = lineage(stage, config_hash, epe)
@@ -139,8 +120,47 @@ def test_a_missing_model_names_those_there_are(server, stage_run, tmp_path: Path
         registry.resolve_model("models:/named@best", server)
 
 
+def test_a_server_that_is_away_for_a_while_gets_everything_in_order_and_once(mlflow_server, server):
+    told: list[str] = []
+    run = curriculum_run(server, "away", told.append).stage("chairs", key="away/chairs")
+    run.log(Record(2, {"train/loss": 2.0}))
+    mlflow_server.kill()
+    back = threading.Timer(4, mlflow_server.start)
+    back.start()
+    for step in range(4, 20, 2):
+        run.log(Record(step, {"train/loss": float(step)}, pictures={f"{step}.png": b"png"} if step == 8 else {}))
+    back.join()
+    assert history(run, "train/loss") == [(step, float(step)) for step in range(2, 20, 2)]
+    assert [artifact.path for artifact in run.client.list_artifacts(run.run_id, "pictures")] == ["pictures/8.png"]
+    (line,) = told
+    assert line.startswith("MLflow is away (")
+    assert "kept and sent when it answers" in line
+
+
+def test_what_was_heard_but_not_answered_is_not_told_twice(server):
+    with faulty_proxy(server) as proxy:
+        proxy.applies = lambda method, path: path.endswith("log-batch")
+        run = curriculum_run(proxy.endpoint, "unanswered", tell=lambda line: None).stage("chairs", key="unanswered")
+        run.log(Record(2, {"train/loss": 2.0}))
+        proxy.faults = ["cut", "503", "drop"]
+        for step in (4, 6):
+            run.log(Record(step, {"train/loss": float(step)}))
+        assert not proxy.faults
+        assert history(run, "train/loss") == [(2, 2.0), (4, 4.0), (6, 6.0)]
+
+
+def test_patience_ends(server):
+    with faulty_proxy(server) as proxy:
+        run = curriculum_run(proxy.endpoint, "impatient", tell=lambda line: None, patience_s=2.0)
+        stage = run.stage("chairs", key="impatient/chairs")
+        proxy.applies = lambda method, path: path.endswith("log-batch")
+        proxy.faults = ["503"] * 1000
+        with pytest.raises(MlflowException):
+            stage.log(Record(2, {"train/loss": 2.0}))
+
+
 def test_a_run_that_fails_is_marked_so(server, stage_run):
-    run = tracking.CurriculumRun(stage_run.client, MlflowConfig(tracking_uri=server), "test", key="failing")
+    run = curriculum_run(server, "failing")
     with pytest.raises(MlflowException), run.running(run.run_id):
         raise MlflowException("no")
     assert stage_run.client.get_run(run.run_id).info.status == "FAILED"

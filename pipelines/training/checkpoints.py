@@ -1,0 +1,191 @@
+"""Checkpoints of a stage on storage: written beside the training, whole or not there, checked when read.
+
+A checkpoint is two objects in the stage's folder: `checkpoints/step_00000100.pt` and then, vouching for it,
+`checkpoints/step_00000100.json`. One without its facts does not exist.
+"""
+
+import hashlib
+import json
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from datasets_etl.errors import DamagedError, DataError
+from datasets_etl.storage import ObjectStore
+from pipelines.errors import PipelineError
+from pipelines.training import state
+from pipelines.training.code_version import code_version
+
+FORMAT_VERSION = 2
+
+_PREFIX = "checkpoints/step_"
+
+
+@dataclass(frozen=True)
+class KeepPolicy:
+    """Which checkpoints stay: the newest `last`, and the best by a metric (lower is better) where one is named."""
+
+    last: int
+    best_by: str | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What vouches for a checkpoint.
+
+    Attributes:
+        step: steps done.
+        sha256: of the stored bytes.
+        metrics: of the validation at that step, if there was one.
+        format, torch, code: versions that wrote it.
+    """
+
+    step: int
+    sha256: str
+    metrics: dict[str, float]
+    format: int = FORMAT_VERSION
+    torch: str = str(torch.__version__)
+    code: str = ""
+
+
+class CheckpointStore:
+    """The checkpoints in a stage's folder."""
+
+    def __init__(self, folder: ObjectStore) -> None:
+        self.folder = folder
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints there are, newest first."""
+        keys = (found.key for found in self.folder.walk(_PREFIX))
+        return sorted((int(key[len(_PREFIX) : -len(".json")]) for key in keys if key.endswith(".json")), reverse=True)
+
+    def write(self, snapshot: dict[str, Any], metrics: Mapping[str, float]) -> None:
+        """Store a snapshot of `TrainingState`; one of the same step is replaced."""
+        data = state.to_bytes(snapshot)
+        facts = Facts(snapshot["step"], hashlib.sha256(data).hexdigest(), dict(metrics), code=code_version())
+        key = _key(facts.step)
+        self.folder.delete(f"{key}.json")  # it vouches for the bytes that are about to be replaced
+        self.folder.write(f"{key}.pt", data)
+        self.folder.write(f"{key}.json", json.dumps(asdict(facts)).encode())
+
+    def read(self, step: int) -> dict[str, Any]:
+        """The snapshot of a step. Raises PipelineError where it is damaged or of another version."""
+        key = _key(step)
+        where = f"{self.folder.url}/{key}.pt"
+        facts = self._facts(step)
+        if facts.format != FORMAT_VERSION:
+            raise PipelineError(f"{where}: checkpoint of format {facts.format}; this version reads {FORMAT_VERSION}")
+        if self.folder.size(f"{key}.pt") is None:
+            raise PipelineError(f"{where}: damaged checkpoint: it is gone")
+        data = self.folder.read(f"{key}.pt")
+        if hashlib.sha256(data).hexdigest() != facts.sha256:
+            raise PipelineError(f"{where}: damaged checkpoint: its content is not what was written")
+        return state.from_bytes(data)
+
+    def newest(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
+        """The newest whole snapshot. What is damaged is told, set aside for good, and the one before it is taken."""
+        for step in self.steps():
+            try:
+                return self.read(step)
+            except (PipelineError, DamagedError) as error:
+                warn(f"{error}; going back to the checkpoint before it")
+                self.folder.delete(f"{_key(step)}.json")
+        return None
+
+    def prune(self, policy: KeepPolicy) -> None:
+        """Delete what the policy does not keep, and what no facts vouch for."""
+        steps = self.steps()
+        keep = set(steps[: policy.last])
+        if policy.best_by is not None:
+            scored = {step: self._score(step, policy.best_by) for step in steps}
+            keep.add(min(steps, key=lambda step: scored[step], default=-1))
+        for found in list(self.folder.walk(_PREFIX)):
+            if int(found.key[len(_PREFIX) :].partition(".")[0]) not in keep:
+                self.folder.delete(found.key)
+
+    def _score(self, step: int, metric: str) -> float:
+        try:
+            return self._facts(step).metrics.get(metric, math.inf)
+        except PipelineError:
+            return math.inf
+
+    def _facts(self, step: int) -> Facts:
+        where = f"{_key(step)}.json"
+        try:
+            return Facts(**json.loads(self.folder.read(where)))
+        except (ValueError, TypeError) as error:
+            raise PipelineError(f"{self.folder.url}/{where}: damaged checkpoint: {error!r}") from error
+
+
+def _key(step: int) -> str:
+    return f"{_PREFIX}{step:08d}"
+
+
+class CheckpointWriter:
+    """Writes snapshots in a thread, so that training goes on meanwhile.
+
+    At most one snapshot waits while another is written: the newest. A write that fails (storage away for longer than it
+    is waited for, a full disk) is told and left at that: the checkpoint before stays, the next one is tried.
+
+    Args:
+        store: where they go.
+        policy: what is deleted after each.
+        warn: told, in a line, of a write that failed; called from the thread.
+    """
+
+    def __init__(self, store: CheckpointStore, policy: KeepPolicy, warn: Callable[[str], None]) -> None:
+        self._store = store
+        self._policy = policy
+        self._warn = warn
+        self._changed = threading.Condition()
+        self._waiting: tuple[dict[str, Any], Mapping[str, float]] | None = None
+        self._busy = False
+        self._closed = False
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
+        self._thread.start()
+
+    def submit(self, snapshot: dict[str, Any], metrics: Mapping[str, float]) -> None:
+        """Have a snapshot written as soon as the one before is; returns at once."""
+        with self._changed:
+            self._waiting = (snapshot, metrics)
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Wait until the newest snapshot is stored. Raises what its write met."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting is None and not self._busy)
+            if self._failure is not None:
+                raise self._failure
+
+    def close(self) -> None:
+        """End the thread after what it is writing."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None or self._closed)
+                if self._waiting is None:
+                    return
+                (snapshot, metrics), self._waiting, self._busy = self._waiting, None, True
+            failure = self._written(snapshot, metrics)
+            with self._changed:
+                self._failure, self._busy = failure, False
+                self._changed.notify_all()
+
+    def _written(self, snapshot: dict[str, Any], metrics: Mapping[str, float]) -> Exception | None:
+        try:
+            self._store.write(snapshot, metrics)
+            self._store.prune(self._policy)
+        except (DataError, PipelineError, OSError) as error:
+            self._warn(f"checkpoint of step {snapshot['step']} could not be written ({error}); the one before stays")
+            return error
+        return None

@@ -1,0 +1,55 @@
+"""`curriculum.py --dry-run`: the resolved config, and what every stage would take."""
+
+from datetime import timedelta
+
+import yaml
+from rich.table import Table
+
+from pipelines.training.checkpoints import CheckpointStore
+from pipelines.training.config import CurriculumConfig
+from pipelines.training.display import output
+from pipelines.training.estimate import estimate
+from pipelines.training.plan import StagePlan, plan_curriculum
+
+
+def show_dry_run(config: CurriculumConfig) -> None:
+    """The resolved config, and for every stage its samples, where it stands and what it would take."""
+    plans = plan_curriculum(config)
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    table = Table(title=f"curriculum {config.name}, not run")
+    for column in ("stage", "state", "starts from"):
+        table.add_column(column)
+    for column in ("steps", "batch", "crop", "samples an epoch", "epochs", "computing", "memory a worker"):
+        table.add_column(column, justify="right")
+    start = config.init_from or "random weights"
+    for plan in plans:
+        stage = plan.stage
+        samples = sum(len(plan.manifests[part.data].select(part.subset)) * part.repeats for part in stage.mixture)
+        cost = estimate(config, stage)
+        table.add_row(
+            stage.name,
+            _standing(plan),
+            start,
+            f"{stage.steps:,}",
+            f"{stage.global_batch}",
+            f"{stage.crop[0]}x{stage.crop[1]}",
+            f"{samples:,}",
+            f"{stage.steps * stage.global_batch / samples:.1f}",
+            "" if cost is None else str(timedelta(seconds=round(stage.steps * cost.step_s))),
+            "" if cost is None else f"{cost.memory_gib:.1f} GiB",
+        )
+        start = stage.name
+    output().print(table)
+    print(
+        "computing: steps × the time of one, measured just now on one worker of this Ray, without reading, validation "
+        "and the workers' meeting; empty where this Ray has no room for a worker"
+    )
+
+
+def _standing(plan: StagePlan) -> str:
+    if plan.stage not in plan.config.selected_stages:
+        return "before" if plan.result() else "before, missing"
+    if plan.result():
+        return "finished"
+    steps = CheckpointStore(plan.folder).steps()
+    return f"at step {steps[0]:,}" if steps else "new"

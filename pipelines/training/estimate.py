@@ -1,0 +1,69 @@
+"""What a stage's steps would take, measured on one worker without training anything."""
+
+import math
+import resource
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import ray
+import torch
+
+from gmflow import GMFlow
+from gmflow.execution import ExecutionConfig, prepare_model
+from gmflow.loss import sequence_loss
+from pipelines.training.config import CurriculumConfig, StageConfig
+
+_REPEATS = 2
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of one step of a worker: seconds of computing, and its process's peak memory in GiB."""
+
+    step_s: float
+    memory_gib: float
+
+
+def estimate(config: CurriculumConfig, stage: StageConfig) -> StepCost | None:
+    """Measure forward and backward of a micro-batch on a worker of this Ray; None where it has no room for one."""
+    machine = config.machine
+    wanted = {"CPU": float(machine.cpus_per_worker), "GPU": float(machine.use_gpu)}
+    there = ray.cluster_resources()
+    if any(there.get(name, 0.0) < amount for name, amount in wanted.items()):
+        return None
+    measure = _measure.options(num_cpus=wanted["CPU"], num_gpus=wanted["GPU"])
+    micro_batch_s, memory_gib = ray.get(measure.remote(config, stage))
+    a_rank = math.ceil(stage.global_batch / machine.num_workers)
+    return StepCost(micro_batch_s * a_rank / min(machine.micro_batch, a_rank), memory_gib)
+
+
+@ray.remote(max_calls=1)
+def _measure(config: CurriculumConfig, stage: StageConfig) -> tuple[float, float]:
+    """Seconds of one micro-batch, peak GiB of this process. A process of its own, so that the peak is its own."""
+    machine = config.machine
+    device = torch.device("cuda" if machine.use_gpu else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(machine.cpus_per_worker)
+    model = GMFlow(config.model.build())
+    execution = ExecutionConfig(
+        precision=config.precision, checkpointing=machine.checkpointing, compile=machine.compile
+    )
+    prepared = prepare_model(model, execution, device).train()
+    batch = min(machine.micro_batch, math.ceil(stage.global_batch / machine.num_workers))
+    frames = torch.zeros(batch, 3, *stage.crop, device=device)
+    flow = torch.zeros(batch, 2, *stage.crop, device=device)
+    valid = torch.ones(batch, *stage.crop, dtype=torch.bool, device=device)
+    seconds = []
+    for _ in range(1 + _REPEATS):  # the first one warms up
+        before = time.perf_counter()
+        predictions = prepared(frames, frames).predictions
+        loss = sequence_loss(
+            predictions, flow, valid, gamma=stage.gamma, max_flow=stage.max_flow, normalizer=float(batch)
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        loss.item()  # waits for the device
+        seconds.append(time.perf_counter() - before)
+    if device.type == "cuda":
+        return median(seconds[1:]), torch.cuda.max_memory_allocated(device) / 2**30
+    return median(seconds[1:]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

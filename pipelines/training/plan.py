@@ -1,0 +1,115 @@
+"""What a curriculum will do: its stages, what decides their weights, where each one's files are."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from datasets_etl.manifest import Manifest
+from datasets_etl.storage import ObjectStore, open_store
+from pipelines.training.config import CurriculumConfig, StageConfig
+from pipelines.training.stage import StageJob
+
+_RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A finished stage; written last, so its presence means the stage is done.
+
+    Attributes:
+        stage: its name.
+        config_hash: names all that decided the weights.
+        weights: URL of the final weights.
+        metrics: of the last validation and training record.
+        model: registered version, as a reference.
+        mlflow_run: id of the stage's run.
+    """
+
+    stage: str
+    config_hash: str
+    weights: str
+    metrics: dict[str, float]
+    model: str
+    mlflow_run: str
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage of a curriculum and where it happens.
+
+    Attributes:
+        config: the whole one.
+        stage: of it.
+        hash: names all that decides the stage's weights.
+        folder: on storage; its name holds the hash.
+        manifests: every dataset of the curriculum.
+    """
+
+    config: CurriculumConfig
+    stage: StageConfig
+    hash: str
+    folder: ObjectStore
+    manifests: Mapping[str, Manifest]
+
+    @property
+    def name(self) -> str:
+        return f"{self.config.name}-{self.stage.name}-{self.hash}"
+
+    @property
+    def used_data(self) -> dict[str, str]:
+        """Data name → manifest URL of all the stage reads."""
+        names = {used.data for used in self.stage.reads}
+        return {name: self.manifests[name].url for name in sorted(names)}
+
+    def result(self) -> StageResult | None:
+        """Of a finished stage."""
+        if self.folder.size(_RESULT) is None:
+            return None
+        content: dict[str, Any] = json.loads(self.folder.read(_RESULT))
+        return StageResult(**content)
+
+    def finish(self, result: StageResult) -> None:
+        """Say that the stage is finished."""
+        self.folder.write(_RESULT, json.dumps(asdict(result), indent=1, sort_keys=True).encode())
+
+    @property
+    def job(self) -> StageJob:
+        return StageJob(
+            stage=self.stage,
+            machine=self.config.machine,
+            data=self.used_data,
+            folder=self.folder.url,
+            feed=f"feed-{self.name}",
+            seed=self.config.seed,
+            precision=self.config.precision,
+        )
+
+
+def plan_curriculum(config: CurriculumConfig) -> list[StagePlan]:
+    """The stages that lead from the start to the last selected one, without doing any of it.
+
+    Raises DataError or PipelineError where a dataset is missing or lacks a subset.
+    """
+    manifests = _load_manifests(config)
+    versions = {name: manifest.version for name, manifest in manifests.items()}
+    store = open_store(config.storage)
+    parent = config.init_from or "random"
+    plans = []
+    for stage in config.chain:
+        parent = config.stage_hash(stage, versions, parent)
+        folder = open_store(f"{store.url}/{config.name}-{stage.name}-{parent}")
+        plans.append(StagePlan(config, stage, parent, folder, manifests))
+    return plans
+
+
+def _load_manifests(config: CurriculumConfig) -> dict[str, Manifest]:
+    """The datasets the stages use, with every subset they name."""
+    manifests: dict[str, Manifest] = {}
+    for stage in config.chain:
+        for part in stage.reads if stage in config.selected_stages else stage.mixture:
+            url = config.data[part.data]
+            if part.data not in manifests and url is not None:
+                manifests[part.data] = Manifest.load(url)
+            manifests[part.data].select(part.subset)
+    return manifests

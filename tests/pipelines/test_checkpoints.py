@@ -1,0 +1,195 @@
+"""Checkpoints on storage: whole or absent, checked, kept by policy, written beside the training."""
+
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from datasets_etl.storage import PATIENCE_VARIABLE, FileStore, ObjectStore, open_store
+from pipelines.training.checkpoints import CheckpointStore, CheckpointWriter, KeepPolicy
+from tests.seaweedfs import S3Server, running
+
+WAIT_SECONDS = 60
+
+
+def snapshot(step: int, size: int = 50) -> dict[str, Any]:
+    return {"step": step, "weights": torch.full((size,), float(step))}
+
+
+def kept(store: CheckpointStore) -> list[int]:
+    """Steps by the objects themselves, and no other object."""
+    keys = [found.key for found in store.folder.walk("checkpoints/")]
+    steps = sorted({int(key[len("checkpoints/step_") :].partition(".")[0]) for key in keys})
+    assert sorted(keys) == sorted(f"checkpoints/step_{step:08d}.{kind}" for step in steps for kind in ("json", "pt"))
+    return steps
+
+
+@pytest.fixture(params=["file", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path, s3: S3Server) -> ObjectStore:
+    return open_store(str(tmp_path) if request.param == "file" else f"s3://data/{tmp_path.name}")
+
+
+@pytest.fixture
+def store(folder: ObjectStore) -> CheckpointStore:
+    return CheckpointStore(folder)
+
+
+def test_the_newest_checkpoint_comes_back(store: CheckpointStore):
+    told: list[str] = []
+    assert store.newest(told.append) is None
+    for step in (5, 10, 100):
+        store.write(snapshot(step), {})
+    newest = store.newest(told.append)
+    assert newest is not None
+    assert torch.equal(newest["weights"], torch.full((50,), 100.0))
+    assert store.steps() == [100, 10, 5]
+    assert told == []
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "facts"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(store: CheckpointStore, damage: str):
+    for step in (5, 10):
+        store.write(snapshot(step), {})
+    key = "checkpoints/step_00000010"
+    data = store.folder.read(f"{key}.pt")
+    if damage == "flip":
+        store.folder.write(f"{key}.pt", data[:300] + bytes([data[300] ^ 1]) + data[301:])
+    elif damage == "cut":
+        store.folder.write(f"{key}.pt", data[:-10])
+    elif damage == "gone":
+        store.folder.delete(f"{key}.pt")
+    else:
+        store.folder.write(f"{key}.json", b"{")
+    told: list[str] = []
+    found = store.newest(told.append)
+    assert found is not None
+    assert found["step"] == 5
+    assert len(told) == 1
+    assert f"{store.folder.url}/{key}" in told[0]
+    assert "damaged" in told[0]
+    assert store.steps() == [5], "a damaged one is not counted, nor told, twice"
+    store.write(snapshot(10), {})
+    again = store.newest(told.append)
+    assert again is not None
+    assert again["step"] == 10
+
+
+def test_a_write_that_was_cut_off_never_happened(store: CheckpointStore):
+    store.write(snapshot(5), {})
+    store.folder.write("checkpoints/step_00000010.pt", b"half")  # killed before its facts were written
+    found = store.newest(pytest.fail)
+    assert found is not None
+    assert found["step"] == 5
+    store.write(snapshot(15), {})
+    store.prune(KeepPolicy(last=2))
+    assert kept(store) == [5, 15]
+
+
+def test_the_last_and_the_best_are_kept(store: CheckpointStore):
+    policy = KeepPolicy(last=2, best_by="val/c/val/epe")
+    epe = {1: 3.0, 2: 1.0, 3: 2.0, 5: 1.5}
+    seen = []
+    for step in range(1, 7):
+        store.write(snapshot(step), {"val/c/val/epe": epe[step]} if step in epe else {})
+        store.prune(policy)
+        seen.append(kept(store))
+    assert seen == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [2, 5, 6]]
+
+
+class _Gate:
+    """A folder whose writes wait until they are let through."""
+
+    def __init__(self, root: Path) -> None:
+        self.inner = FileStore(root)
+        self.url = self.inner.url
+        self.writing = threading.Event()
+        self.open = threading.Event()
+
+    def write(self, key: str, data: bytes) -> None:
+        self.writing.set()
+        assert self.open.wait(WAIT_SECONDS)
+        self.inner.write(key, data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def test_training_does_not_wait_for_slow_storage_and_the_newest_snapshot_is_written(tmp_path: Path):
+    slow = _Gate(tmp_path)
+    store = CheckpointStore(slow)  # type: ignore[arg-type]
+    writer = CheckpointWriter(store, KeepPolicy(last=9), pytest.fail)
+    writer.submit(snapshot(1), {})
+    assert slow.writing.wait(WAIT_SECONDS)
+    for step in (2, 3, 4):
+        writer.submit(snapshot(step), {})  # returns although nothing is written yet
+    assert store.steps() == []
+    slow.open.set()
+    writer.flush()
+    writer.close()
+    assert kept(store) == [1, 4]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one mebibyte."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no right to mount a small file system here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_loses_no_checkpoint_and_is_no_end(small_disk: Path):
+    store = CheckpointStore(FileStore(small_disk))
+    told: list[str] = []
+    writer = CheckpointWriter(store, KeepPolicy(last=2), told.append)
+    writer.submit(snapshot(1, size=50_000), {})
+    writer.flush()
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(700_000))
+    writer.submit(snapshot(2, size=50_000), {})
+    with pytest.raises(Exception, match="No space left on device"):
+        writer.flush()
+    assert len(told) == 1
+    assert "checkpoint of step 2 could not be written" in told[0]
+    assert "No space left on device" in told[0]
+    found = store.newest(pytest.fail)
+    assert found is not None
+    assert found["step"] == 1
+    filler.unlink()
+    writer.submit(snapshot(3, size=50_000), {})
+    writer.flush()
+    writer.close()
+    assert kept(store) == [1, 3]
+    assert sorted(path.name for path in (small_disk / "checkpoints").iterdir()) == sorted(
+        f"step_{step:08d}.{kind}" for step in (1, 3) for kind in ("json", "pt")
+    ), "nothing half-written is left"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("s3", "fresh_client")
+def test_a_checkpoint_waits_for_storage_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with running(tmp_path) as server:
+        for name, value in server.settings.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv(PATIENCE_VARIABLE, "120")
+        store = CheckpointStore(open_store("s3://data/away"))
+        writer = CheckpointWriter(store, KeepPolicy(last=2), pytest.fail)
+        writer.submit(snapshot(1), {})
+        writer.flush()
+        server.kill()
+        writer.submit(snapshot(2), {})
+        back = threading.Timer(15, server.start)  # longer than a command would wait for a mistyped endpoint
+        back.start()
+        writer.flush()
+        back.join()
+        writer.close()
+        assert kept(store) == [1, 2]

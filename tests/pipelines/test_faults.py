@@ -1,0 +1,272 @@
+"""What happens to a stage when machines, workers and storage fail under it: the model is the undisturbed one's.
+
+Kills of a worker and of the driver are in test_curriculum.py.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from ray.cluster_utils import Cluster
+from safetensors.torch import load_file
+from torch.optim.lr_scheduler import OneCycleLR
+
+from datasets_etl.loader import MixturePart, PositionDataset, collate
+from datasets_etl.manifest import Manifest
+from gmflow import load_model
+from pipelines.curriculum import run_curriculum
+from pipelines.training.config import CurriculumConfig, load_config
+from tests.pipelines.conftest import Workplace, workplace_in
+from tests.seaweedfs import S3Server, running
+
+pytestmark = pytest.mark.slow
+
+WAIT_SECONDS = 300
+
+# Steps long enough for something to happen in the middle of a stage. Few and at a low rate, because another number of
+# workers rounds differently, and training makes more of any difference with every step.
+STEPS = 24
+SLOW = ["only=[chairs]", f"stages.chairs.steps={STEPS}", "stages.chairs.crop=[96, 128]", "stages.chairs.peak_lr=2e-5"]
+SLOW += ["stages.chairs.checkpoint_every=4", "stages.chairs.log_every=1"]
+
+# As in test_curriculum.py: what no output depends on.
+FREE_BIASES = ("shortcut.bias", "propagation.key.bias")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, manifests: dict[str, str]) -> Workplace:
+    """After a run of the slow stage on two workers that nobody interfered with."""
+    workplace = workplace_in(tmp_path_factory.mktemp("undisturbed"), manifests)
+    run_curriculum(slow_config(workplace))
+    return workplace
+
+
+@pytest.fixture(scope="module")
+def expected(undisturbed: Workplace) -> dict[str, torch.Tensor]:
+    """Its weights."""
+    return final_weights(undisturbed)
+
+
+def slow_config(workplace: Workplace) -> CurriculumConfig:
+    overrides = [*SLOW, f"mlflow={{tracking_uri: '{workplace.tracking_uri}'}}"]
+    return load_config(CurriculumConfig, str(workplace.write()), overrides)
+
+
+def told_losses(workplace: Workplace) -> list[float]:
+    """Of every step, as MLflow has them: each once and in order."""
+    client = MlflowClient(workplace.tracking_uri)
+    experiment = client.get_experiment_by_name("gmflow").experiment_id
+    (run,) = client.search_runs([experiment], filter_string="tags.stage = 'chairs'")
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [entry.step for entry in history] == list(range(1, STEPS + 1))
+    return [entry.value for entry in history]
+
+
+def final_weights(workplace: Workplace) -> dict[str, torch.Tensor]:
+    (path,) = (workplace.folder / "storage").glob("tiny-chairs-*/final.safetensors")
+    return load_file(path)
+
+
+class Job:
+    """A pipeline that runs, and what it has said so far."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self.errors: list[str] = []
+        self._readers = [
+            threading.Thread(target=lambda: self.lines.extend(iter(process.stdout.readline, ""))),
+            threading.Thread(target=lambda: self.errors.extend(iter(process.stderr.readline, ""))),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def wait_for(self, pattern: str, after: int = 0) -> int:
+        """Until a line matches; the index behind it."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while True:
+            for number, line in enumerate(self.lines[after:], start=after):
+                if re.search(pattern, line):
+                    return number + 1
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.05)
+
+    def finish(self) -> None:
+        assert self.process.wait(WAIT_SECONDS) == 0, self.said()
+        for reader in self._readers:
+            reader.join()
+
+    def step_of(self, pattern: str, after: int = 0) -> int:
+        """The step that the first matching line names."""
+        (line,) = [line for line in self.lines[after:] if re.search(pattern, line)][:1] or [""]
+        match = re.search(r"step=(\d+)/", line)
+        assert match, self.said()
+        return int(match[1])
+
+    def said(self) -> str:
+        return "".join(self.lines + self.errors)
+
+
+def workers_of(parent: int) -> list[int]:
+    """Process ids of Ray Train's workers below a process."""
+    found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in found.splitlines()[1:]]
+    parents = {int(pid): int(ppid) for pid, ppid, _ in rows}
+
+    def descends(pid: int) -> bool:
+        while pid in parents and pid != parent:
+            pid = parents[pid]
+        return pid == parent
+
+    return [int(pid) for pid, _, args in rows if args.startswith("ray::RayTrainWorker") and descends(int(pid))]
+
+
+class Machines:
+    """A Ray cluster of raylets: a head that only hosts the driver, and machines of one CPU."""
+
+    def __init__(self) -> None:
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self.address = self.cluster.address
+
+    def add(self) -> object:
+        return self.cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+
+    def at_work(self, machines: list[object]) -> list[object]:
+        """Those that host a worker."""
+        return [machine for machine in machines if workers_of(self._raylet(machine))]
+
+    def give_notice(self, machine: object) -> None:
+        """What a cloud says before it takes a machine away."""
+        command = ["ray", "drain-node", "--address", self.address, "--node-id", machine.node_id]
+        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        subprocess.run([*command, "--deadline-remaining-seconds", "600"], check=True, capture_output=True)
+
+    def lose(self, machine: object) -> None:
+        """At once, with all that runs on it."""
+        victims = workers_of(self._raylet(machine))
+        self.cluster.remove_node(machine, allow_graceful=False)
+        for victim in victims:
+            if Path(f"/proc/{victim}").exists():
+                os.kill(victim, signal.SIGKILL)
+
+    @staticmethod
+    def _raylet(machine: object) -> int:
+        return machine.all_processes["raylet"][0].process.pid
+
+
+@pytest.fixture
+def machines(s3: S3Server) -> Iterator[Machines]:
+    cluster = Machines()
+    yield cluster
+    cluster.cluster.shutdown()
+
+
+def assert_same_to_the_bit(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
+    assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+
+
+def test_the_losses_of_twenty_steps_are_those_of_the_plainest_loop(undisturbed: Workplace):
+    """Two workers of Ray Train with accumulated gradients, against the recipe written down in one process."""
+    config = slow_config(undisturbed)
+    stage = config.stages[0]
+    (initial,) = (undisturbed.folder / "storage").glob("tiny-chairs-*/init.safetensors")
+    model = load_model(initial).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.peak_lr, weight_decay=1e-4)
+    schedule = OneCycleLR(optimizer, stage.peak_lr, stage.steps + 10, pct_start=0.05, cycle_momentum=False)
+    (part,) = stage.mixture
+    manifest = Manifest.load(str(config.data["chairs"]))
+    samples = PositionDataset([MixturePart(manifest, part.subset, 1, part.augmentation(stage.crop))], seed=config.seed)
+    losses = []
+    for step in range(20):
+        image0, image1, flow, valid = collate([samples[step * 4 + i] for i in range(4)])
+        predictions = model(image0.float(), image1.float()).predictions
+        errors = [(valid[:, None] * (predicted - flow).abs()).mean() for predicted in predictions]
+        loss = sum(0.9 ** (len(errors) - 1 - i) * error for i, error in enumerate(errors))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    assert told_losses(undisturbed)[:20] == pytest.approx(losses, abs=1e-3)
+
+
+def test_a_machine_that_is_to_go_is_left_in_time_and_nothing_is_lost(machines, expected, workplace: Workplace):
+    hosts = [machines.add() for _ in range(3)]
+    job = Job(
+        workplace.start(
+            *("curriculum.py", "--config", str(workplace.write()), *SLOW),
+            RAY_ADDRESS=machines.address,
+            RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.2",
+        )
+    )
+    job.wait_for(r"step=3/.* loss=")
+    doomed = machines.at_work(hosts)[0]
+    machines.give_notice(doomed)
+    left = job.wait_for(r"rank=0 leaves: the machine of worker [01] is about to be taken away")
+    job.wait_for(r"resumes", after=left)
+    assert doomed not in machines.at_work(hosts)
+    machines.lose(doomed)
+    job.finish()
+    assert job.step_of("resumes", after=left) == job.step_of("leaves"), "no step was done twice"
+    assert_same_to_the_bit(expected, final_weights(workplace))
+
+
+def test_a_lost_machine_without_a_spare_is_gone_on_without(
+    machines, undisturbed: Workplace, expected, workplace: Workplace
+):
+    hosts = [machines.add() for _ in range(2)]
+    job = Job(
+        workplace.start(
+            *("curriculum.py", "--config", str(workplace.write()), *SLOW, "machine.min_workers=1"),
+            RAY_ADDRESS=machines.address,
+            RAY_health_check_period_ms="500",
+        )
+    )
+    job.wait_for(r"step=9/.* loss=")
+    machines.lose(machines.at_work(hosts)[-1])
+    job.wait_for(r"resumes: .* on 1 workers")
+    job.finish()
+    assert job.step_of("resumes") >= 4, "at most the steps since the newest stored checkpoint are done again"
+    assert told_losses(workplace) == pytest.approx(told_losses(undisturbed), rel=1e-5)
+    found = final_weights(workplace)
+    for name, tensor in expected.items():
+        if not name.endswith(FREE_BIASES):
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_worker_that_hangs_and_storage_that_is_away_change_no_bit(
+    expected, workplace: Workplace, tmp_path: Path, s3: S3Server
+):
+    with running(tmp_path) as storage:
+        source = str(Path(workplace.config["data"]["chairs"].removeprefix("file://")).parents[2] / "chairs")
+        command = ("etl.py", "--dataset", "chairs", "--source", source, "--target", "s3://data/sets")
+        etl = workplace.start(*command, **storage.settings)
+        manifest, errors = etl.communicate(timeout=WAIT_SECONDS)
+        assert etl.returncode == 0, errors
+        overrides = [*SLOW, f"data.chairs={manifest.splitlines()[-1]}", "storage=s3://data/runs"]
+        overrides += ["machine.hang_timeout_s=10"]
+        job = Job(workplace.start("curriculum.py", "--config", str(workplace.write()), *overrides, **storage.settings))
+        job.wait_for(r"step=6/.* loss=")
+        os.kill(workers_of(job.process.pid)[0], signal.SIGSTOP)
+        hung = job.wait_for(r"hangs: no progress for 10 s while (computing|waiting).*; ended, to resume")
+        resumed = job.wait_for(r"resumes", after=hung)
+        job.wait_for(r" loss=", after=resumed)
+        storage.kill()
+        time.sleep(12)  # longer than a command would wait for a mistyped endpoint
+        storage.start()
+        job.finish()
+        client = storage.client()
+        keys = [found["Key"] for found in client.list_objects_v2(Bucket="data", Prefix="runs/")["Contents"]]
+        (final,) = [key for key in keys if key.endswith("final.safetensors")]
+        client.download_file("data", final, str(tmp_path / "final.safetensors"))
+    assert_same_to_the_bit(expected, load_file(tmp_path / "final.safetensors"))

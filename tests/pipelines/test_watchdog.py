@@ -1,0 +1,48 @@
+"""A worker that hangs is ended, with its reason; one that does not is left alone."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+SCRIPT = """
+import sys, threading, time
+from pipelines.training.watchdog import Watchdog
+
+def tell(line):
+    print(line, flush=True)
+
+watchdog = Watchdog(1.0, tell)
+with watchdog.watching():
+    time.sleep(1.5)  # before the first progress: a start may take as long as it likes
+    for step in range(8):
+        watchdog.progress(f"computing in step {step}")
+        time.sleep(0.25)
+    if sys.argv[1] == "hangs":
+        watchdog.progress("waiting for the other workers in step 8")
+        threading.Event().wait()
+print("done")
+"""
+
+
+def run(case: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), case]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}
+    )
+
+
+def test_a_hang_ends_the_process_and_says_where(tmp_path: Path):
+    ended = run("hangs", tmp_path)
+    assert ended.returncode == 70
+    reason = "no progress for 1 s while waiting for the other workers in step 8"
+    assert ended.stdout == f"hangs: {reason}; ended, to resume\n"
+    assert "script.py" in ended.stderr, "the stacks of all threads"
+
+
+def test_progress_keeps_a_process_alive(tmp_path: Path):
+    ended = run("works", tmp_path)
+    assert (ended.returncode, ended.stdout) == (0, "done\n")
