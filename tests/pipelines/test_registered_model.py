@@ -22,7 +22,6 @@ from datasets_etl import formats
 from datasets_etl.synthetic import synthetic_pair
 from gmflow import GMFlow, GMFlowConfig, predict_flow, save_weights
 from pipelines.training import registry, tracking
-from pipelines.training.config import MlflowConfig
 from tests.seaweedfs import free_ports
 
 TINY = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
@@ -51,7 +50,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Registered:
     folder = tmp_path_factory.mktemp("served")
     uri = f"sqlite:///{folder}/mlflow.db"
     client = tracking.connect(uri)
-    run = tracking.CurriculumRun(client, MlflowConfig(tracking_uri=uri), "served", key="served").stage("chairs", "c")
+    run = tracking.start_run(client, "served", "chairs", {}).info
     model = GMFlow(TINY).eval()
     save_weights(model, folder / "model.safetensors")
     lineage = registry.Lineage("chairs", "random", {}, "h", "sources:x", {"val/c/val/epe": 1.0})

@@ -11,7 +11,7 @@ import pipelines.export
 import pipelines.registry
 from gmflow import GMFlow, GMFlowConfig, load_model, save_weights
 from pipelines.training import registry, tracking
-from pipelines.training.config import MlflowConfig, PromotionConfig
+from pipelines.training.config import MetricConfig
 
 TINY = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
 
@@ -41,7 +41,6 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("registry")
     uri = f"sqlite:///{folder}/mlflow.db"
     client = tracking.connect(uri)
-    run = tracking.CurriculumRun(client, MlflowConfig(tracking_uri=uri), "r", key="r")
     for number, (stage, epe) in enumerate([("chairs", 3.0), ("chairs", 2.5), ("things", 2.0)], start=1):
         torch.manual_seed(number)
         save_weights(GMFlow(TINY), folder / f"{number}.safetensors")
@@ -49,8 +48,8 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lineage = registry.Lineage(
             stage, parent, {"chairs": f"file:///c{number}"}, f"h{number}", "sources:x", {"val/c/val/epe": epe}
         )
-        stage_run = run.stage(stage, key=f"r/{number}").run_id
-        rule = PromotionConfig(data="c", subset="val")
+        stage_run = tracking.start_run(client, "r", stage, {}).info.run_id
+        rule = MetricConfig(data="c", subset="val")
         registry.register(client, "gmflow", stage_run, folder / f"{number}.safetensors", lineage, rule)
     return folder
 
