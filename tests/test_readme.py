@@ -10,9 +10,16 @@ import infra.local_stack.__main__
 import pipelines.curriculum
 import pipelines.etl
 import pipelines.evaluate
+import pipelines.export
 import pipelines.predict
+import pipelines.registry
+import pipelines.report
+import pipelines.submission
 import pipelines.sweep
+from datasets_etl.formats import encode_frame_png
+from gmflow import GMFlow, GMFlowConfig, save_weights
 from pipelines.sweeping.config import SweepConfig
+from pipelines.training import registry, tracking
 from pipelines.training.config import CurriculumConfig, load_config
 from tests.conftest import ROOT
 
@@ -23,7 +30,17 @@ COMMANDS = [line for line in SHELL.splitlines() if line.startswith("python pipel
 JOBS = [line for line in SHELL.splitlines() if line.startswith("ray job submit")]
 SCRIPTS = {
     f"pipelines/{module.__name__.rpartition('.')[2]}.py": module
-    for module in (pipelines.curriculum, pipelines.etl, pipelines.evaluate, pipelines.predict, pipelines.sweep)
+    for module in (
+        pipelines.curriculum,
+        pipelines.etl,
+        pipelines.evaluate,
+        pipelines.export,
+        pipelines.predict,
+        pipelines.registry,
+        pipelines.report,
+        pipelines.submission,
+        pipelines.sweep,
+    )
 }
 
 
@@ -69,7 +86,7 @@ def test_an_override_in_the_table_is_a_valid_one(overrides):
 
 
 def test_the_librarys_example_runs():
-    (code,) = [text for kind, text in BLOCKS if kind == "python"]
+    (code,) = [text for kind, text in BLOCKS if kind == "python" and "from gmflow" in text]
     frames = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), dtype=np.uint8)
     names = {"frame0": frames[0], "frame1": frames[1]}
     exec(code, names)
@@ -77,6 +94,29 @@ def test_the_librarys_example_runs():
     assert names["flow"].dtype == np.float32
     assert names["picture"].shape == (40, 50, 3)
     assert names["picture"].dtype == np.uint8
+
+
+def test_the_registered_models_example_runs(registered_model, tmp_path, monkeypatch):
+    (code,) = [text for kind, text in BLOCKS if kind == "python" and "mlflow" in text]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    for number in (1, 2):
+        (tmp_path / f"frame_000{number}.png").write_bytes(encode_frame_png(np.full((40, 50, 3), 99 * number, np.uint8)))
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["flow"].shape == (40, 50, 2)
+
+
+@pytest.fixture
+def registered_model(tmp_path, monkeypatch):
+    """`models:/gmflow@champion`, small, in an MLflow of its own."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    client = tracking.connect(None)
+    run = tracking.start_run(client, "readme", "readme", {})
+    small = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
+    save_weights(GMFlow(small), tmp_path / "model.safetensors")
+    lineage = registry.Lineage("chairs", "random", {}, "h", "sources:x", {})
+    registry.register(client, "gmflow", run.info.run_id, tmp_path / "model.safetensors", lineage, None)
 
 
 def test_the_commands_are_targets_of_the_makefile():
