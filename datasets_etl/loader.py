@@ -86,6 +86,7 @@ class EvaluationSet(Dataset[FlowSample]):
 
     def __init__(self, manifest: Manifest, subset: str | None, limit: int | None = None) -> None:
         self.manifest = manifest
+        self.subset = subset
         self.indices = manifest.select(subset)[:limit]
 
     def __len__(self) -> int:

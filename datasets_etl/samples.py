@@ -48,6 +48,7 @@ class FlowSample:
         flow: float32 [H, W, 2], pixels, x then y; 0 where not valid. None without ground truth.
         valid: bool [H, W], where flow may be used. None without ground truth.
         occluded: bool [H, W], pixels with no counterpart in image1. None where the dataset does not tell.
+        scene, frame: the sequence, and the first frame's name in it, as the dataset has them.
     """
 
     key: str
@@ -59,6 +60,8 @@ class FlowSample:
     flow: npt.NDArray[np.float32] | None = None
     valid: npt.NDArray[np.bool_] | None = None
     occluded: npt.NDArray[np.bool_] | None = None
+    scene: str = ""
+    frame: str = ""
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,8 @@ def decode_sample(data: bytes, where: str, *, occlusion: bool = True) -> FlowSam
         flow=flow,
         valid=valid,
         occluded=occluded,
+        scene=described["scene"],
+        frame=described["frame"],
     )
 
 

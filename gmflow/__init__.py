@@ -12,18 +12,24 @@ picture = flow_to_image(flow)                     # uint8 [H, W, 3] RGB
 from gmflow.config import GMFlowConfig
 from gmflow.errors import GMFlowError
 from gmflow.model import FlowOutput, GMFlow
-from gmflow.predict import predict_flow
-from gmflow.visualize import flow_to_image
-from gmflow.weights import load_model, load_weights, save_weights
+from gmflow.predict import Prediction, predict_batch, predict_flow
+from gmflow.tiling import Tiling
+from gmflow.visualize import error_to_image, flow_to_image
+from gmflow.weights import load_model, load_weights, save_published, save_weights
 
 __all__ = [
     "FlowOutput",
     "GMFlow",
     "GMFlowConfig",
     "GMFlowError",
+    "Prediction",
+    "Tiling",
+    "error_to_image",
     "flow_to_image",
     "load_model",
     "load_weights",
+    "predict_batch",
     "predict_flow",
+    "save_published",
     "save_weights",
 ]

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gmflow.eager import outside_graphs
+
 EXCLUDED = -1e9
 """Score of a pair that must not match. Finite, so that a query without any partner stays free of NaN."""
 
@@ -52,12 +54,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor, regions: Tensor | None 
         return out
     mask = None if regions is None else _crossing_bias(regions, regions).to(query.dtype)
     wide = F.pad(value, (0, query.shape[-1] - value.shape[-1]))  # the fused kernels want values as wide as keys
-    return F.scaled_dot_product_attention(query, key, wide, attn_mask=mask)[..., : value.shape[-1]]
+    # One head: with three dimensions PyTorch takes none of its fused kernels.
+    one_head = F.scaled_dot_product_attention(query.unsqueeze(1), key.unsqueeze(1), wide.unsqueeze(1), attn_mask=mask)
+    return one_head.squeeze(1)[..., : value.shape[-1]]
 
 
 def computes_exactly(tokens: Tensor) -> bool:
-    """Whether attention on these tokens is computed in the reference's order of operations: full precision on a CPU."""
-    return tokens.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    """Whether attention on these tokens is computed in the reference's order of operations: full precision on a CPU.
+
+    An exported program is one graph for all sizes: it takes the fused operation, not the loop over chunks.
+    """
+    return tokens.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_exporting()
 
 
 def _crossing_bias(rows: Tensor, columns: Tensor) -> Tensor:
@@ -123,8 +130,7 @@ class _ChunkedAttention(torch.autograd.Function):
         return to_query, to_key, to_value, None
 
 
-# A compiler would unroll the loops over chunks, for minutes.
-_chunked_attention = torch.compiler.disable(_ChunkedAttention.apply)  # type: ignore[no-untyped-call]
+_chunked_attention = outside_graphs(_ChunkedAttention.apply)
 
 
 def neighbourhood_attention(query: Tensor, key: Tensor, value: Tensor, radius: int, *, exclude_outside: bool) -> Tensor:
@@ -155,13 +161,12 @@ def neighbourhood_attention(query: Tensor, key: Tensor, value: Tensor, radius: i
     inside = F.pad(query.new_ones(1, height, width, 1), border) if exclude_outside else None
 
     strips: list[Tensor] = []
-    length = max(1, STRIP // (batch * columns * TILE**2 * reach**2))  # rows of tiles at a time
-    for start in range(0, rows, length):
-        own = slice(start * TILE, min(start + length, rows) * TILE)
+    for start, length in _strips(rows, max(1, STRIP // (batch * columns * TILE**2 * reach**2))):
+        own = slice(start * TILE, (start + length) * TILE)
         reached = slice(own.start, own.stop + 2 * radius)
         queries = query[:, own].reshape(batch, -1, TILE, columns, TILE, channels)
         queries = queries.transpose(2, 3).reshape(-1, TILE**2, channels)  # [B*tiles, TILE², C]
-        excluded = beyond.expand(len(queries), -1, -1)  # [B*tiles, TILE², reach²]
+        excluded = beyond.expand(queries.shape[0], -1, -1)  # [B*tiles, TILE², reach²]
         if inside is not None:
             outside = 1 - _overlapping_tiles(inside[:, reached], reach).transpose(1, 2)  # [tiles, 1, reach²]
             excluded = excluded + outside.repeat(batch, 1, 1)
@@ -171,6 +176,13 @@ def neighbourhood_attention(query: Tensor, key: Tensor, value: Tensor, radius: i
         out = out.view(batch, -1, columns, TILE, TILE, value.shape[-1]).transpose(2, 3)
         strips.append(out.reshape(batch, -1, columns * TILE, value.shape[-1]))
     return torch.cat(strips, dim=1)[:, :height, :width]
+
+
+def _strips(rows: int, longest: int) -> list[tuple[int, int]]:
+    """First row and length of strips of tiles; an exported program, one graph for all sizes, takes all in one."""
+    if torch.compiler.is_exporting():
+        return [(0, rows)]
+    return [(start, min(longest, rows - start)) for start in range(0, rows, longest)]
 
 
 def _overlapping_tiles(padded: Tensor, reach: int) -> Tensor:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gmflow.eager import outside_graphs
+
 CPU_CHUNK = 1 << 20
 """Hidden values computed at a time on a CPU: 4 MiB of float32, measured best (docs/performance.md)."""
 
@@ -20,7 +22,7 @@ ACCELERATOR_CHUNK = 1 << 27
 """Elsewhere: large enough to fill the device, small enough to bound memory at any image size."""
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler would unroll the loop over chunks, for minutes
+@outside_graphs
 def feed_forward(source: Tensor, message: Tensor, expand: Tensor, contract: Tensor) -> Tensor:
     """Tokens `[T, C]` and messages `[T, C]` → updates `[T, C]`.
 
@@ -30,6 +32,8 @@ def feed_forward(source: Tensor, message: Tensor, expand: Tensor, contract: Tens
         expand: W1, `[H, 2C]`.
         contract: W2, `[C, H]`.
     """
+    if torch.compiler.is_exporting():  # one graph for all sizes holds no loop over chunks
+        return F.linear(F.gelu(F.linear(torch.cat([source, message], dim=1), expand)), contract)
     device = source.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else source.dtype
     out: Tensor = _FeedForward.apply(  # type: ignore[no-untyped-call]

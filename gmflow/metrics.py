@@ -11,8 +11,11 @@ _SUMS = (
     *("pixels", "epe", "px1", "px3", "px5", "f1_all"),
     *("s0_10_pixels", "s0_10", "s10_40_pixels", "s10_40", "s40_plus_pixels", "s40_plus"),
     *("matched_pixels", "matched", "unmatched_pixels", "unmatched"),
-    *("images", "epe_per_image", "images_with_occlusion"),
+    *("images", "epe_per_image", "images_with_occlusion", "wauc"),
 )
+
+_WAUC_THRESHOLDS = 100
+"""Of the weighted area under the curve (VIPER, Spring): every 0.05 px up to 5 px, weighted 1, 0.99, … 0.01."""
 
 
 class FlowMetrics:
@@ -68,7 +71,7 @@ class FlowMetrics:
             unmatched = occluded.bool() | _leaves_image(target)
             sums += [*count_and_total(valid & ~unmatched), *count_and_total(valid & unmatched)]
         sums += [(pixels > 0).sum().double(), per_image.sum()]
-        sums += [nothing if occluded is None else nothing + len(flow)]
+        sums += [nothing if occluded is None else nothing + len(flow), total(_passed_weight(error))]
         self._sums = self._sums.to(flow.device) + torch.stack(sums)
 
     def state(self) -> Tensor:
@@ -99,6 +102,8 @@ class FlowMetrics:
             `epe`: mean end-point error in pixels; `px1`, `px3`, `px5`: **percent** of pixels with an error over 1, 3
             and 5 px; `s0_10`, `s10_40`, `s40_plus`: EPE where the true speed is below 10, 10 to 40 and over 40 px;
             `f1_all`: **percent** of pixels with an error over 3 px and over 5 % of the speed (KITTI);
+            `wauc`: **percent**, 100 is perfect: the shares of pixels with an error of at most 0.05, 0.10, … 5 px,
+            averaged with weights 1, 0.99, … 0.01 (VIPER, Spring);
             `epe_per_image`: the mean of the images' EPEs; and, if any image came with its occlusion, `matched` and
             `unmatched`: EPE of pixels visible and not visible in image 1. A figure without a single pixel is NaN.
         """
@@ -109,12 +114,21 @@ class FlowMetrics:
         if sums["images_with_occlusion"]:
             bins += ["matched", "unmatched"]
         figures |= {name: _ratio(sums[name], sums[f"{name}_pixels"]) for name in bins}
+        whole = _WAUC_THRESHOLDS * (_WAUC_THRESHOLDS + 1) / 2
+        figures["wauc"] = 100 * _ratio(sums["wauc"], sums["pixels"] * whole)
         figures["epe_per_image"] = _ratio(sums["epe_per_image"], sums["images"])
         return figures
 
 
 def _ratio(total: float, count: float) -> float:
     return total / count if count else float("nan")
+
+
+def _passed_weight(error: Tensor) -> Tensor:
+    """Of every pixel, the summed weights of the WAUC thresholds its error passes, in hundredths: whole numbers."""
+    thresholds = torch.arange(1, _WAUC_THRESHOLDS + 1, dtype=error.dtype, device=error.device) / 20
+    passed = _WAUC_THRESHOLDS - torch.bucketize(error, thresholds)  # thresholds of at least the error
+    return (passed * (passed + 1)).double() / 2
 
 
 def _leaves_image(flow: Tensor) -> Tensor:

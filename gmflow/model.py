@@ -67,7 +67,7 @@ class GMFlow(nn.Module):
         predictions: list[Tensor] = []
         flow: Tensor | None = None
         for scale, (features, stride) in enumerate(zip(scales, self.config.strides, strict=True)):
-            feature0, feature1 = features.chunk(2)
+            feature0, feature1 = features.unflatten(0, (2, -1)).unbind(0)
             if flow is not None:
                 if bidirectional:
                     feature0, feature1 = _both_ways(feature0, feature1)

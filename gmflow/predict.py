@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from gmflow.errors import GMFlowError
 from gmflow.execution import Precision, autocast
+from gmflow.geometry import forward_backward_occlusion
 from gmflow.model import FlowOutput, GMFlow
+from gmflow.tiling import Tiling, tiled_flow
 
 PaddingMode = Literal["sintel", "kitti"]
 
@@ -61,10 +64,7 @@ def padded_forward(
     Raises:
         GMFlowError: images of no or different extent, or an unknown padding.
     """
-    if image0.dim() != 4 or 0 in image0.shape or image0.shape != image1.shape:
-        raise GMFlowError(
-            f"images must be two non-empty batches [B, 3, H, W], not {list(image0.shape)} and {list(image1.shape)}"
-        )
+    _check_images(image0, image1)
     frame = Padding(image0.shape[2], image0.shape[3], model.size_multiple, padding)
     out: FlowOutput = model(frame.pad(image0), frame.pad(image1), bidirectional=bidirectional)
     backward = None if out.backward_flow is None else frame.crop(out.backward_flow)
@@ -76,6 +76,23 @@ def padded_flow(model: GMFlow, image0: Tensor, image1: Tensor, *, padding: Paddi
     return padded_forward(model, image0, image1, padding=padding).flow
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """Flow of one pair, in arrays.
+
+    Attributes:
+        flow: float32 `[H, W, 2]`, pixels: pixel (x, y) of frame 0 is at (x, y) + flow[y, x] in frame 1.
+        backward_flow: the same from frame 1 to frame 0; None unless asked for, as are the masks.
+        occluded: bool `[H, W]`, pixels of frame 0 whose flow the backward flow does not undo: hidden in frame 1.
+        backward_occluded: the same for frame 1.
+    """
+
+    flow: npt.NDArray[np.float32]
+    backward_flow: npt.NDArray[np.float32] | None = None
+    occluded: npt.NDArray[np.bool_] | None = None
+    backward_occluded: npt.NDArray[np.bool_] | None = None
+
+
 def predict_flow(
     model: GMFlow,
     frame0: npt.NDArray[np.uint8],
@@ -83,6 +100,7 @@ def predict_flow(
     *,
     padding: PaddingMode = "sintel",
     precision: Precision = "fp32",
+    tiling: Tiling | None = None,
 ) -> npt.NDArray[np.float32]:
     """Flow between two frames, on the model's device.
 
@@ -92,6 +110,7 @@ def predict_flow(
         frame1: RGB, uint8 `[H, W, 3]`, the same size.
         padding: "sintel" or "kitti", see `Padding`.
         precision: "fp32", "bf16" or "fp16", see `gmflow.execution`.
+        tiling: cut frames that are larger than its tiles, see `gmflow.tiling`.
 
     Returns:
         float32 `[H, W, 2]`, pixels: pixel (x, y) of frame 0 is at (x, y) + flow[y, x] in frame 1.
@@ -99,12 +118,59 @@ def predict_flow(
     Raises:
         GMFlowError: frames that are no RGB images or differ in size, an unknown padding or precision.
     """
+    (prediction,) = predict_batch(model, [(frame0, frame1)], padding=padding, precision=precision, tiling=tiling)
+    return prediction.flow
+
+
+def predict_batch(
+    model: GMFlow,
+    pairs: Sequence[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]],
+    *,
+    padding: PaddingMode = "sintel",
+    precision: Precision = "fp32",
+    bidirectional: bool = False,
+    tiling: Tiling | None = None,
+) -> list[Prediction]:
+    """Flow of several pairs of one size at once; arguments and errors as of `predict_flow`.
+
+    Args:
+        pairs: (frame 0, frame 1), all of one size.
+        bidirectional: also the flow from frame 1 to frame 0, and what is occluded in either.
+    """
     device = next(model.parameters()).device
-    image0, image1 = (_image(name, frame).to(device) for name, frame in (("frame0", frame0), ("frame1", frame1)))
+    firsts = [_image("frame0", frame) for frame, _ in pairs]
+    seconds = [_image("frame1", frame) for _, frame in pairs]
+    if len({image.shape for image in (*firsts, *seconds)}) > 1:
+        sizes = ", ".join("x".join(map(str, image.shape[2:])) for image in (*firsts, *seconds))
+        raise GMFlowError(f"frames of a batch must have one size, not {sizes} (height x width)")
+    image0, image1 = torch.cat(firsts), torch.cat(seconds)  # [B, 3, H, W]
+    _check_images(image0, image1)
     with torch.inference_mode(), evaluating(model), autocast(device, precision):
-        flow = padded_flow(model, image0, image1, padding=padding)
-    result: npt.NDArray[np.float32] = flow[0].permute(1, 2, 0).contiguous().cpu().numpy()
-    return result
+        if tiling is not None and not tiling.covers(*image0.shape[2:]):
+
+            def compute(one: Tensor, other: Tensor) -> Tensor:
+                return padded_flow(model, one.to(device), other.to(device), padding=padding).float().cpu()
+
+            # One by one: who tiles has no memory for batches.
+            both = list(zip(image0.unsqueeze(1), image1.unsqueeze(1), strict=True))
+            flow = torch.cat([tiled_flow(compute, one, other, tiling) for one, other in both])
+            backward = (
+                torch.cat([tiled_flow(compute, other, one, tiling) for one, other in both]) if bidirectional else None
+            )
+        else:
+            images = (image0.to(device), image1.to(device))
+            out = padded_forward(model, *images, padding=padding, bidirectional=bidirectional)
+            flow, backward = out.flow.float(), None if out.backward_flow is None else out.backward_flow.float()
+        if backward is None:
+            return [Prediction(array) for array in _flow_arrays(flow)]
+        masks = forward_backward_occlusion(flow, backward)
+    columns = (_flow_arrays(flow), _flow_arrays(backward), *(list(mask.cpu().numpy()) for mask in masks))
+    return [Prediction(*row) for row in zip(*columns, strict=True)]
+
+
+def _flow_arrays(flow: Tensor) -> list[npt.NDArray[np.float32]]:
+    """`[B, 2, H, W]` → B arrays `[H, W, 2]`."""
+    return list(flow.permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
 
 @contextmanager
@@ -116,6 +182,13 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def _check_images(image0: Tensor, image1: Tensor) -> None:
+    if image0.dim() != 4 or 0 in image0.shape or image0.shape != image1.shape:
+        raise GMFlowError(
+            f"images must be two non-empty batches [B, 3, H, W], not {list(image0.shape)} and {list(image1.shape)}"
+        )
 
 
 def _image(name: str, frame: npt.NDArray[np.uint8]) -> Tensor:

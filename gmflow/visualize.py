@@ -67,3 +67,60 @@ def flow_to_image(flow: npt.NDArray[np.floating], max_flow: float | None = None)
     color = np.where(saturation <= 1, 1 - saturation * (1 - hue), 0.75 * hue)
     image: npt.NDArray[np.uint8] = np.floor(255 * color * known[..., None]).astype(np.uint8)
     return image
+
+
+KITTI_BANDS = (
+    (0.0625, (49, 54, 149)),
+    (0.125, (69, 117, 180)),
+    (0.25, (116, 173, 209)),
+    (0.5, (171, 217, 233)),
+    (1.0, (224, 243, 248)),
+    (2.0, (254, 224, 144)),
+    (4.0, (253, 174, 97)),
+    (8.0, (244, 109, 67)),
+    (16.0, (215, 48, 39)),
+    (np.inf, (165, 0, 38)),
+)
+"""KITTI's logarithmic colour scale (Menze & Geiger, CVPR 2015, development kit): upper limit of a band, its colour.
+
+A value of 1 is just an outlier: 3 px and 5 % of the speed.
+"""
+
+
+def error_to_image(
+    flow: npt.NDArray[np.floating], target: npt.NDArray[np.floating], valid: npt.NDArray[np.bool_] | None = None
+) -> npt.NDArray[np.uint8]:
+    """End-point errors on KITTI's scale: blue is right, red an outlier (over 3 px and over 5 % of the speed).
+
+    Args:
+        flow: prediction `[H, W, 2]`, pixels.
+        target: ground truth `[H, W, 2]`, pixels.
+        valid: bool `[H, W]`; where it is false, or the target not finite, the picture is black. All valid if left out.
+
+    Returns:
+        RGB, uint8 `[H, W, 3]`.
+
+    Raises:
+        GMFlowError: the shapes do not fit together.
+    """
+    flow, target = np.asarray(flow), np.asarray(target)
+    known = np.isfinite(target).all(axis=-1)
+    if flow.ndim != 3 or flow.shape[2] != 2 or target.shape != flow.shape or not _fits(valid, known):
+        shapes = [list(array.shape) for array in (flow, target, valid) if array is not None]
+        raise GMFlowError(f"an error map needs flow and target [H, W, 2] and valid [H, W], not {shapes}")
+    if valid is not None:
+        known = known & valid
+    target = np.where(known[..., None], target, 0.0)
+    error = np.linalg.norm(flow.astype(np.float64) - target, axis=2)
+    speed = np.linalg.norm(target, axis=2)
+    # An outlier exceeds both limits, so the milder of the two decides.
+    outlierness = np.minimum(error / 3, error / np.maximum(0.05 * speed, 1e-12))
+    limits = np.array([limit for limit, _ in KITTI_BANDS[:-1]])
+    colours = np.array([colour for _, colour in KITTI_BANDS], np.uint8)
+    image: npt.NDArray[np.uint8] = colours[np.searchsorted(limits, outlierness, side="right")]
+    image[~known] = 0
+    return image
+
+
+def _fits(mask: npt.NDArray[np.bool_] | None, known: npt.NDArray[np.bool_]) -> bool:
+    return mask is None or (mask.shape == known.shape and mask.dtype == np.bool_)

@@ -5,19 +5,20 @@ Both load strictly, and neither runs code from the file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from gmflow.config import GMFlowConfig
@@ -106,9 +107,35 @@ def save_weights(model: GMFlow, path: str | Path) -> None:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise GMFlowError(f"{path}: weights are saved as .safetensors (save_published writes a .pth)")
+    content = encode_weights(model)
+    replace_file(path, lambda beside: Path(beside).write_bytes(content))
+
+
+def encode_weights(model: GMFlow) -> bytes:
+    """The content of the `.safetensors` file that `save_weights` writes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {"format": "pt", CONFIG_KEY: json.dumps(model.config.to_dict())}
-    _replace_file(path, lambda beside: save_file(tensors, beside, metadata))
+    content: bytes = save(tensors, {"format": "pt", CONFIG_KEY: json.dumps(model.config.to_dict())})
+    return content
+
+
+def weights_digest(model: GMFlow) -> str:
+    """16 hex digits that name a configuration with its weights: equal for equal models, whatever file they came from.
+
+    The bytes of a file would not do: safetensors writes its metadata in no fixed order.
+    """
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def decode_weights(content: bytes) -> GMFlow:
+    """The model of `encode_weights`, in evaluation mode on the CPU. Raises GMFlowError as `load_model` does."""
+    with tempfile.TemporaryDirectory(prefix="gmflow-weights-") as folder:
+        path = Path(folder) / "weights.safetensors"
+        path.write_bytes(content)
+        return load_model(path)
 
 
 def save_published(model: GMFlow, path: str | Path) -> None:
@@ -118,10 +145,10 @@ def save_published(model: GMFlow, path: str | Path) -> None:
         GMFlowError: the folder of `path` does not exist.
     """
     tensors = {published_name(name): tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    _replace_file(Path(path), lambda beside: torch.save({"model": tensors}, beside))
+    replace_file(Path(path), lambda beside: torch.save({"model": tensors}, beside))
 
 
-def _replace_file(path: Path, write: Any) -> None:
+def replace_file(path: Path, write: Callable[[str], object]) -> None:
     """Write beside `path`, then rename: nobody ever sees half a file."""
     if not path.parent.is_dir():
         raise GMFlowError(f"{path}: the folder {path.parent} does not exist")

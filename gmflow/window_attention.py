@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gmflow.attention import CHUNK, attention, computes_exactly, scratch_scores, softmax_weights
+from gmflow.eager import outside_graphs
 
 
 @dataclass(frozen=True)
@@ -163,5 +164,4 @@ class _WindowAttention(torch.autograd.Function):
         return for_source, for_target, for_query, for_key, for_value, for_merge, None
 
 
-# A compiler would unroll the loops over chunks, for minutes.
-_chunked_window_attention = torch.compiler.disable(_WindowAttention.apply)  # type: ignore[no-untyped-call]
+_chunked_window_attention = outside_graphs(_WindowAttention.apply)

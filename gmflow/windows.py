@@ -65,7 +65,7 @@ def window_grid(maps: int, height: int, width: int, splits: int, *, shifted: boo
             groups.append(WindowGroup(maps * len(rows) * len(columns), length, regions))
     tokens = torch.cat(order)
     inverse = torch.empty_like(tokens)
-    inverse[tokens] = torch.arange(len(tokens), device=device)
+    inverse[tokens] = torch.arange(tokens.shape[0], device=device)
     return WindowGrid(tokens, inverse, tuple(groups))
 
 
@@ -73,9 +73,10 @@ def _strips(length: int, splits: int, shifted: bool, device: torch.device) -> li
     """The windows' coordinates along one axis `[windows, size]`: whole ones, and the one around the border."""
     size = length // splits
     shift = size // 2 if shifted else 0
-    coordinates = torch.arange(length, device=device).roll(-shift).view(splits, size)
+    coordinates = torch.arange(length, device=device)
     if shift == 0:
-        return [(coordinates, None)]
+        return [(coordinates.view(splits, size), None)]
+    coordinates = torch.cat([coordinates[shift:], coordinates[:shift]]).view(splits, size)
     return [(coordinates[:-1], None), (coordinates[-1:], (coordinates[-1] < shift).long())]
 
 

@@ -16,6 +16,7 @@ from pipelines.cluster import connected  # sets Ray's environment, so before Ray
 # isort: split
 from rich.table import Table
 
+from pipelines import report
 from pipelines.errors import PipelineError, command
 from pipelines.training import registry, tracking
 from pipelines.training.code_version import code_version
@@ -75,6 +76,7 @@ def run_curriculum(config: CurriculumConfig) -> list[StageResult]:
             _check_gates(plan.stage, result.metrics)
             run.log_stage(len(results), result.metrics)
             results.append(result)
+        report.log_curriculum_report(client, run.run_id)
     return results[-len(config.selected_stages) :]
 
 

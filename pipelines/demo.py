@@ -25,13 +25,12 @@ from pipelines.cluster import connected
 from pipelines.curriculum import run_curriculum
 from pipelines.errors import command
 from pipelines.etl import shard_dataset
-from pipelines.evaluate import evaluate
-from pipelines.predict import FrameSource, predict_pair
+from pipelines.frames import find_clips
+from pipelines.predict import PredictionOptions, predict_clip
+from pipelines.scoring import ScoringOptions, evaluate
 from pipelines.training.config import CurriculumConfig, load_config
-from pipelines.training.pictures import comparison_png
 from pipelines.training.plan import StageResult
 from pipelines.training.registry import CHAMPION, resolve_model
-from pipelines.training.validation import Scored
 
 ROOT = Path("runs/demo")
 CONFIG = Path(__file__).with_name("configs") / "demo.yaml"
@@ -118,15 +117,16 @@ def use_champion(config: CurriculumConfig) -> list[Path]:
     pictures = open_store(str(ROOT / "pictures"))
     written: list[Path] = []
 
-    def keep(scored: Scored) -> None:
-        name = f"{scored.sample.key}.png"
-        pictures.write(name, comparison_png(scored))
-        written.append(ROOT / "pictures" / name)
+    def keep(key: str, picture: bytes | None) -> None:
+        if picture is not None:
+            pictures.write(f"{key}.png", picture)
+            written.append(ROOT / "pictures" / f"{key}.png")
 
-    evaluate(model, _set(config, "chairs", "val", limit=4), torch.device("cpu"), keep)
-    first, second, *_ = FrameSource([str(path) for path in unseen_frames()])
-    predict_pair(model, first, second, open_store(str(ROOT / "prediction")))
-    written += [ROOT / "prediction" / f"{first[0]}.png", ROOT / "prediction" / f"{first[0]}.flo"]
+    chairs = _set(config, "chairs", "val", limit=4)
+    evaluate(model, chairs, torch.device("cpu"), ScoringOptions(pictures=True), keep)
+    (clip,) = find_clips([str(path) for path in unseen_frames()])
+    predict_clip(model, clip, open_store(str(ROOT / "prediction")), PredictionOptions())
+    written += [ROOT / "prediction" / f"{clip.names[0]}{suffix}" for suffix in (".png", ".flo")]
     return written
 
 

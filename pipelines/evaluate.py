@@ -1,81 +1,143 @@
-"""Score a model on a dataset: `python pipelines/evaluate.py --model REF --data MANIFEST_URL [--output DIR]`.
+"""Score a model on datasets: `python pipelines/evaluate.py --model REF --data MANIFEST_URL [--data …] [--output DIR]`.
 
-The last line on stdout is one JSON object with the metrics pooled over every valid pixel.
+The last line on stdout is one JSON object with the metrics pooled over every valid pixel: of the set, or, if there are
+several, of all of them together, with those of each under "sets".
 """
 
 import argparse
+import contextlib
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
+from typing import Any
 
-import torch
+from pipelines.cluster import connected  # sets Ray's environment, so before Ray
+
+# isort: split
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
-from datasets_etl.storage import open_store
+from datasets_etl.storage import ObjectStore, open_store
 from gmflow import GMFlow
-from gmflow.metrics import FlowMetrics
-from pipelines.arguments import device, positive
+from gmflow.weights import weights_digest
+from pipelines import report
+from pipelines.arguments import device, not_negative, positive
 from pipelines.errors import command
-from pipelines.training.pictures import comparison_png
+from pipelines.scoring import Evaluation, OnScored, ScoringOptions, evaluate, evaluate_on_ray, pool
+from pipelines.training import tracking
+from pipelines.training.code_version import code_version
 from pipelines.training.registry import resolve_model
-from pipelines.training.validation import Scored, score
 
 console = Console(stderr=True)
 
+_SHOWN = ("epe", "px1", "px3", "px5", "f1_all", "wauc")
+_PAIRS_SHOWN = 24  # more pairs than that are listed by scene
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Metrics of a set: pooled, and of every image by its key. See `FlowMetrics.compute`."""
-
-    pooled: dict[str, float]
-    images: dict[str, dict[str, float]]
-
-
-def evaluate(
-    model: GMFlow | None,
-    evaluation_set: EvaluationSet,
-    device: torch.device,
-    on_scored: Callable[[Scored], None] = lambda scored: None,
-) -> Evaluation:
-    """Score every sample of a set, one at a time; without a model, zero flow is scored."""
-    pooled = FlowMetrics()
-    images = {}
-    samples = (evaluation_set[number] for number in range(len(evaluation_set)))
-    for scored in score(model, samples, device):
-        pooled.merge(scored.metrics)
-        images[scored.sample.key] = scored.metrics.compute()
-        on_scored(scored)
-    return Evaluation(pooled.compute(), images)
+Scores = dict[str, tuple[EvaluationSet, Evaluation]]
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Score a model on a sharded dataset.")
+    parser = argparse.ArgumentParser(description="Score a model on sharded datasets.")
     parser.add_argument("--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION, .pth or .safetensors")
-    parser.add_argument("--data", required=True, help="URL of a manifest, as pipelines/etl.py prints it")
-    parser.add_argument("--subset", help="such as training-clean (default: all samples with ground truth)")
-    parser.add_argument("--limit", type=positive, help="the first samples only")
-    parser.add_argument("--output", help="folder or URL for metrics.json and a picture of every pair")
+    parser.add_argument(
+        "--data",
+        required=True,
+        action="append",
+        metavar="MANIFEST[#SUBSET]",
+        help="URL of a manifest, as pipelines/etl.py prints it; may be given several times",
+    )
+    parser.add_argument("--subset", help="of every --data without its own (default: all samples with ground truth)")
+    parser.add_argument("--limit", type=positive, help="the first samples of each set only")
+    parser.add_argument("--output", help="folder or URL for metrics.json, report.html and a picture of every pair")
+    parser.add_argument(
+        "--gallery",
+        type=not_negative,
+        default=24,
+        metavar="PAIRS",
+        help="pairs of each set in the report's gallery, half of them the worst (default: %(default)s)",
+    )
+    parser.add_argument("--occlusion", action="store_true", help="compute both flows, and show where they disagree")
+    parser.add_argument("--track", metavar="EXPERIMENT", help="log figures and report to this experiment of MLflow")
     parser.add_argument(
         "--device", type=device, default=device("auto"), help="cpu, cuda, cuda:1 (default: best there is)"
+    )
+    parser.add_argument(
+        "--ray",
+        action=argparse.BooleanOptionalAction,
+        default=bool(os.environ.get("RAY_ADDRESS")),
+        help="score by Ray tasks, one a shard (default: if RAY_ADDRESS names a cluster)",
     )
     return parser.parse_args(argv)
 
 
-def show(evaluation: Evaluation) -> None:
-    names = ["epe", "px1", "px3", "px5", "f1_all"]
-    table = Table(title="EPE in pixels, outlier rates in percent")
-    table.add_column("pair")
-    for name in names:
+def chosen_sets(data: list[str], subset: str | None, limit: int | None) -> dict[str, EvaluationSet]:
+    """The sets to score, by names that differ: dataset and subset, and the version where that is not enough."""
+    sets: dict[str, EvaluationSet] = {}
+    for reference in data:
+        url, _, own = reference.partition("#")
+        manifest = Manifest.load(url)
+        wanted = own or subset
+        name = "/".join(filter(None, [manifest.dataset, wanted]))
+        if name in sets:
+            name = f"{name}@{manifest.version}"
+        sets[name] = EvaluationSet(manifest, wanted, limit)
+    return sets
+
+
+def score_sets(
+    model: GMFlow, sets: dict[str, EvaluationSet], arguments: argparse.Namespace, output: ObjectStore | None
+) -> Scores:
+    """Every set in turn, with a progress bar, in this process or on Ray."""
+    scores: Scores = {}
+    ray = connected() if arguments.ray else contextlib.nullcontext()
+    with ray, _progress(sum(len(chosen) for chosen in sets.values())) as advance:
+        for name, chosen in sets.items():
+            prefix = f"{name.replace('/', '_')}/" if len(sets) > 1 else ""
+
+            def keep(key: str, picture: bytes | None, prefix: str = prefix) -> None:
+                advance()
+                if output is not None and picture is not None:
+                    output.write(f"{prefix}{key}.png", picture)
+
+            options = ScoringOptions(name, arguments.gallery, output is not None, arguments.occlusion)
+            scores[name] = chosen, _score(model, chosen, options, arguments, keep)
+    return scores
+
+
+def _score(
+    model: GMFlow, chosen: EvaluationSet, options: ScoringOptions, arguments: argparse.Namespace, keep: OnScored
+) -> Evaluation:
+    if arguments.ray:
+        return evaluate_on_ray(model, chosen, options, use_gpu=arguments.device.type == "cuda", on_scored=keep)
+    return evaluate(model, chosen, arguments.device, options, keep)
+
+
+@contextlib.contextmanager
+def _progress(pairs: int) -> Iterator[Any]:
+    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", total=pairs)
+        yield lambda: progress.advance(bar)
+
+
+def show(scores: Scores) -> None:
+    """A table of the sets: by pair, or by scene where there are many, and pooled."""
+    table = Table(title="EPE in pixels; WAUC, more is better, and outlier rates in percent")
+    table.add_column("set", overflow="fold")
+    for name in _SHOWN:
         table.add_column(name, justify="right")
-    for key, metrics in evaluation.images.items():
-        table.add_row(key, *(f"{metrics[name]:.3f}" for name in names))
-    table.add_section()
-    table.add_row("all pixels", *(f"{evaluation.pooled[name]:.3f}" for name in names))
+    for title, (chosen, evaluation) in scores.items():
+        rows = evaluation.images if len(chosen) <= _PAIRS_SHOWN else evaluation.scenes
+        for key, metrics in rows.items():
+            table.add_row(key, *(f"{metrics[name]:.3f}" for name in _SHOWN))
+        table.add_row(
+            f"[bold]{title}, all pixels[/bold]", *(f"[bold]{evaluation.pooled[name]:.3f}[/bold]" for name in _SHOWN)
+        )
+        table.add_section()
     console.print(table)
 
 
@@ -84,34 +146,83 @@ def to_json(metrics: dict[str, float]) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else value for name, value in metrics.items()}
 
 
+def summarised(reference: str, scores: Scores) -> dict[str, Any]:
+    """The JSON object of the last line."""
+    sets = {
+        title: {
+            "data": chosen.manifest.url,
+            "subset": chosen.subset,
+            "pairs": len(chosen),
+            "seconds_per_pair": evaluation.seconds,
+            **to_json(evaluation.pooled),
+        }
+        for title, (chosen, evaluation) in scores.items()
+    }
+    if len(sets) == 1:
+        return {"model": reference, **next(iter(sets.values()))}
+    pairs = sum(len(chosen) for chosen, _ in scores.values())
+    pooled = pool(evaluation for _, evaluation in scores.values())
+    return {"model": reference, "pairs": pairs, **to_json(pooled), "sets": sets}
+
+
+def detailed(summary: dict[str, Any], scores: Scores) -> dict[str, Any]:
+    """What metrics.json holds: the summary, and every set's figures pooled, by scene and by image."""
+    details = {
+        title: {
+            "pooled": to_json(evaluation.pooled),
+            "scenes": {scene: to_json(metrics) for scene, metrics in evaluation.scenes.items()},
+            "images": {key: to_json(metrics) for key, metrics in evaluation.images.items()},
+        }
+        for title, (_, evaluation) in scores.items()
+    }
+    if len(details) == 1:
+        return {**summary, **next(iter(details.values()))}
+    return {**summary, "sets": {title: {**summary["sets"][title], **found} for title, found in details.items()}}
+
+
+def track(experiment: str, reference: str, scores: Scores, content: dict[str, Any], page: str) -> None:
+    """A run of MLflow with every set's figures as metrics, metrics.json and the report."""
+    client = tracking.connect(None)
+    run = tracking.start_run(client, experiment, f"evaluate {reference}", {"model": reference})
+    with tracking.run_status(client, run.info.run_id):
+        for title, (_, evaluation) in scores.items():
+            for name, value in evaluation.pooled.items():
+                if math.isfinite(value):
+                    client.log_metric(run.info.run_id, f"eval/{title.replace('@', '_')}/{name}", value)
+        client.log_dict(run.info.run_id, content, "metrics.json")
+        client.log_text(run.info.run_id, page, report.FILE_NAME)
+    console.print(f"MLflow: {client.tracking_uri}, experiment {experiment}, run {run.info.run_id}")
+
+
 @command
 def main() -> None:
     arguments = parse_arguments()
-    evaluation_set = EvaluationSet(Manifest.load(arguments.data), arguments.subset, arguments.limit)
+    sets = chosen_sets(arguments.data, arguments.subset, arguments.limit)
     model = resolve_model(arguments.model).to(arguments.device)
     output = open_store(arguments.output) if arguments.output else None
-    bar = iter(track(range(len(evaluation_set)), description="evaluating", console=console))
-
-    def keep(scored: Scored) -> None:
-        next(bar)
+    scores = score_sets(model, sets, arguments, output)
+    show(scores)
+    summary = summarised(arguments.model, scores)
+    if output is not None or arguments.track:
+        content = detailed(summary, scores)
+        facts = [
+            ("model", arguments.model),
+            ("weights", weights_digest(model)),
+            ("configuration", ", ".join(f"{name} {value}" for name, value in model.config.to_dict().items())),
+            *((f"data {name}", chosen.manifest.url) for name, chosen in sets.items()),
+            ("code", code_version()),
+        ]
+        pairs = sum(len(chosen) for chosen in sets.values())
+        page = report.evaluation_report(
+            "Evaluation", f"{arguments.model} on {', '.join(sets)}: {pairs} pairs", model.config, scores, facts
+        ).to_html()
         if output is not None:
-            output.write(f"{scored.sample.key}.png", comparison_png(scored))
-
-    evaluation = evaluate(model, evaluation_set, arguments.device, keep)
-    next(bar, None)
-    show(evaluation)
-    summary = {
-        "model": arguments.model,
-        "data": arguments.data,
-        "subset": arguments.subset,
-        "pairs": len(evaluation_set),
-    }
-    if output is not None:
-        images = {key: to_json(metrics) for key, metrics in evaluation.images.items()}
-        content = {**summary, "pooled": to_json(evaluation.pooled), "images": images}
-        output.write("metrics.json", json.dumps(content, indent=1).encode())
-        console.print(f"metrics and pictures: {output.url}")
-    print(json.dumps(summary | to_json(evaluation.pooled)))
+            output.write("metrics.json", json.dumps(content, indent=1).encode())
+            output.write(report.FILE_NAME, page.encode())
+            console.print(f"metrics, report and pictures: {output.url}")
+        if arguments.track:
+            track(arguments.track, arguments.model, scores, content, page)
+    print(json.dumps(summary))
 
 
 if __name__ == "__main__":

@@ -1,119 +1,237 @@
-"""Flow of frames: `python pipelines/predict.py --model REF --output DIR FRAME FRAME …` (or a folder, or a video).
+"""Flow of frames: `python pipelines/predict.py --model REF --output DIR FRAME FRAME …` (or folders, or videos).
 
-Consecutive frames make pairs. Every pair gives `NAME.flo` and a colour picture `NAME.png`, named after its first frame.
+Consecutive frames make pairs. Every pair gives its files, named after its first frame; the same command again goes on
+where it stopped.
 """
 
 import argparse
 import itertools
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
+from urllib.request import url2pathname
 
-import cv2
-import numpy as np
-import numpy.typing as npt
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from datasets_etl import formats
-from datasets_etl.errors import DataError
+from datasets_etl.samples import check_size
 from datasets_etl.storage import ObjectStore, open_store
-from gmflow import GMFlow, flow_to_image, predict_flow
-from pipelines.arguments import device
+from gmflow import GMFlow, Prediction, Tiling, predict_batch
+from gmflow.execution import Precision
+from gmflow.predict import PaddingMode
+from gmflow.weights import weights_digest
+from pipelines.arguments import device, positive, positive_number, size
+from pipelines.continuation import claim_output
 from pipelines.errors import PipelineError, command
-from pipelines.training.pictures import to_png
+from pipelines.flow_files import FLOW_FORMATS, Result, Truth, read_truth
+from pipelines.frames import Clip, Pair, find_clips
+from pipelines.side_by_side import SideBySideVideo
 from pipelines.training.registry import resolve_model
 
-Frame = tuple[str, npt.NDArray[np.uint8]]
-
-_FRAME_SUFFIXES = (".png", ".ppm", ".jpg", ".jpeg")
-_VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
-
 console = Console(stderr=True)
+
+VIDEO = "video"
+
+
+@dataclass(frozen=True)
+class PredictionOptions:
+    """What to compute and what to write.
+
+    Attributes:
+        formats: names of `FLOW_FORMATS`, and "video" for one side-by-side video a clip.
+        batch: pairs computed at a time.
+        bidirectional: compute both flows, and what is occluded.
+        precision: of the forward pass.
+        padding: see `gmflow.predict.Padding`.
+        tiling: cut larger frames.
+        truth: folder with ground truth, named as the frames are.
+        max_flow: speed in pixels of full saturation; None for the fastest pixel's.
+    """
+
+    formats: tuple[str, ...] = ("flo", "color")
+    batch: int = 1
+    bidirectional: bool = False
+    precision: Precision = "fp32"
+    padding: PaddingMode = "sintel"
+    tiling: Tiling | None = None
+    truth: Path | None = None
+    max_flow: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.formats:
+            if name != VIDEO and name not in FLOW_FORMATS:
+                raise PipelineError(f"no format {name!r}; there is {', '.join((*FLOW_FORMATS, VIDEO))}")
+        for name in self.files:
+            if FLOW_FORMATS[name].truth and self.truth is None:
+                raise PipelineError(f"format {name} needs --truth, a folder of ground truth named as the frames are")
+        if self.truth is not None and not self.truth.is_dir():
+            raise PipelineError(f"{self.truth}: no such folder of ground truth")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(name for name in self.formats if name != VIDEO)
+
+    @property
+    def both_ways(self) -> bool:
+        return self.bidirectional or any(FLOW_FORMATS[name].both_ways for name in self.files)
+
+    def job(self, model: GMFlow) -> dict[str, object]:
+        """What decides the content of the files: weights and settings, not which of the formats."""
+        tiling = None if self.tiling is None else list(vars(self.tiling).values())
+        return {
+            "weights": weights_digest(model),
+            "precision": self.precision,
+            "padding": self.padding,
+            "tiling": tiling,
+            "max_flow": self.max_flow,
+            "both_ways": self.both_ways,
+        }
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Optical flow between consecutive frames.")
     parser.add_argument("--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION, .pth or .safetensors")
-    parser.add_argument("--output", required=True, help="folder or URL for .flo and .png")
+    parser.add_argument("--output", required=True, help="folder or URL for the files")
+    parser.add_argument(
+        "--formats",
+        default="flo,color",
+        help=f"comma-separated, of {', '.join((*FLOW_FORMATS, VIDEO))} (default: %(default)s)",
+    )
+    parser.add_argument("--bidirectional", action="store_true", help="both flows and occlusion, into the .npz as well")
+    parser.add_argument("--truth", type=Path, metavar="DIR", help="ground truth by the frames' names, for error, video")
+    parser.add_argument("--max-flow", type=positive_number, help="speed in pixels of full saturation in all pictures")
+    parser.add_argument("--batch", type=positive, default=1, help="pairs computed at a time (default: %(default)s)")
+    parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="(default: %(default)s)")
+    parser.add_argument("--padding", choices=get_args(PaddingMode), default="sintel", help="(default: %(default)s)")
+    parser.add_argument("--tile", type=size, metavar="HxW", help="compute larger frames by tiles, such as 768x1024")
+    parser.add_argument("--overlap", type=positive, default=128, help="of tiles, pixels (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="keep nothing of an earlier run")
     parser.add_argument(
         "--device", type=device, default=device("auto"), help="cpu, cuda, cuda:1 (default: best there is)"
     )
-    parser.add_argument("frames", nargs="+", metavar="FRAME", help="two or more images, a folder of them, or a video")
+    parser.add_argument("frames", nargs="+", metavar="FRAME", help="two or more images, folders of them, or videos")
     return parser.parse_args(argv)
 
 
-class FrameSource:
-    """Frames in order, one at a time: files, a folder's files by name, or a video's frames."""
-
-    def __init__(self, paths: list[str]) -> None:
-        self.files = [Path(path) for path in paths]
-        for path in self.files:
-            if not path.exists():
-                raise PipelineError(f"{path}: no such file or folder")
-        self.video: Path | None = None
-        if len(self.files) == 1 and self.files[0].is_dir():
-            folder = self.files[0]
-            self.files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _FRAME_SUFFIXES)
-            if len(self.files) < 2:
-                raise PipelineError(
-                    f"{folder}: {len(self.files)} frames in it; two or more of {_FRAME_SUFFIXES} needed"
-                )
-        elif len(self.files) == 1 and self.files[0].suffix.lower() in _VIDEO_SUFFIXES:
-            self.video = self.files[0]
-        elif len(self.files) < 2:
-            raise PipelineError(f"{self.files[0]}: one frame makes no pair; give two frames, a folder or a video")
-
-    def count(self) -> int | None:
-        """Number of frames; None where a video does not tell."""
-        if self.video is None:
-            return len(self.files)
-        told = int(cv2.VideoCapture(str(self.video)).get(cv2.CAP_PROP_FRAME_COUNT))
-        return told if told > 0 else None
-
-    def __iter__(self) -> Iterator[Frame]:
-        if self.video is not None:
-            yield from _video_frames(self.video)
-            return
-        for path in self.files:
-            yield path.stem, formats.decode_frame(path.read_bytes(), str(path))
+def predict_clip(
+    model: GMFlow,
+    clip: Clip,
+    output: ObjectStore,
+    options: PredictionOptions,
+    kept: Set[str] = frozenset(),
+    on_pair: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the files of every pair of a clip; those `kept` from an earlier run are not made again."""
+    video_key = f"{clip.title}_flow.mp4"
+    wanted = VIDEO in options.formats and video_key not in kept
+    with tempfile.TemporaryDirectory(prefix="gmflow-video-") as folder:
+        video = SideBySideVideo(Path(folder) / "video.mp4", clip.rate, with_truth=options.truth is not None)
+        with video:
+            for result in _results(model, clip, output, options, kept, need_all=wanted):
+                if result is not None:
+                    for name in options.files:
+                        if _key(result.pair, name) not in kept:
+                            output.write(_key(result.pair, name), FLOW_FORMATS[name].encode(result))
+                    if wanted:
+                        video.add(result)
+                on_pair()
+        if wanted:
+            output.upload(video.path, video_key)
 
 
-def _video_frames(path: Path) -> Iterator[Frame]:
-    capture = cv2.VideoCapture(str(path))
-    number = 0
-    while True:
-        read, frame = capture.read()
-        if not read:
-            break
-        yield f"{path.stem}_{number:06d}", cv2.cvtColor(frame, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
-        number += 1
-    if number < 2:
-        raise PipelineError(f"{path}: {number} frames could be read; not a video, or its codec is unknown here")
+def _results(
+    model: GMFlow, clip: Clip, output: ObjectStore, options: PredictionOptions, kept: Set[str], *, need_all: bool
+) -> Iterator[Result | None]:
+    """Every pair's result in order; None for one whose files are all there, unless `need_all`."""
+    for pairs in _batches(clip.pairs(), options.batch):
+        wanted = [need_all or any(_key(pair, name) not in kept for name in options.files) for pair in pairs]
+        predictions = [
+            _earlier(pair, output, options, kept) if wants else None for pair, wants in zip(pairs, wanted, strict=True)
+        ]
+        missing = [n for n, wants in enumerate(wanted) if wants and predictions[n] is None]
+        if missing:
+            computed = predict_batch(
+                model,
+                [(pairs[n].frame0, pairs[n].frame1) for n in missing],
+                padding=options.padding,
+                precision=options.precision,
+                bidirectional=options.both_ways,
+                tiling=options.tiling,
+            )
+            for n, prediction in zip(missing, computed, strict=True):
+                predictions[n] = prediction
+        for pair, found in zip(pairs, predictions, strict=True):
+            yield None if found is None else Result(pair, found, _truth(pair, options), options.max_flow)
 
 
-def predict_pair(model: GMFlow, first: Frame, second: Frame, output: ObjectStore) -> None:
-    """Write the flow of one pair as `.flo` and as a picture."""
-    (name, frame0), (other, frame1) = first, second
-    if frame0.shape != frame1.shape:
-        (h0, w0, _), (h1, w1, _) = frame0.shape, frame1.shape
-        raise DataError(f"frames {name} ({w0}x{h0}) and {other} ({w1}x{h1}) differ in size; a pair needs one size")
-    flow = predict_flow(model, frame0, frame1)
-    output.write(f"{name}.flo", formats.encode_flo(flow))
-    output.write(f"{name}.png", to_png(flow_to_image(flow)))
+def _batches(pairs: Iterator[Pair], count: int) -> Iterator[list[Pair]]:
+    """Up to `count` consecutive pairs of one size."""
+    for _, alike in itertools.groupby(pairs, key=lambda pair: pair.frame0.shape):
+        while batch := list(itertools.islice(alike, count)):
+            yield batch
+
+
+def _earlier(pair: Pair, output: ObjectStore, options: PredictionOptions, kept: Set[str]) -> Prediction | None:
+    """The flow an earlier run has written, which spares computing it for other formats; a .flo holds one way only."""
+    key = _key(pair, "flo")
+    if key not in kept or options.both_ways:
+        return None
+    return Prediction(formats.decode_flo(output.read(key), key))
+
+
+def _truth(pair: Pair, options: PredictionOptions) -> Truth | None:
+    truth = None if options.truth is None else read_truth(options.truth, pair.name)
+    if truth is not None:
+        check_size(f"frame {pair.name}", pair.frame0.shape, f"its truth in {options.truth}", truth.flow.shape)
+    return truth
+
+
+def _key(pair: Pair, name: str) -> str:
+    return f"{pair.name}{FLOW_FORMATS[name].suffix}"
+
+
+def _check_inputs_survive(clips: Sequence[Clip], output: ObjectStore, options: PredictionOptions) -> None:
+    """An output in the folder of the frames must not replace them."""
+    if not output.url.startswith("file://"):
+        return
+    inputs = {file.resolve() for clip in clips for file in clip.files}
+    root = Path(url2pathname(output.url.removeprefix("file://")))
+    for clip in clips:
+        for name, suffix in itertools.product(clip.names, (FLOW_FORMATS[chosen].suffix for chosen in options.files)):
+            if (root / f"{name}{suffix}").resolve() in inputs:
+                raise PipelineError(f"{output.url}: {name}{suffix} would replace a frame; give another --output")
+
+
+def options_of(arguments: argparse.Namespace) -> PredictionOptions:
+    return PredictionOptions(
+        formats=tuple(dict.fromkeys(arguments.formats.split(","))),
+        batch=arguments.batch,
+        bidirectional=arguments.bidirectional,
+        precision=arguments.precision,
+        padding=arguments.padding,
+        tiling=Tiling(arguments.tile[0], arguments.tile[1], arguments.overlap) if arguments.tile else None,
+        truth=arguments.truth,
+        max_flow=arguments.max_flow,
+    )
 
 
 @command
 def main() -> None:
     arguments = parse_arguments()
-    source = FrameSource(arguments.frames)
-    model = resolve_model(arguments.model).to(arguments.device)
+    options = options_of(arguments)
+    clips = find_clips(arguments.frames)
     output = open_store(arguments.output)
-    with Progress(console=console) as progress:
-        count = source.count()
-        bar = progress.add_task("predicting", total=None if count is None else count - 1)
-        for first, second in itertools.pairwise(source):
-            predict_pair(model, first, second, output)
-            progress.advance(bar)
+    _check_inputs_survive(clips, output, options)
+    model = resolve_model(arguments.model).to(arguments.device)
+    kept = claim_output(output, options.job(model), overwrite=arguments.overwrite)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        for clip in clips:
+            bar = progress.add_task(clip.title, total=clip.count())
+            predict_clip(model, clip, output, options, kept, lambda bar=bar: progress.advance(bar))  # type: ignore[misc]
     console.print("flow and pictures:", end=" ")
     print(output.url)
 

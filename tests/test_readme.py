@@ -6,12 +6,20 @@ import shlex
 import numpy as np
 import pytest
 
+import infra.local_stack.__main__
 import pipelines.curriculum
 import pipelines.etl
 import pipelines.evaluate
+import pipelines.export
 import pipelines.predict
+import pipelines.registry
+import pipelines.report
+import pipelines.submission
 import pipelines.sweep
+from datasets_etl.formats import encode_frame_png
+from gmflow import GMFlow, GMFlowConfig, save_weights
 from pipelines.sweeping.config import SweepConfig
+from pipelines.training import registry, tracking
 from pipelines.training.config import CurriculumConfig, load_config
 from tests.conftest import ROOT
 
@@ -19,13 +27,25 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 SHELL = "\n".join(text for kind, text in BLOCKS if not kind).replace("\\\n", " ")
 COMMANDS = [line for line in SHELL.splitlines() if line.startswith("python pipelines/")]
+JOBS = [line for line in SHELL.splitlines() if line.startswith("ray job submit")]
 SCRIPTS = {
     f"pipelines/{module.__name__.rpartition('.')[2]}.py": module
-    for module in (pipelines.curriculum, pipelines.etl, pipelines.evaluate, pipelines.predict, pipelines.sweep)
+    for module in (
+        pipelines.curriculum,
+        pipelines.etl,
+        pipelines.evaluate,
+        pipelines.export,
+        pipelines.predict,
+        pipelines.registry,
+        pipelines.report,
+        pipelines.submission,
+        pipelines.sweep,
+    )
 }
 
 
 def test_every_everyday_command_is_shown():
+    assert {line.split(" -- python ")[1].split()[0] for line in JOBS} <= set(SCRIPTS)
     assert {shlex.split(line)[1] for line in COMMANDS} == set(SCRIPTS)
 
 
@@ -42,6 +62,22 @@ def test_a_command_is_understood_by_its_script(line):
         assert swept.weights == "models:/gmflow@champion"
 
 
+@pytest.mark.parametrize("line", JOBS)
+def test_a_job_is_understood_by_its_script(line):
+    options, entrypoint = line.split(" -- python ")
+    assert options.startswith("ray job submit --working-dir .")
+    script, *arguments = shlex.split(entrypoint)
+    parsed = SCRIPTS[script].parse_arguments(arguments)
+    if script.endswith("curriculum.py"):
+        config = load_config(CurriculumConfig, str(ROOT / parsed.config), parsed.overrides)
+        assert (config.machine.num_workers, config.machine.placement) == (8, "pack")
+
+
+def test_the_stacks_commands_are_understood():
+    lines = re.findall(r"python -m infra\.local_stack ([^`#\n]*)", README)
+    assert {infra.local_stack.__main__.parse_arguments(line.split()).task for line in lines} == {"status", "down"}
+
+
 @pytest.mark.parametrize("overrides", re.findall(r"^\| .* \| `(\S*=[^`]*)`.*\|$", README, re.MULTILINE))
 def test_an_override_in_the_table_is_a_valid_one(overrides):
     urls = [f"data.{name}=URL" for name in ("chairs", "things", "sintel", "kitti", "hd1k")]
@@ -50,7 +86,7 @@ def test_an_override_in_the_table_is_a_valid_one(overrides):
 
 
 def test_the_librarys_example_runs():
-    (code,) = [text for kind, text in BLOCKS if kind == "python"]
+    (code,) = [text for kind, text in BLOCKS if kind == "python" and "from gmflow" in text]
     frames = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), dtype=np.uint8)
     names = {"frame0": frames[0], "frame1": frames[1]}
     exec(code, names)
@@ -60,6 +96,30 @@ def test_the_librarys_example_runs():
     assert names["picture"].dtype == np.uint8
 
 
-def test_the_two_commands_are_targets_of_the_makefile():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"^make (\w+)", SHELL, re.MULTILINE)) == {"demo", "test"} <= targets
+def test_the_registered_models_example_runs(registered_model, tmp_path, monkeypatch):
+    (code,) = [text for kind, text in BLOCKS if kind == "python" and "mlflow" in text]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    for number in (1, 2):
+        (tmp_path / f"frame_000{number}.png").write_bytes(encode_frame_png(np.full((40, 50, 3), 99 * number, np.uint8)))
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["flow"].shape == (40, 50, 2)
+
+
+@pytest.fixture
+def registered_model(tmp_path, monkeypatch):
+    """`models:/gmflow@champion`, small, in an MLflow of its own."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    client = tracking.connect(None)
+    run = tracking.start_run(client, "readme", "readme", {})
+    small = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
+    save_weights(GMFlow(small), tmp_path / "model.safetensors")
+    lineage = registry.Lineage("chairs", "random", {}, "h", "sources:x", {})
+    registry.register(client, "gmflow", run.info.run_id, tmp_path / "model.safetensors", lineage, None)
+
+
+def test_the_commands_are_targets_of_the_makefile():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    shown = set(re.findall(r"^make ([\w-]+)", SHELL, re.MULTILINE))
+    assert {"demo", "test", "stack", "stack-down"} == shown <= targets

@@ -15,8 +15,8 @@ def comparison_png(scored: Scored) -> bytes:
         raise ValueError(f"{sample.key} has no ground truth to compare with")
     truth, fastest = coloured_truth(sample.flow, sample.valid)
     predicted = flow_to_image(scored.flow.numpy().transpose(1, 2, 0), max_flow=fastest)
-    top = np.hstack([_titled(sample.image0, "frame 0"), _titled(sample.image1, "frame 1")])
-    bottom = np.hstack([_titled(truth, "true flow"), _titled(predicted, "predicted flow")])
+    top = np.hstack([titled(sample.image0, "frame 0"), titled(sample.image1, "frame 1")])
+    bottom = np.hstack([titled(truth, "true flow"), titled(predicted, "predicted flow")])
     return to_png(np.vstack([top, bottom]))
 
 
@@ -38,7 +38,7 @@ def to_png(image: npt.NDArray[np.uint8]) -> bytes:
     return data.tobytes()
 
 
-def _titled(image: npt.NDArray[np.uint8], title: str) -> npt.NDArray[np.uint8]:
+def titled(image: npt.NDArray[np.uint8], title: str) -> npt.NDArray[np.uint8]:
     bar = np.zeros((14, image.shape[1], 3), np.uint8)
     cv2.putText(bar, title, (3, 11), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (255, 255, 255), 1, cv2.LINE_AA)
     return np.vstack([bar, image])

@@ -1,22 +1,82 @@
-"""The registered model as MLflow loads it: code and safetensors, no pickle (MLflow's "models from code")."""
+"""The registered model as MLflow loads it: code and safetensors, no pickle (MLflow's "models from code").
 
+It knows of this project what `code_paths` carries along: `gmflow`, nothing else.
+"""
+
+import base64
+import binascii
+import struct
+from typing import Any
+
+import cv2
 import mlflow
 import numpy as np
+import numpy.typing as npt
+from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from gmflow import load_model, predict_flow
 
 
 class GMFlowPyfunc(PythonModel):
-    """Frame pairs → flow."""
+    """Image pairs → flow."""
 
     def load_context(self, context: PythonModelContext) -> None:
         self.model = load_model(context.artifacts["weights"]).eval()
 
     # MLflow reads hints on model_input as a schema of its own, which knows no arrays: the signature says what goes in.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """RGB pairs, uint8 [B, 2, H, W, 3] → flow in pixels, float32 [B, H, W, 2]; any size."""
-        return np.stack([predict_flow(self.model, frame0, frame1) for frame0, frame1 in model_input])
+        """One flow a pair.
+
+        Args:
+            context: MLflow's.
+            model_input: rows with `image0` and `image1`: a list of dicts, or a DataFrame. An image is RGB, uint8
+                [H, W, 3] as array or nested lists, or a PNG or JPEG file as bytes or in base64.
+                Pairs may differ in size.
+            params: {"encoding": "array"} for float32 [H, W, 2], pixels; {"encoding": "flo"} for a Middlebury .flo file
+                in base64, which is much smaller than an array over HTTP.
+
+        Raises:
+            MlflowException: what was sent is no pair of images of one size.
+        """
+        encoding = (params or {}).get("encoding", "array")
+        if encoding not in ("array", "flo"):
+            raise MlflowException.invalid_parameter_value(f"encoding must be array or flo, not {encoding!r}")
+        rows = model_input if isinstance(model_input, list) else model_input.to_dict("records")
+        flows = [self._flow(number, row) for number, row in enumerate(rows)]
+        return [_flo(flow) for flow in flows] if encoding == "flo" else flows
+
+    def _flow(self, number: int, row: dict[str, Any]) -> npt.NDArray[np.float32]:
+        try:
+            return predict_flow(self.model, _image(row["image0"]), _image(row["image1"]))
+        except ValueError as error:
+            raise MlflowException.invalid_parameter_value(f"pair {number}: {error}") from error
+
+
+def _image(value: Any) -> npt.NDArray[np.uint8]:
+    if isinstance(value, str):
+        try:
+            value = base64.b64decode(value, validate=False)
+        except binascii.Error as error:
+            raise ValueError(f"a text that is no base64 ({error})") from error
+    if not isinstance(value, bytes | bytearray):
+        array = np.asarray(value)
+        if array.dtype.kind in "iu" and array.size and array.min() >= 0 and array.max() <= 255:
+            array = array.astype(np.uint8)  # nested lists of JSON are int64
+        return array  # anything that is no RGB image is refused by predict_flow
+    try:
+        picture = cv2.imdecode(np.frombuffer(value, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        picture = None
+    if picture is None:
+        raise ValueError(f"{len(value)} bytes that are no PNG or JPEG image")
+    image: npt.NDArray[np.uint8] = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+    return image
+
+
+def _flo(flow: npt.NDArray[np.float32]) -> str:
+    height, width = flow.shape[:2]
+    return base64.b64encode(b"PIEH" + struct.pack("<ii", width, height) + flow.astype("<f4").tobytes()).decode()
 
 
 mlflow.models.set_model(GMFlowPyfunc())

@@ -1,5 +1,6 @@
 """Registered models with their lineage, and models by reference."""
 
+import base64
 import contextlib
 import io
 import json
@@ -15,9 +16,11 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
-from mlflow.types import Schema, TensorSpec
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import AnyType
 
 import gmflow
+from datasets_etl.formats import encode_frame_png
 from datasets_etl.storage import split_url
 from gmflow import GMFlow, load_model
 from pipelines.errors import PipelineError
@@ -26,9 +29,12 @@ from pipelines.training.config import MetricConfig
 
 CHAMPION = "champion"
 
+_REMEMBERED = 100  # versions an alias can be rolled back over
+
+# Any type: an array, the bytes of an image file, or those in base64. MLflow has no name for "one of these".
 _SIGNATURE = ModelSignature(
-    inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, 2, -1, -1, 3))]),
-    outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, -1, -1, 2))]),
+    inputs=Schema([ColSpec(AnyType(), "image0"), ColSpec(AnyType(), "image1")]),
+    params=ParamSchema([ParamSpec("encoding", DataType.string, "array")]),
 )
 
 
@@ -76,10 +82,56 @@ def register(
     The alias of the stage's name moves to it; `champion` too, if the promotion rule says so.
     """
     version = _registered(client, model_name, lineage) or _log_model(model_name, run_id, weights, lineage)
-    client.set_registered_model_alias(model_name, lineage.stage, version.version)
+    move_alias(client, model_name, lineage.stage, version.version)
     if _improves(client, model_name, lineage, promotion):
-        client.set_registered_model_alias(model_name, CHAMPION, version.version)
+        move_alias(client, model_name, CHAMPION, version.version)
     return version
+
+
+def move_alias(client: MlflowClient, model_name: str, alias: str, version: str) -> str | None:
+    """Point an alias to a version, and keep in the model's tags where it was. Returns that, None where it is new."""
+    before = _alias(client, model_name, alias)
+    if before == str(version):
+        return before
+    if before is not None:
+        _remember(client, model_name, alias, [*_earlier_versions(client, model_name, alias), before])
+    client.set_registered_model_alias(model_name, alias, version)
+    return before
+
+
+def roll_back(client: MlflowClient, model_name: str, alias: str) -> tuple[str, str]:
+    """Point an alias to the version it was on before; again, to the one before that. Returns (was, is now).
+
+    Raises PipelineError where there is no such alias, or nothing before.
+    """
+    before = _alias(client, model_name, alias)
+    if before is None:
+        raise PipelineError(f"models:/{model_name}@{alias}: no such model; there is: {_known(client)}")
+    versions = _earlier_versions(client, model_name, alias)
+    if not versions:
+        raise PipelineError(f"models:/{model_name}@{alias}: was never on another version than {before}")
+    *earlier, wanted = versions
+    client.set_registered_model_alias(model_name, alias, wanted)
+    _remember(client, model_name, alias, earlier)
+    return before, wanted
+
+
+def _alias(client: MlflowClient, model_name: str, alias: str) -> str | None:
+    try:
+        return str(client.get_model_version_by_alias(model_name, alias).version)
+    except MlflowException:
+        return None
+
+
+def _earlier_versions(client: MlflowClient, model_name: str, alias: str) -> list[str]:
+    """Versions an alias was on, the last one last."""
+    tags = client.get_registered_model(model_name).tags
+    found: list[str] = json.loads(tags.get(f"earlier.{alias}", "[]"))
+    return found
+
+
+def _remember(client: MlflowClient, model_name: str, alias: str, versions: list[str]) -> None:
+    client.set_registered_model_tag(model_name, f"earlier.{alias}", json.dumps(versions[-_REMEMBERED:]))
 
 
 def _registered(client: MlflowClient, model_name: str, lineage: Lineage) -> ModelVersion | None:
@@ -101,13 +153,20 @@ def _log_model(model_name: str, run_id: str, weights: Path, lineage: Lineage) ->
             artifacts={"weights": str(weights)},
             code_paths=[str(Path(gmflow.__file__).parent)],
             signature=_SIGNATURE,
-            input_example=np.zeros((1, 2, 64, 64, 3), np.uint8),
+            input_example=_example(),
             pip_requirements=[
                 f"{package}=={package_version(package).partition('+')[0]}"
                 for package in ("mlflow", "numpy", "opencv-python-headless", "safetensors", "torch")
             ],
         )
         return mlflow.register_model(logged.model_uri, model_name, tags=lineage.tags())
+
+
+def _example() -> list[dict[str, str]]:
+    """A pair as one sends it over HTTP: two PNG files in base64."""
+    frames = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    names = ("image0", "image1")
+    return [{n: base64.b64encode(encode_frame_png(f)).decode() for n, f in zip(names, frames, strict=True)}]
 
 
 def _improves(client: MlflowClient, model_name: str, lineage: Lineage, promotion: MetricConfig | None) -> bool:
@@ -141,7 +200,8 @@ def fetch_weights(reference: str, folder: Path, tracking_uri: str | None = None)
         DataError: no such file.
     """
     if reference.startswith("models:/"):
-        return _download(reference, tracking_uri, folder)
+        client = tracking.connect(tracking_uri)
+        return _download(client, find_version(client, reference), folder)
     if not reference.endswith((".pth", ".safetensors")):
         raise PipelineError(f"{reference}: no model reference; write models:/NAME@ALIAS, or a .pth or .safetensors")
     store, name = split_url(reference)
@@ -150,26 +210,41 @@ def fetch_weights(reference: str, folder: Path, tracking_uri: str | None = None)
     return path
 
 
-def _download(reference: str, tracking_uri: str | None, folder: Path) -> Path:
-    client = tracking.connect(tracking_uri)
+def find_version(client: MlflowClient, reference: str) -> ModelVersion:
+    """The version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` is. Raises PipelineError where there is none."""
     name, _, alias = reference.removeprefix("models:/").partition("@")
     name, _, number = name.partition("/")
+    if not reference.startswith("models:/") or not name or not (alias or number):
+        raise PipelineError(f"{reference}: no registered model; write models:/NAME@ALIAS or models:/NAME/VERSION")
     try:
-        version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
-        uri = f"models:/{name}/{version.version}"
+        return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+    except MlflowException as error:
+        known = _known(client)
+        raise PipelineError(f"{reference}: no such model at {client.tracking_uri}; there is: {known}") from error
+
+
+def version_weights(client: MlflowClient, version: ModelVersion) -> bytes:
+    """The `.safetensors` of a version. Raises PipelineError where it has none."""
+    with tempfile.TemporaryDirectory(prefix="gmflow-model-") as folder:
+        return _download(client, version, Path(folder)).read_bytes()
+
+
+def _download(client: MlflowClient, version: ModelVersion, folder: Path) -> Path:
+    uri = f"models:/{version.name}/{version.version}"
+    try:
         local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
     except MlflowException as error:
-        known = ", ".join(_references(client)) or "nothing is registered"
-        raise PipelineError(f"{reference}: no such model at {client.tracking_uri}; there is: {known}") from error
+        raise PipelineError(f"{uri}: its files cannot be had from {client.tracking_uri}: {error.message}") from error
     found = sorted(local.rglob("*.safetensors"))
     if not found:
-        raise PipelineError(f"{reference}: registered by something else than this pipeline: no safetensors in it")
+        raise PipelineError(f"{uri}: registered by something else than this pipeline: no safetensors in it")
     return found[0]
 
 
-def _references(client: MlflowClient) -> list[str]:
-    return [
+def _known(client: MlflowClient) -> str:
+    references = [
         f"models:/{model.name}@{alias}"
         for model in client.search_registered_models()
         for alias in sorted(model.aliases)
     ]
+    return ", ".join(references) or "nothing is registered"

@@ -209,6 +209,24 @@ def environment() -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def run_status(client: MlflowClient, run_id: str) -> Iterator[None]:
+    """Marks a run as running, then as finished, or failed where the block raises."""
+    client.update_run(run_id, status="RUNNING")
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(MlflowException):
+            client.set_terminated(run_id, "FAILED")
+        raise
+    client.set_terminated(run_id, "FINISHED")
+
+
+def start_run(client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str]) -> Run:
+    """A new run of an experiment, which is created where there is none of that name."""
+    return client.create_run(_experiment(client, experiment), run_name=name, tags=dict(tags))
+
+
 def _experiment(client: MlflowClient, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:

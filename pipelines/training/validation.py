@@ -1,5 +1,6 @@
 """Metrics of a model on stored samples: the same code in a stage's validation and in `evaluate.py`."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -8,37 +9,57 @@ import torch.distributed as dist
 
 from datasets_etl.loader import EvaluationSet, to_tensors
 from datasets_etl.samples import FlowSample
+from datasets_etl.sources import is_sparse
 from gmflow import GMFlow
+from gmflow.geometry import forward_backward_occlusion
 from gmflow.metrics import FlowMetrics
-from gmflow.predict import evaluating, padded_flow
+from gmflow.predict import PaddingMode, evaluating, padded_forward
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One sample with its prediction (float32 [2, H, W]) and its own metrics."""
+    """One sample with its prediction and its own metrics.
+
+    Attributes:
+        sample: as it is stored.
+        flow: float32 [2, H, W].
+        occluded: bool [H, W], where the flows in both directions disagree; None unless both were computed.
+        metrics: of this sample alone.
+        seconds: the prediction took.
+    """
 
     sample: FlowSample
     flow: torch.Tensor
+    occluded: torch.Tensor | None
     metrics: FlowMetrics
+    seconds: float
 
 
-def score(model: GMFlow | None, samples: Iterable[FlowSample], device: torch.device) -> Iterator[Scored]:
+def score(
+    model: GMFlow | None, samples: Iterable[FlowSample], device: torch.device, *, bidirectional: bool = False
+) -> Iterator[Scored]:
     """Predict and measure samples one by one; without a model the prediction is zero flow.
 
-    KITTI and HD1K are padded as KITTI is, the others as Sintel is.
+    KITTI and HD1K are padded as KITTI is, the others as Sintel is. With `bidirectional` both flows are computed, and
+    what they disagree on is told; the metrics are those of the forward flow.
     """
     for sample in samples:
         batch = to_tensors(sample)
-        if model is None:
-            flow = torch.zeros_like(batch.flow)[None]
-        else:
+        began = time.perf_counter()
+        flow, hidden = torch.zeros_like(batch.flow)[None], None
+        if model is not None:
             image0, image1 = (image[None].to(device).float() for image in (batch.image0, batch.image1))  # [1, 3, H, W]
+            padding: PaddingMode = "kitti" if is_sparse(sample.dataset) else "sintel"
             with torch.inference_mode():
-                flow = padded_flow(model, image0, image1, padding="kitti" if sample.sparse else "sintel").float().cpu()
+                out = padded_forward(model, image0, image1, padding=padding, bidirectional=bidirectional)
+                flow = out.flow.float().cpu()
+                if out.backward_flow is not None:
+                    hidden = forward_backward_occlusion(flow, out.backward_flow.float().cpu())[0][0]
+        seconds = time.perf_counter() - began
         metrics = FlowMetrics()
         occluded = None if sample.occluded is None else torch.from_numpy(sample.occluded)[None]
         metrics.update(flow, batch.flow[None], batch.valid[None], occluded)
-        yield Scored(sample, flow[0], metrics)
+        yield Scored(sample, flow[0], hidden, metrics, seconds)
 
 
 def validate(

@@ -124,3 +124,35 @@ def test_masks_of_another_shape_are_refused() -> None:
     flow, target, valid = fields()
     with pytest.raises(GMFlowError, match=r"masks \[B, H, W\]"):
         FlowMetrics().update(flow, target, valid[:1])
+
+
+def test_wauc_is_that_of_its_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.zeros(1, 2, 8, 9)
+    error = torch.rand(8, 9, generator=generator) * 6
+    error[0, :4] = torch.tensor([0.0, 0.05, 5.0, 5.001])  # on the thresholds and beyond the last one
+    flow = torch.stack([error, torch.zeros_like(error)])[None]
+    metrics = FlowMetrics()
+    metrics.update(flow, target, torch.ones(1, 8, 9, dtype=torch.bool))
+
+    weighted = weights = 0.0
+    for i in range(1, 101):
+        weight = 1 - (i - 1) / 100
+        weighted += weight * 100 * (error.double() <= i / 20).double().mean().item()
+        weights += weight
+    # 0.05 as float32 is a little more than the threshold 0.05: neither passes it.
+    assert metrics.compute()["wauc"] == pytest.approx(weighted / weights, abs=1e-9)
+
+
+def test_wauc_of_exact_flow_is_100_and_of_far_off_flow_0_and_is_pooled_over_pixels() -> None:
+    target = torch.zeros(1, 2, 4, 4)
+    valid = torch.ones(1, 4, 4, dtype=torch.bool)
+    exact, far = FlowMetrics(), FlowMetrics()
+    exact.update(target, target, valid)
+    few = valid.clone()
+    few[:, 1:] = False
+    far.update(target + 10, target, few)
+    assert exact.compute()["wauc"] == 100
+    assert far.compute()["wauc"] == 0
+    exact.merge(far)
+    assert exact.compute()["wauc"] == pytest.approx(100 * 16 / 20)

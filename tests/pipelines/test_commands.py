@@ -19,7 +19,9 @@ from datasets_etl import formats
 from datasets_etl.etl import run_etl
 from datasets_etl.manifest import Manifest
 from datasets_etl.synthetic import synthetic_pair, write_dataset
-from gmflow import GMFlow, GMFlowConfig, save_weights
+from gmflow import GMFlow, GMFlowConfig, error_to_image, save_weights
+from pipelines.flow_files import FLOW_FORMATS
+from pipelines.training import tracking
 from tests.conftest import ROOT
 
 TINY = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
@@ -172,6 +174,53 @@ class TestEvaluate:
         assert written["pooled"]["epe"] == figures["epe"]
         assert len(written["images"]) == figures["pairs"] == len(list((tmp_path / "scores").glob("*.png"))) == 12
 
+    def test_several_sets_are_told_apart_and_pooled(self, call, weights, manifests, tmp_path):
+        sets = ("--data", f"{manifests['sintel']}#training-clean", "--data", f"{manifests['chairs']}#val")
+        code, out, _ = call(pipelines.evaluate, "--model", weights, *sets, "--output", tmp_path / "scores")
+        assert code == 0
+        figures = json.loads(out.splitlines()[-1])
+        assert list(figures["sets"]) == ["sintel/training-clean", "chairs/val"]
+        sintel, chairs = figures["sets"].values()
+        assert (sintel["pairs"], chairs["pairs"], figures["pairs"]) == (6, 3, 9)
+        # Frames of one size without invalid pixels: pooled over pixels is the mean by pairs.
+        assert figures["epe"] == pytest.approx((6 * sintel["epe"] + 3 * chairs["epe"]) / 9)
+        written = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+        assert len(written["sets"]["chairs/val"]["images"]) == 3
+        scenes = written["sets"]["sintel/training-clean"]["scenes"]
+        images = written["sets"]["sintel/training-clean"]["images"]
+        for scene, found in scenes.items():
+            own = [metrics["epe"] for key, metrics in images.items() if f"_{scene}_" in key]
+            assert found["epe"] == pytest.approx(np.mean(own))
+        assert len(list((tmp_path / "scores" / "chairs_val").glob("*.png"))) == 3
+        page = (tmp_path / "scores" / "report.html").read_text()
+        assert "sintel/training-clean" in page
+        assert "https://" not in page.replace("http://www.w3.org/2000/svg", "")
+
+    @pytest.mark.slow
+    @pytest.mark.usefixtures("local_ray")
+    def test_ray_tasks_give_the_same_figures_to_the_bit(self, call, weights, manifests, tmp_path):
+        command = (pipelines.evaluate, "--model", weights, "--data", manifests["sintel"])
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            serial = call(*command, "--output", tmp_path / "serial")
+            on_ray = call(*command, "--ray", "--output", tmp_path / "ray", "--track", "scores")
+        finally:
+            torch.set_num_threads(before)
+        assert (serial[0], on_ray[0]) == (0, 0), on_ray[2]
+        one, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("serial", "ray"))
+        for found in (one, other):
+            found.pop("seconds_per_pair")
+        assert one == other
+        pictures = [sorted(path.name for path in (tmp_path / name).glob("*.png")) for name in ("serial", "ray")]
+        assert pictures[0] == pictures[1]
+
+        client = tracking.connect(None)
+        (run,) = client.search_runs([client.get_experiment_by_name("scores").experiment_id])
+        assert run.data.metrics["eval/sintel/epe"] == one["epe"]
+        assert {found.path for found in client.list_artifacts(run.info.run_id)} >= {"metrics.json", "report.html"}
+        assert run.info.status == "FINISHED"
+
     def test_no_such_manifest(self, call, weights, tmp_path):
         result = call(pipelines.evaluate, "--model", weights, "--data", tmp_path / "m.json")
         assert_one_line(result, str(tmp_path / "m.json"), "pipelines/etl.py")
@@ -234,6 +283,7 @@ class TestPredict:
             "frame_0000.png",
             "frame_0001.flo",
             "frame_0001.png",
+            "made_by.json",
         ]
         flow = formats.decode_flo((output / "frame_0000.flo").read_bytes(), "x")
         assert flow.shape == (45, 70, 2)
@@ -254,6 +304,116 @@ class TestPredict:
         assert call(pipelines.predict, "--model", weights, "--output", tmp_path / "b", tmp_path / "v.avi")[0] == 0
         assert sorted(path.name for path in (tmp_path / "b").glob("*.flo")) == ["v_000000.flo", "v_000001.flo"]
 
+    def test_frames_with_one_name_in_two_folders_keep_both_outputs(self, call, weights, frames, tmp_path):
+        other = tmp_path / "other"
+        other.mkdir()
+        moved = [shutil.copy(path, other / Path(path).name) for path in frames[:2]]
+        assert call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", *frames[:2], *moved)[0] == 0
+        found = {path.relative_to(tmp_path / "o").as_posix() for path in (tmp_path / "o").rglob("*.flo")}
+        assert found == {"frame_0000.flo", "frame_0001.flo", "other/frame_0000.flo"}
+        again = call(pipelines.predict, "--model", weights, "--output", tmp_path / "p", frames[0], frames[1], frames[0])
+        assert again[0] == 0
+        assert len(list((tmp_path / "p").rglob("*.flo"))) == 2
+
+    def test_folders_are_clips_of_their_own(self, call, weights, frames, tmp_path):
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            for path in frames:
+                shutil.copy(path, tmp_path / name)
+        arguments = ("--formats", "flo,video", tmp_path / "a", tmp_path / "b")
+        assert call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", *arguments)[0] == 0
+        found = {path.relative_to(tmp_path / "o").as_posix() for path in (tmp_path / "o").rglob("*.flo")}
+        assert found == {f"{clip}/frame_000{n}.flo" for clip in "ab" for n in (0, 1)}  # none from a to b
+        assert len(list((tmp_path / "o").glob("*_flow.mp4"))) == 2
+
+    def test_every_format_reads_back(self, call, weights, frames, tmp_path):
+        (tmp_path / "truth").mkdir()
+        truth = synthetic_pair(3, 45, 70).flow
+        (tmp_path / "truth" / "frame_0000.flo").write_bytes(formats.encode_flo(truth))
+        names = ",".join((*FLOW_FORMATS, "video"))
+        output = tmp_path / "o"
+        arguments = ("--formats", names, "--truth", tmp_path / "truth", "--batch", 2)
+        code, _, err = call(pipelines.predict, "--model", weights, "--output", output, *arguments, *frames)
+        assert code == 2  # frame_0001 has no truth, and an error map was asked for
+        assert "frame_0001" in err
+        (tmp_path / "truth" / "frame_0001.flo").write_bytes(formats.encode_flo(truth))
+        assert call(pipelines.predict, "--model", weights, "--output", output, *arguments, *frames)[0] == 0
+
+        flow = formats.decode_flo((output / "frame_0000.flo").read_bytes(), "x")
+        with np.load(output / "frame_0000.npz") as stored:
+            assert set(stored) == {"flow", "backward_flow", "occluded", "backward_occluded"}
+            np.testing.assert_array_equal(stored["flow"], flow)
+            backward = formats.decode_flo((output / "frame_0000_backward.flo").read_bytes(), "x")
+            np.testing.assert_array_equal(stored["backward_flow"], backward)
+            occluded = formats.decode_mask((output / "frame_0000_occlusion.png").read_bytes(), "x")
+            np.testing.assert_array_equal(stored["occluded"], occluded)
+        kitti, valid = formats.decode_kitti_flow((output / "frame_0000_kitti.png").read_bytes(), "x")
+        assert valid.all()
+        np.testing.assert_allclose(kitti, np.clip(flow, -512, 511.98), atol=1 / 128 + 1e-3)
+        error = cv2.cvtColor(cv2.imread(str(output / "frame_0000_error.png")), cv2.COLOR_BGR2RGB)
+        np.testing.assert_array_equal(error, error_to_image(flow, truth))
+        video = cv2.VideoCapture(str(output / "frames_flow.mp4"))
+        shapes = []
+        while (read := video.read())[0]:
+            shapes.append(read[1].shape)
+        assert shapes == [(2 * (45 + 14), 140, 3)] * 2
+
+    def test_the_same_command_again_computes_only_what_is_missing(self, call, weights, frames, tmp_path, monkeypatch):
+        output = tmp_path / "o"
+        command = (pipelines.predict, "--model", weights, "--output", output)
+        assert call(*command, *frames)[0] == 0
+        whole = (output / "frame_0001.flo").read_bytes()
+        computed = []
+        real = pipelines.predict.predict_batch
+        monkeypatch.setattr(
+            pipelines.predict,
+            "predict_batch",
+            lambda model, pairs, **how: computed.append(len(pairs)) or real(model, pairs, **how),
+        )
+        (output / "frame_0001.flo").unlink()
+        assert call(*command, *frames)[0] == 0
+        assert computed == [1]
+        assert (output / "frame_0001.flo").read_bytes() == whole
+        assert call(*command, "--formats", "flo,color,arrows", *frames)[0] == 0
+        assert computed == [1]  # other pictures of flow that is there
+        assert (output / "frame_0000_arrows.png").exists()
+        assert call(*command, "--overwrite", *frames)[0] == 0
+        assert computed == [1, 1, 1]
+
+    def test_another_models_output_is_not_taken_for_this_ones(self, call, weights, frames, tmp_path):
+        assert call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", *frames)[0] == 0
+        before = (tmp_path / "o" / "frame_0000.flo").read_bytes()
+        other = tmp_path / "other.safetensors"
+        torch.manual_seed(99)
+        save_weights(GMFlow(TINY), other)
+        command = (pipelines.predict, "--model", other, "--output", tmp_path / "o")
+        assert_one_line(call(*command, *frames), "another run's files", "weights", "--overwrite")
+        assert (tmp_path / "o" / "frame_0000.flo").read_bytes() == before
+        assert call(*command, "--overwrite", *frames)[0] == 0
+        assert (tmp_path / "o" / "frame_0000.flo").read_bytes() != before
+
+    def test_frames_are_never_replaced_by_pictures(self, call, weights, frames, tmp_path):
+        before = Path(frames[0]).read_bytes()
+        result = call(pipelines.predict, "--model", weights, "--output", tmp_path, *frames)
+        assert_one_line(result, "frame_0000.png would replace a frame")
+        assert Path(frames[0]).read_bytes() == before
+
+    @pytest.mark.parametrize(
+        ("arguments", "fragments"),
+        [
+            (("--formats", "flo,gif"), ("'gif'", "flo, color")),
+            (("--formats", "error"), ("--truth",)),
+            (("--truth", "nowhere"), ("nowhere", "no such folder")),
+            (("--tile", "64x64", "--overlap", "60"), ("64×64",)),
+        ],
+    )
+    def test_wrong_options_are_said_before_anything_is_computed(
+        self, call, weights, frames, tmp_path, arguments, fragments
+    ):
+        result = call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", *arguments, *frames)
+        assert_one_line(result, *fragments)
+        assert not (tmp_path / "o").exists()
+
     def test_one_frame_makes_no_pair(self, call, weights, frames, tmp_path):
         result = call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", frames[0])
         assert_one_line(result, frames[0], "two frames")
@@ -262,13 +422,13 @@ class TestPredict:
         Path(frames[1]).write_bytes(formats.encode_frame_png(np.zeros((45, 71, 3), np.uint8)))
         result = call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", *frames[:2])
         assert_one_line(result, "70x45", "71x45")
-        assert not (tmp_path / "o").exists()
+        assert not list((tmp_path / "o").rglob("frame*"))
 
     def test_a_file_that_is_no_picture(self, call, weights, frames, tmp_path):
         Path(frames[1]).write_bytes(b"not a picture")
         result = call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", *frames[:2])
         assert_one_line(result, frames[1])
-        assert not (tmp_path / "o").exists()
+        assert not list((tmp_path / "o").rglob("frame*"))
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -8,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -151,6 +152,28 @@ def test_mlflow_holds_curves_config_manifests_and_pictures(undisturbed: Workplac
         )
         (picture,) = client.list_artifacts(child.info.run_id, "pictures")
         assert picture.path == "pictures/chairs_val_step_000040.png"
+
+
+def test_the_report_shows_every_stages_curves_the_validation_sets_and_pairs_of_them(undisturbed: Workplace):
+    client = MlflowClient(undisturbed.tracking_uri)
+    runs = client.search_runs([client.get_experiment_by_name("gmflow").experiment_id])
+    (parent,) = [run for run in runs if "stage" not in run.data.tags]
+    page = Path(client.download_artifacts(parent.info.run_id, "report.html", str(undisturbed.folder))).read_text()
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    shown = json.loads(text)
+    curves = {curve["title"]: curve for curve in shown["curves"]}
+    assert [series["name"] for series in curves["Training loss"]["series"]] == ["chairs", "mix"]
+    assert curves["Training loss"]["boundaries"] == [40]
+    assert curves["Training loss"]["series"][1]["points"][-1][0] == 80
+    assert [point[0] for point in curves["Validation EPE, px"]["series"][0]["points"]] == [40, 80]
+    (table,) = shown["tables"]
+    assert (table["title"], [row[0] for row in table["rows"]]) == ("chairs/val", ["chairs", "mix"])
+    stages = [run for run in runs if "stage" in run.data.tags]
+    tracked = {run.data.tags["stage"]: run.data.metrics["val/chairs/val/epe"] for run in stages}
+    assert [row[1] for row in table["rows"]] == [tracked["chairs"], tracked["mix"]]
+    assert len(shown["cards"]) == 3  # all of the validation set
+    # The model that was registered made them: their mean is what the stage's own validation found.
+    assert np.mean([card["figures"]["epe"] for card in shown["cards"]]) == pytest.approx(tracked["mix"], rel=1e-3)
 
 
 def test_every_stage_is_registered_with_its_lineage(undisturbed: Workplace):

@@ -1,0 +1,154 @@
+"""The model as a program without this library: `torch.export` and ONNX, one graph for all batch and image sizes.
+
+Both take `image0` and `image1`, float32 `[B, 3, H, W]`, RGB in 0..255, and return `flow`, float32 `[B, 2, H, W]` in
+pixels. H and W are multiples of `size_multiple` and at least `minimum_size`, both of which stand in the file; padding
+to that is the caller's, as it is the model's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gmflow.errors import GMFlowError
+from gmflow.model import GMFlow
+from gmflow.predict import evaluating
+from gmflow.weights import CONFIG_KEY, replace_file
+
+ONNX_OPSET = 20
+
+_LARGEST_BATCH = 1024
+_LARGEST_SIDE = 1 << 15
+
+
+class _ImagesToFlow(nn.Module):
+    """The model's forward pass with a tensor as its result."""
+
+    def __init__(self, model: GMFlow) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image0: Tensor, image1: Tensor) -> Tensor:
+        flow: Tensor = self.model(image0, image1).flow
+        return flow
+
+
+def minimum_size(model: GMFlow) -> int:
+    """The smallest height and width an exported program takes: its windows must move by at least two features.
+
+    A window that does not move, or by a single feature, is another graph.
+    """
+    config = model.config
+    moving = (4 * stride * splits for stride, splits in zip(config.strides, config.attn_splits, strict=True))
+    needed = max((size for size, splits in zip(moving, config.attn_splits, strict=True) if splits > 1), default=16)
+    return -(-needed // model.size_multiple) * model.size_multiple
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A model's graph, for every batch and image size from `minimum_size` on, ready to be written.
+
+    Attributes:
+        program: (image0, image1) → flow.
+        facts: configuration, size multiple and minimum size, as they stand in the files.
+    """
+
+    program: torch.export.ExportedProgram
+    facts: dict[str, str]
+
+    def save_program(self, path: str | Path) -> None:
+        """Write a `.pt2` for `torch.export.load`; a file of that name is replaced whole or not at all.
+
+        Raises:
+            GMFlowError: `path` does not end in `.pt2`, or its folder does not exist.
+        """
+        path = _checked(path, ".pt2")
+        content = io.BytesIO()
+        torch.export.save(self.program, content, extra_files=self.facts)
+        replace_file(path, lambda beside: Path(beside).write_bytes(content.getvalue()))
+
+    def save_onnx(self, path: str | Path) -> None:
+        """Write an `.onnx`; a file of that name is replaced whole or not at all. Takes a minute or more.
+
+        Raises:
+            GMFlowError: `path` does not end in `.onnx`, its folder does not exist, or `onnxscript` is not installed.
+        """
+        path = _checked(path, ".onnx")
+        with _quiet():
+            try:
+                converted = torch.onnx.export(
+                    self.program,
+                    dynamo=True,
+                    input_names=["image0", "image1"],
+                    output_names=["flow"],
+                    opset_version=ONNX_OPSET,
+                    verbose=False,
+                )
+            except ImportError as error:
+                raise GMFlowError(
+                    f"{path}: ONNX needs onnx and onnxscript: pip install 'gmflow-ray[export]'"
+                ) from error
+        if converted is None:
+            raise RuntimeError("torch.onnx.export returned no program")
+        converted.model.metadata_props.update(self.facts)
+        replace_file(path, lambda beside: converted.save(beside, external_data=False))
+
+
+def export_model(model: GMFlow) -> ExportedModel:
+    """Trace a forward pass on the model's device.
+
+    Attention is the fused operation, so its flow differs from the model's on a CPU as that on an accelerator does.
+    """
+    multiple, smallest = model.size_multiple, minimum_size(model)
+    device = next(model.parameters()).device
+    example = torch.zeros(2, 3, smallest + multiple, smallest + 2 * multiple, device=device)
+    sizes = {
+        0: torch.export.Dim("batch", min=1, max=_LARGEST_BATCH),
+        2: multiple * torch.export.Dim("height", min=smallest // multiple, max=_LARGEST_SIDE // multiple),
+        3: multiple * torch.export.Dim("width", min=smallest // multiple, max=_LARGEST_SIDE // multiple),
+    }
+    with torch.no_grad(), evaluating(model):
+        program = torch.export.export(
+            _ImagesToFlow(model).eval(), (example, example.clone()), dynamic_shapes=(sizes, sizes), strict=False
+        )
+    return ExportedModel(program, _facts(model))
+
+
+def _facts(model: GMFlow) -> dict[str, str]:
+    return {
+        CONFIG_KEY: json.dumps(model.config.to_dict()),
+        "size_multiple": str(model.size_multiple),
+        "minimum_size": str(minimum_size(model)),
+    }
+
+
+def _checked(path: str | Path, suffix: str) -> Path:
+    path = Path(path)
+    if path.suffix != suffix:
+        raise GMFlowError(f"{path}: this format is saved as {suffix}")
+    if not path.parent.is_dir():
+        raise GMFlowError(f"{path}: the folder {path.parent} does not exist")
+    return path
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The converter tells of operators it knows nothing of (torchvision's) and of its progress."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,117 @@
+"""What a prediction is written as: files for programs, and pictures for people."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from datasets_etl import formats
+from gmflow import Prediction, error_to_image, flow_to_image
+from gmflow.drawing import draw_arrows, encode_animation, warp_animation
+from gmflow.visualize import UNKNOWN
+from pipelines.errors import PipelineError
+from pipelines.frames import Pair
+from pipelines.training.pictures import to_png
+
+_KITTI_LARGEST = 511.98  # pixels, what KITTI's 16 bits hold
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Ground truth of a pair: flow [H, W, 2], pixels, and where it is valid, bool [H, W]."""
+
+    flow: npt.NDArray[np.float32]
+    valid: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A predicted pair, with its truth where there is one.
+
+    `scale` is the speed in pixels that gets full saturation; None for that of the fastest pixel.
+    """
+
+    pair: Pair
+    prediction: Prediction
+    truth: Truth | None = None
+    scale: float | None = None
+
+
+@dataclass(frozen=True)
+class FlowFormat:
+    """A file's suffix after the pair's name, what it holds, and what it needs."""
+
+    suffix: str
+    encode: Callable[[Result], bytes]
+    both_ways: bool = False
+    truth: bool = False
+
+
+def encode_kitti(flow: npt.NDArray[np.float32]) -> bytes:
+    """Flow at every pixel as KITTI's 16-bit PNG; what that cannot hold becomes the nearest it can."""
+    return formats.encode_kitti_flow(np.clip(flow, -512, _KITTI_LARGEST), np.ones(flow.shape[:2], np.bool_))
+
+
+def _npz(result: Result) -> bytes:
+    arrays = {name: array for name, array in vars(result.prediction).items() if array is not None}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def _warp(result: Result) -> bytes:
+    return encode_animation(list(warp_animation(result.pair.frame1, result.prediction.flow)))
+
+
+def _error(result: Result) -> bytes:
+    if result.truth is None:
+        raise PipelineError(f"frame {result.pair.name} has no ground truth in --truth: no error map of it")
+    return to_png(error_to_image(result.prediction.flow, result.truth.flow, result.truth.valid))
+
+
+def _backward(result: Result) -> npt.NDArray[np.float32]:
+    if result.prediction.backward_flow is None:
+        raise ValueError(f"{result.pair.name} was not predicted both ways")
+    return result.prediction.backward_flow
+
+
+def _occluded(result: Result) -> npt.NDArray[np.bool_]:
+    if result.prediction.occluded is None:
+        raise ValueError(f"{result.pair.name} was not predicted both ways")
+    return result.prediction.occluded
+
+
+FLOW_FORMATS: dict[str, FlowFormat] = {
+    "flo": FlowFormat(".flo", lambda result: formats.encode_flo(result.prediction.flow)),
+    "color": FlowFormat(".png", lambda result: to_png(flow_to_image(result.prediction.flow, result.scale))),
+    "kitti": FlowFormat("_kitti.png", lambda result: encode_kitti(result.prediction.flow)),
+    "npz": FlowFormat(".npz", _npz),
+    "arrows": FlowFormat("_arrows.png", lambda r: to_png(draw_arrows(r.pair.frame0, r.prediction.flow))),
+    "warp": FlowFormat(
+        "_warp.webp", lambda r: encode_animation(list(warp_animation(r.pair.frame1, r.prediction.flow)))
+    ),
+    "error": FlowFormat("_error.png", _error, truth=True),
+    "backward": FlowFormat("_backward.flo", lambda result: formats.encode_flo(_backward(result)), both_ways=True),
+    "occlusion": FlowFormat("_occlusion.png", lambda r: formats.encode_mask(_occluded(r)), both_ways=True),
+}
+"""Name on the command line → format."""
+
+
+def read_truth(folder: Path, name: str) -> Truth | None:
+    """`NAME.flo`, `NAME.pfm` or KITTI's `NAME.png` of a folder; None where there is none of them.
+
+    Raises DamagedError for a file that is not what its suffix says.
+    """
+    for suffix in (".flo", ".pfm"):
+        path = folder / f"{name}{suffix}"
+        if path.is_file():
+            decode = formats.decode_flo if suffix == ".flo" else formats.decode_pfm
+            flow = decode(path.read_bytes(), str(path))
+            known = np.abs(flow) <= UNKNOWN  # false for NaN
+            valid = known[..., 0] & known[..., 1]
+            return Truth(np.where(valid[..., None], flow, 0).astype(np.float32), valid)
+    path = folder / f"{name}.png"
+    return Truth(*formats.decode_kitti_flow(path.read_bytes(), str(path))) if path.is_file() else None

@@ -1,0 +1,28 @@
+"""What the paper reports, to be shown beside our own figures (Xu et al., CVPR 2022; trained on chairs, then things)."""
+
+from collections.abc import Mapping
+
+from gmflow import GMFlowConfig
+
+NOTE = (
+    "Published: the paper's, of the same variant, trained on FlyingChairs and FlyingThings3D and scored on the whole "
+    "set. They compare with a model of those two stages, not with one that has seen Sintel or KITTI."
+)
+
+_PUBLISHED: dict[tuple[int, str, str], dict[str, float]] = {
+    (1, "things", "val-clean"): {"epe": 3.475},
+    (1, "sintel", "training-clean"): {"epe": 1.495, "s0_10": 0.457, "s10_40": 1.770, "s40_plus": 8.257},
+    (1, "sintel", "training-final"): {"epe": 2.955},
+    (2, "things", "val-clean"): {"epe": 2.804},
+    (2, "sintel", "training-clean"): {"epe": 1.084, "s0_10": 0.303, "s10_40": 1.252, "s40_plus": 6.261},
+    (2, "sintel", "training-final"): {"epe": 2.475},
+    (2, "kitti", "training"): {"epe": 7.77, "f1_all": 23.40},
+}
+
+
+def published_figures(config: GMFlowConfig, dataset: str, subset: str | None) -> Mapping[str, float]:
+    """The paper's figures for a subset, by our names; none for a model that is no published variant."""
+    variant = GMFlowConfig.base() if config.num_scales == 1 else GMFlowConfig.refine()
+    if config != variant:
+        return {}
+    return _PUBLISHED.get((config.num_scales, dataset, subset or ""), {})

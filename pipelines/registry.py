@@ -1,0 +1,178 @@
+"""Registered models from the shell.
+
+python pipelines/registry.py list                                    # all versions: stage, metrics, aliases
+python pipelines/registry.py show models:/gmflow@champion            # one, with its lineage
+python pipelines/registry.py compare models:/gmflow/3 models:/gmflow/4
+python pipelines/registry.py promote models:/gmflow/4                # the alias champion moves to it
+python pipelines/registry.py rollback gmflow                         # and back to where it was
+python pipelines/registry.py pull models:/gmflow@champion DIR        # weights and lineage, as files
+"""
+
+import argparse
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.tracking import MlflowClient
+from rich.console import Console
+from rich.table import Table
+
+from datasets_etl.storage import FileStore
+from pipelines.errors import PipelineError, command
+from pipelines.training import registry, tracking
+from pipelines.training.registry import CHAMPION
+
+DEFAULT_MODEL = "gmflow"
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Look at registered models, and move their aliases.")
+    tasks = parser.add_subparsers(dest="task", required=True)
+    task = tasks.add_parser("list", help="all versions")
+    task.add_argument("name", nargs="?", help="of one model (default: all)")
+    task = tasks.add_parser("show", help="one version with its lineage")
+    task.add_argument("reference", help="models:/NAME@ALIAS or models:/NAME/VERSION")
+    task = tasks.add_parser("compare", help="two versions side by side")
+    task.add_argument("references", nargs=2, metavar="REF")
+    task = tasks.add_parser("promote", help="move an alias to a version")
+    task.add_argument("reference", help="models:/NAME/VERSION or models:/NAME@ALIAS")
+    task.add_argument("--alias", default=CHAMPION, help="(default: %(default)s)")
+    task = tasks.add_parser("rollback", help="move an alias back to the version it was on before")
+    task.add_argument("name", nargs="?", default=DEFAULT_MODEL, help="of the model (default: %(default)s)")
+    task.add_argument("--alias", default=CHAMPION, help="(default: %(default)s)")
+    task = tasks.add_parser("pull", help="copy weights and lineage into a folder")
+    task.add_argument("reference", help="models:/NAME@ALIAS or models:/NAME/VERSION")
+    task.add_argument("folder", type=Path)
+    return parser.parse_args(argv)
+
+
+def list_versions(client: MlflowClient, name: str | None) -> Table:
+    """Newest first within a model."""
+    models = sorted(model.name for model in client.search_registered_models())
+    if name is not None and name not in models:
+        raise PipelineError(f"no model {name!r} at {client.tracking_uri}; there is {', '.join(models) or 'none'}")
+    table = Table(title=str(client.tracking_uri))
+    for column in ("model", "stage", "aliases", "from", "EPE by validation set", "registered"):
+        table.add_column(column, overflow="fold")
+    for model in [name] if name is not None else models:
+        aliases = _aliases(client, model)
+        for version in sorted(client.search_model_versions(f"name = '{model}'"), key=lambda v: -int(v.version)):
+            scores = [f"{n[4:-4]} {float(v):.3f}" for n, v in _metrics(version).items() if n.endswith(".epe")]
+            parent = version.tags.get("parent", "").removeprefix("models:/")
+            table.add_row(
+                f"{model}/{version.version}",
+                version.tags.get("stage", "?"),
+                ", ".join(aliases.get(str(version.version), [])),
+                parent,
+                "\n".join(scores),
+                _when(version),
+            )
+    return table
+
+
+def describe(client: MlflowClient, version: ModelVersion) -> Table:
+    """Lineage and metrics of one version."""
+    table = Table(title=f"models:/{version.name}/{version.version}", show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for name, value in _facts(client, version).items():
+        table.add_row(name, value)
+    table.add_section()
+    for name, value in _metrics(version).items():
+        table.add_row(name, value)
+    return table
+
+
+def compare(client: MlflowClient, first: ModelVersion, second: ModelVersion) -> Table:
+    """Lineage where it differs, and every metric with its difference."""
+    titles = [f"{version.name}/{version.version}" for version in (first, second)]
+    table = Table(title=" and ".join(titles))
+    table.add_column("")
+    for title in titles:
+        table.add_column(title, justify="right", overflow="fold")
+    table.add_column("difference", justify="right")
+    facts = [_facts(client, version) for version in (first, second)]
+    for name in dict.fromkeys([*facts[0], *facts[1]]):
+        values = [fact.get(name, "") for fact in facts]
+        if values[0] != values[1]:
+            table.add_row(name, *values, "")
+    table.add_section()
+    metrics = [_metrics(version) for version in (first, second)]
+    for name in dict.fromkeys([*metrics[0], *metrics[1]]):
+        values = [found.get(name, "") for found in metrics]
+        difference = f"{float(values[1]) - float(values[0]):+.4g}" if all(values) else ""
+        table.add_row(name, *values, difference)
+    return table
+
+
+def pull(client: MlflowClient, version: ModelVersion, folder: Path) -> None:
+    """`model.safetensors` and, written last, `lineage.json`."""
+    store = FileStore(folder.absolute())
+    weights = registry.version_weights(client, version)
+    store.write("model.safetensors", weights)
+    lineage = {**_facts(client, version), "metrics": {n: float(v) for n, v in _metrics(version).items()}}
+    store.write("lineage.json", json.dumps(lineage, indent=1).encode())
+    print(folder.absolute() / "model.safetensors")
+
+
+def _aliases(client: MlflowClient, name: str) -> dict[str, list[str]]:
+    """Version → its aliases."""
+    found: dict[str, list[str]] = {}
+    for alias, version in sorted(client.get_registered_model(name).aliases.items()):
+        found.setdefault(str(version), []).append(alias)
+    return found
+
+
+def _metrics(version: ModelVersion) -> dict[str, str]:
+    return {name: value for name, value in sorted(version.tags.items()) if name.startswith("val.")}
+
+
+def _facts(client: MlflowClient, version: ModelVersion) -> dict[str, str]:
+    facts = {
+        "reference": f"models:/{version.name}/{version.version}",
+        "aliases": ", ".join(_aliases(client, version.name).get(str(version.version), [])),
+        "registered": _when(version),
+        "MLflow run": version.run_id or "",
+    }
+    known = ("stage", "parent", "config_hash", "code_version")
+    facts |= {name: version.tags[name] for name in known if name in version.tags}
+    for data, url in json.loads(version.tags.get("manifests", "{}")).items():
+        facts[f"data {data}"] = url
+    return facts
+
+
+def _when(version: ModelVersion) -> str:
+    return f"{datetime.fromtimestamp(version.creation_timestamp / 1000, UTC):%Y-%m-%d %H:%M} UTC"
+
+
+@command
+def main() -> None:
+    arguments = parse_arguments()
+    client = tracking.connect(None)
+    console = Console(soft_wrap=False)
+    match arguments.task:
+        case "list":
+            console.print(list_versions(client, arguments.name))
+        case "show":
+            console.print(describe(client, registry.find_version(client, arguments.reference)))
+        case "compare":
+            first, second = (registry.find_version(client, reference) for reference in arguments.references)
+            console.print(compare(client, first, second))
+        case "promote":
+            version = registry.find_version(client, arguments.reference)
+            before = registry.move_alias(client, version.name, arguments.alias, version.version)
+            _say_moved(version.name, arguments.alias, before, version.version)
+        case "rollback":
+            before, after = registry.roll_back(client, arguments.name, arguments.alias)
+            _say_moved(arguments.name, arguments.alias, before, after)
+        case "pull":
+            pull(client, registry.find_version(client, arguments.reference), arguments.folder)
+
+
+def _say_moved(name: str, alias: str, before: str | None, after: str) -> None:
+    print(f"models:/{name}@{alias} is version {after}" + (f", was {before}" if before else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""The report of a curriculum that MLflow knows: `python pipelines/report.py --run RUN_ID --output report.html`.
+
+`curriculum.py` makes and logs the same one at its end; `evaluate.py` makes that of an evaluation.
+"""
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pipelines.cluster import connected  # sets Ray's environment, so before Ray
+
+# isort: split
+import mlflow
+import yaml
+from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from datasets_etl.loader import EvaluationSet
+from datasets_etl.manifest import Manifest
+from datasets_etl.storage import split_url
+from gmflow import GMFlowConfig
+from pipelines.arguments import not_negative
+from pipelines.errors import PipelineError, command
+from pipelines.published import NOTE, published_figures
+from pipelines.report_page import (
+    FIGURES,
+    Cell,
+    Curve,
+    Report,
+    Sets,
+    Table,
+    figure_cell,
+    figures_table,
+    prediction_speed,
+    scene_tables,
+    worst_pairs,
+)
+from pipelines.scoring import Evaluation, ScoringOptions, evaluate_on_ray
+from pipelines.training import tracking
+from pipelines.training.config import CurriculumConfig, SetConfig
+from pipelines.training.registry import resolve_model
+
+FILE_NAME = "report.html"
+PAIRS = 8
+"""Pairs of each validation set in a curriculum's gallery."""
+
+_CURVES = {
+    "train/loss": "Training loss",
+    "train/epe": "Training EPE, px (augmented crops)",
+    "train/lr": "Learning rate",
+    "train/grad_norm": "Gradient norm before clipping",
+    "time/samples_per_s": "Samples a second",
+    "time/data_wait": "Share of the time waiting for data",
+}
+
+
+def evaluation_report(
+    title: str, subtitle: str, config: GMFlowConfig, sets: Sets, facts: Sequence[tuple[str, str]]
+) -> Report:
+    """What `evaluate.py` found on its sets."""
+    return Report(
+        title=title,
+        subtitle=subtitle,
+        facts=facts,
+        tables=[figures_table(config, sets), *scene_tables(sets)],
+        cards=[card for _, evaluation in sets.values() for card in evaluation.cards],
+        worst=worst_pairs(sets),
+        speed=prediction_speed(sets),
+    )
+
+
+def log_curriculum_report(client: MlflowClient, run_id: str) -> None:
+    """Make the report of a curriculum's parent run and log it there. Needs a connected Ray."""
+    client.log_text(run_id, curriculum_report(client, run_id, PAIRS).to_html(), FILE_NAME)
+
+
+def curriculum_report(client: MlflowClient, run_id: str, pairs: int) -> Report:
+    """What MLflow has of a curriculum's parent run, and the last stage's model on up to `pairs` of each validation set.
+
+    The pairs are scored by Ray tasks: needs a connected Ray, unless `pairs` is 0.
+
+    Raises PipelineError where the run is no curriculum's.
+    """
+    found = _read_curriculum(client, run_id)
+    sets = _score_validation_sets(client, found, pairs) if pairs else {}
+    names = ", ".join(stage.name for stage in found.stages)
+    return Report(
+        title=f"Curriculum {found.config.name}",
+        subtitle=f"{len(found.stages)} stages ({names}), {found.steps:,} steps, "
+        f"{found.config.machine.num_workers} workers",
+        facts=_lineage(client, found),
+        tables=_stage_tables(found),
+        curves=_curves(client, found),
+        cards=[card for _, evaluation in sets.values() for card in evaluation.cards],
+        worst=worst_pairs(sets),
+        speed=_training_speed(client, found) + prediction_speed(sets)[1:],
+    )
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A stage's run, its registered version if it got that far, and the step of the curriculum it begins at."""
+
+    name: str
+    run: Run
+    version: ModelVersion | None
+    begins: int
+    validation: tuple[SetConfig, ...]
+
+
+@dataclass(frozen=True)
+class _Curriculum:
+    run: Run
+    config: CurriculumConfig
+    datasets: Mapping[str, str]  # data name → dataset
+    stages: list[_Stage]
+    steps: int
+
+    @property
+    def sets(self) -> dict[str, SetConfig]:
+        """Every validation set of any stage, by name."""
+        return {chosen.name: chosen for stage in self.stages for chosen in stage.validation}
+
+
+def _read_curriculum(client: MlflowClient, run_id: str) -> _Curriculum:
+    try:
+        parent = client.get_run(run_id)
+        text = mlflow.artifacts.load_text(f"runs:/{run_id}/config.yaml")
+    except MlflowException as error:
+        raise PipelineError(f"run {run_id}: no curriculum's run at {client.tracking_uri} ({error.message})") from error
+    config = CurriculumConfig.model_validate(yaml.safe_load(text))
+    children = client.search_runs(
+        [parent.info.experiment_id], filter_string=f"tags.`mlflow.parentRunId` = '{run_id}'", max_results=1000
+    )
+    runs = {run.data.tags.get("stage"): run for run in children}
+    stages, begins = [], 0
+    for stage in config.selected_stages:
+        if stage.name in runs:
+            run = runs[stage.name]
+            versions = client.search_model_versions(f"run_id = '{run.info.run_id}'")
+            stages.append(_Stage(stage.name, run, versions[0] if versions else None, begins, stage.validation))
+            begins += stage.steps
+    if not stages:
+        raise PipelineError(f"run {run_id}: has no stage; the report is made of a curriculum's parent run")
+    used = {chosen.data for stage in stages for chosen in stage.validation}
+    datasets = {name: Manifest.load(str(config.data[name])).dataset for name in sorted(used)}
+    return _Curriculum(parent, config, datasets, stages, begins)
+
+
+def _score_validation_sets(client: MlflowClient, found: _Curriculum, pairs: int) -> Sets:
+    """The last registered stage's model on some pairs of every set that stage is validated on."""
+    stage = found.stages[-1]
+    if stage.version is None:
+        return {}
+    model = resolve_model(f"models:/{stage.version.name}/{stage.version.version}", str(client.tracking_uri))
+    sets: dict[str, tuple[EvaluationSet, Evaluation]] = {}
+    for chosen in stage.validation:
+        manifest = Manifest.load(str(found.config.data[chosen.data]))
+        scored = EvaluationSet(manifest, chosen.subset, min(pairs, chosen.limit or pairs))
+        options = ScoringOptions(name=chosen.name, gallery=pairs, bidirectional=True)
+        use_gpu = found.config.machine.use_gpu
+        sets[chosen.name] = (scored, evaluate_on_ray(model, scored, options, use_gpu=use_gpu))
+    return sets
+
+
+def _stage_tables(found: _Curriculum) -> list[Table]:
+    """For each validation set, its figures after every stage."""
+    model = found.config.model.build()
+    tables = []
+    for title, chosen in found.sets.items():
+        theirs = published_figures(model, found.datasets[chosen.data], chosen.subset)
+        rows: list[list[Cell]] = []
+        for stage in found.stages:
+            ours = {name: stage.run.data.metrics.get(f"val/{title}/{name}") for name in FIGURES}
+            # The paper's model is that after its second stage.
+            beside = theirs if stage.name == "things" else {}
+            if any(value is not None for value in ours.values()):
+                cells = [figure_cell(ours[name], beside.get(name)) for name in FIGURES]
+                rows.append([stage.name, *cells])
+        if not rows:
+            continue
+        shown = [n for n in range(len(FIGURES) + 1) if any(row[n] is not None for row in rows)]
+        columns = ["after stage", *FIGURES.values()]
+        limited = "" if chosen.limit is None else f", first {chosen.limit} pairs"
+        note = NOTE if theirs else ""
+        tables.append(
+            Table(f"{title}{limited}", [columns[n] for n in shown], [[row[n] for n in shown] for row in rows], note)
+        )
+    return tables
+
+
+def _curves(client: MlflowClient, found: _Curriculum) -> list[Curve]:
+    boundaries = [float(stage.begins) for stage in found.stages[1:]]
+
+    def over_stages(metric: str) -> dict[str, list[tuple[float, float]]]:
+        return {stage.name: _history(client, stage, metric) for stage in found.stages}
+
+    curves = [Curve(title, over_stages(metric), boundaries) for metric, title in _CURVES.items()]
+    validated = {
+        title: [point for points in over_stages(f"val/{title}/epe").values() for point in points]
+        for title in found.sets
+    }
+    curves.insert(0, Curve("Validation EPE, px", validated, boundaries))
+    return [curve for curve in curves if any(curve.series.values())]
+
+
+def _history(client: MlflowClient, stage: _Stage, metric: str) -> list[tuple[float, float]]:
+    """(step of the curriculum, value), in order."""
+    if metric not in stage.run.data.metrics:
+        return []
+    entries = client.get_metric_history(stage.run.info.run_id, metric)
+    values = {entry.step: entry.value for entry in entries if math.isfinite(entry.value)}
+    return [(float(stage.begins + step), value) for step, value in sorted(values.items())]
+
+
+def _training_speed(client: MlflowClient, found: _Curriculum) -> list[list[Cell]]:
+    machine = found.config.machine
+    workers = f"{machine.num_workers} × {'GPU' if machine.use_gpu else 'CPU'}"
+    header: list[Cell] = ["what", "on", "seconds a pair (median)", "pairs a second", "peak memory, MiB"]
+    rows: list[list[Cell]] = [header]
+    for stage in found.stages:
+        rates = sorted(value for _, value in _history(client, stage, "time/samples_per_s"))
+        if rates:
+            rate = rates[len(rates) // 2]
+            rows.append([f"train {stage.name}", workers, 1 / rate, rate, None])
+    return rows
+
+
+def _lineage(client: MlflowClient, found: _Curriculum) -> list[tuple[str, str]]:
+    facts = [
+        ("MLflow", f"{client.tracking_uri}, run {found.run.info.run_id}"),
+        ("model", ", ".join(f"{name} {value}" for name, value in found.config.model.build().to_dict().items())),
+        ("seed", str(found.config.seed)),
+        ("initial weights", found.config.init_from or "random"),
+    ]
+    for stage in found.stages:
+        if stage.version is not None:
+            tags = stage.version.tags
+            told = [f"{name} {tags[name]}" for name in ("parent", "config_hash", "code_version") if name in tags]
+            facts.append(
+                (f"stage {stage.name}", f"models:/{stage.version.name}/{stage.version.version}: {', '.join(told)}")
+            )
+    return facts + [(f"data {name}", str(url)) for name, url in found.config.data.items() if url is not None]
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Make the HTML report of a curriculum.")
+    parser.add_argument("--run", required=True, metavar="RUN_ID", help="MLflow's run of the curriculum (the parent)")
+    parser.add_argument("--output", default=FILE_NAME, help="file or URL (default: %(default)s)")
+    parser.add_argument(
+        "--pairs",
+        type=not_negative,
+        default=PAIRS,
+        help="pairs of each validation set in the gallery; 0 leaves it out (default: %(default)s)",
+    )
+    return parser.parse_args(argv)
+
+
+@command
+def main() -> None:
+    arguments = parse_arguments()
+    store, name = split_url(arguments.output)
+    client = tracking.connect(None)
+    if arguments.pairs:
+        with connected():
+            report = curriculum_report(client, arguments.run, arguments.pairs)
+    else:
+        report = curriculum_report(client, arguments.run, 0)
+    store.write(name, report.to_html().encode())
+    print(f"{store.url}/{name}")
+
+
+if __name__ == "__main__":
+    main()

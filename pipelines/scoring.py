@@ -1,0 +1,235 @@
+"""A model's errors on whole sets: in this process, or by Ray tasks over a set's shards, with the same figures.
+
+Every pair's sums are kept and added up in the set's order, whoever computed them.
+"""
+
+import functools
+import itertools
+import resource
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import ray
+import torch
+
+from datasets_etl.loader import EvaluationSet, read_sample
+from datasets_etl.manifest import Manifest
+from gmflow import GMFlow
+from gmflow.metrics import FlowMetrics
+from gmflow.weights import decode_weights, encode_weights
+from pipelines.gallery import Card, Gallery
+from pipelines.training.pictures import comparison_png
+from pipelines.training.validation import Scored, score
+
+OnScored = Callable[[str, bytes | None], None]
+"""Called for every pair, in no fixed order, with its key and its picture, if pictures were asked for."""
+
+
+@dataclass(frozen=True)
+class PairScore:
+    """One pair's key and scene, its `FlowMetrics.state`, and how long its prediction took."""
+
+    key: str
+    scene: str
+    state: tuple[float, ...]
+    seconds: float
+
+    @property
+    def metrics(self) -> FlowMetrics:
+        return FlowMetrics.from_state(torch.tensor(self.state, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of a set, see `FlowMetrics.compute`.
+
+    Attributes:
+        sums: over every valid pixel of the set.
+        pooled: their figures.
+        scenes: the same for every scene of it.
+        images: of every image by its key.
+        cards: pairs to look at, largest error first.
+        seconds: median time of a prediction, the first pair of each process left out where there are others.
+        peak_bytes: memory of the process that used most: on a GPU that of its tensors, otherwise resident.
+        device: what computed.
+    """
+
+    sums: FlowMetrics
+    pooled: dict[str, float]
+    scenes: dict[str, dict[str, float]]
+    images: dict[str, dict[str, float]]
+    cards: list[Card]
+    seconds: float
+    peak_bytes: int
+    device: str
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """What to keep beside the figures.
+
+    Attributes:
+        name: of the set, on its cards.
+        gallery: how many cards to keep.
+        pictures: hand a comparison picture of every pair to `on_scored`.
+        bidirectional: compute both flows, for the occlusion on the cards.
+    """
+
+    name: str = ""
+    gallery: int = 0
+    pictures: bool = False
+    bidirectional: bool = False
+
+
+@dataclass
+class _Part:
+    """Scores of some samples of a set."""
+
+    gallery: Gallery
+    pairs: dict[int, PairScore] = field(default_factory=dict)
+    pictures: dict[str, bytes] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    device: str = ""
+
+
+def evaluate(
+    model: GMFlow | None,
+    evaluation_set: EvaluationSet,
+    device: torch.device,
+    options: ScoringOptions = ScoringOptions(),
+    on_scored: OnScored = lambda key, picture: None,
+) -> Evaluation:
+    """Score every sample of a set, one at a time, in this process; without a model, zero flow is scored."""
+    part = _Part(Gallery.of(options.name, len(evaluation_set), options.gallery))
+    samples = (evaluation_set[number] for number in range(len(evaluation_set)))
+    for number, scored in enumerate(score(model, samples, device, bidirectional=options.bidirectional)):
+        _add(part, number, scored, options)
+        on_scored(scored.sample.key, part.pictures.pop(scored.sample.key, None))
+    _finish(part, device)
+    return _evaluation(part)
+
+
+def evaluate_on_ray(
+    model: GMFlow,
+    evaluation_set: EvaluationSet,
+    options: ScoringOptions,
+    *,
+    use_gpu: bool,
+    on_scored: OnScored = lambda key, picture: None,
+) -> Evaluation:
+    """`evaluate` by Ray tasks, one for the samples of each shard. Needs a connected Ray.
+
+    The figures are those of `evaluate`, to the bit where a task computes with as many threads as this process does.
+    """
+    weights = ray.put(encode_weights(model))
+    manifest = ray.put(evaluation_set.manifest)
+    total = Gallery.of(options.name, len(evaluation_set), options.gallery)
+    task = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(_score_part)
+    threads = torch.get_num_threads()
+    waiting = {
+        task.remote(weights, manifest, evaluation_set.indices[numbers], numbers, total, options, use_gpu, threads)
+        for numbers in _by_shard(evaluation_set)
+    }
+    whole = _Part(total)
+    while waiting:
+        (finished,), _ = ray.wait(list(waiting), num_returns=1)
+        waiting.remove(finished)
+        part: _Part = ray.get(finished)
+        for number, pair in part.pairs.items():
+            whole.pairs[number] = pair
+            on_scored(pair.key, part.pictures.get(pair.key))
+        whole.gallery.join(part.gallery)
+        whole.seconds += part.seconds
+        whole.peak_bytes, whole.device = max(whole.peak_bytes, part.peak_bytes), part.device
+    return _evaluation(whole)
+
+
+def _by_shard(evaluation_set: EvaluationSet) -> Iterator[list[int]]:
+    """Numbers of a set's samples, those of each shard together."""
+    shard = lambda number: evaluation_set.manifest.place(int(evaluation_set.indices[number]))[0].name  # noqa: E731
+    for _, numbers in itertools.groupby(range(len(evaluation_set)), key=shard):
+        yield list(numbers)
+
+
+def _score_part(
+    weights: bytes,
+    manifest: Manifest,
+    indices: npt.NDArray[np.int64],
+    numbers: list[int],
+    gallery: Gallery,
+    options: ScoringOptions,
+    use_gpu: bool,
+    threads: int,
+) -> _Part:
+    """A Ray task: the samples with these `indices` of the manifest, which are `numbers` in the set."""
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if use_gpu else "cpu")
+    model = _model_of(weights).to(device)
+    part = _Part(gallery)
+    samples = (read_sample(manifest, int(index)) for index in indices)
+    for number, scored in zip(numbers, score(model, samples, device, bidirectional=options.bidirectional), strict=True):
+        _add(part, number, scored, options)
+    _finish(part, device)
+    return part
+
+
+@functools.lru_cache(maxsize=1)
+def _model_of(weights: bytes) -> GMFlow:
+    return decode_weights(weights)
+
+
+def _add(part: _Part, number: int, scored: Scored, options: ScoringOptions) -> None:
+    key = scored.sample.key
+    state = tuple(scored.metrics.state().tolist())
+    part.pairs[number] = PairScore(key, scored.sample.scene, state, scored.seconds)
+    part.gallery.offer(number, scored)
+    if options.pictures:
+        part.pictures[key] = comparison_png(scored)
+
+
+def _finish(part: _Part, device: torch.device) -> None:
+    """Time and memory of this process; its first pair also paid for what is done once."""
+    seconds = [pair.seconds for pair in part.pairs.values()]
+    part.seconds = seconds[1:] or seconds
+    if device.type == "cuda":
+        part.peak_bytes, part.device = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
+    else:
+        part.peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        part.device = f"CPU, threads: {torch.get_num_threads()}"
+
+
+def _evaluation(part: _Part) -> Evaluation:
+    pairs = [part.pairs[number] for number in sorted(part.pairs)]
+    scenes: dict[str, list[PairScore]] = {}
+    for pair in pairs:
+        scenes.setdefault(pair.scene, []).append(pair)
+    sums = _pooled(pairs)
+    return Evaluation(
+        sums=sums,
+        pooled=sums.compute(),
+        scenes={scene: _pooled(those).compute() for scene, those in sorted(scenes.items())},
+        images={pair.key: pair.metrics.compute() for pair in pairs},
+        cards=part.gallery.cards(),
+        seconds=float(np.median(part.seconds)),
+        peak_bytes=part.peak_bytes,
+        device=part.device,
+    )
+
+
+def _pooled(pairs: list[PairScore]) -> FlowMetrics:
+    """Added up in order: the same sums to the bit, whoever computed the parts."""
+    pooled = FlowMetrics()
+    for pair in pairs:
+        pooled.merge(pair.metrics)
+    return pooled
+
+
+def pool(evaluations: Iterable[Evaluation]) -> dict[str, float]:
+    """Metrics over every valid pixel of several sets."""
+    pooled = FlowMetrics()
+    for evaluation in evaluations:
+        pooled.merge(evaluation.sums)
+    return pooled.compute()

@@ -1,0 +1,155 @@
+"""What the benchmarks' servers take: `python pipelines/submission.py --model REF --data MANIFEST_URL --output DIR`.
+
+    Sintel    clean/ambush_1/frame0001.flo    final/…            of the subsets test-clean and test-final
+    KITTI     flow/000000_10.png, 16 bit                         of the subset testing
+
+Beside the folder lies its ZIP file, ready to upload; its path is the last line on stdout. The same command again goes
+on where it stopped.
+"""
+
+import argparse
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from rich.console import Console
+from rich.progress import track
+
+from datasets_etl import formats
+from datasets_etl.loader import read_sample
+from datasets_etl.manifest import Manifest
+from datasets_etl.samples import FlowSample
+from datasets_etl.storage import FileStore
+from gmflow import GMFlow, Prediction, predict_batch
+from gmflow.execution import Precision
+from gmflow.predict import PaddingMode
+from gmflow.weights import weights_digest
+from pipelines.arguments import device
+from pipelines.continuation import claim_output
+from pipelines.errors import PipelineError, command
+from pipelines.flow_files import encode_kitti
+from pipelines.training.registry import resolve_model
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What a server asks for.
+
+    Attributes:
+        subsets: all that must be handed in.
+        padding: of the images.
+        path: of a sample's file.
+        encode: a prediction as that file.
+        pairs: in the whole submission.
+    """
+
+    subsets: tuple[str, ...]
+    padding: PaddingMode
+    path: Callable[[FlowSample], str]
+    encode: Callable[[Prediction], bytes]
+    pairs: int
+
+
+def _sintel_path(sample: FlowSample) -> str:
+    """`clean/ambush_1/frame0001.flo`, after the frame's own number, which begins at 1."""
+    return f"{sample.subset.removeprefix('test-')}/{sample.scene}/{sample.frame.replace('_', '')}.flo"
+
+
+BENCHMARKS = {
+    "sintel": Benchmark(
+        ("test-clean", "test-final"), "sintel", _sintel_path, lambda found: formats.encode_flo(found.flow), 2 * 552
+    ),
+    "kitti": Benchmark(
+        ("testing",),
+        "kitti",
+        lambda sample: f"flow/{sample.scene}_{sample.frame}.png",
+        lambda found: encode_kitti(found.flow),
+        200,
+    ),
+}
+"""Dataset → what its server asks for."""
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Predict a benchmark's test set, in the layout its server takes.")
+    parser.add_argument("--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION, .pth or .safetensors")
+    parser.add_argument("--data", required=True, help="URL of a manifest of Sintel or KITTI with its test subsets")
+    parser.add_argument("--output", required=True, type=Path, help="folder; the archive is that name with .zip")
+    parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="(default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="keep nothing of an earlier run")
+    parser.add_argument(
+        "--device", type=device, default=device("auto"), help="cpu, cuda, cuda:1 (default: best there is)"
+    )
+    return parser.parse_args(argv)
+
+
+def benchmark_of(manifest: Manifest) -> Benchmark:
+    """Raises PipelineError for a dataset without a server, or a manifest without a test subset."""
+    benchmark = BENCHMARKS.get(manifest.dataset)
+    if benchmark is None:
+        raise PipelineError(f"{manifest.url}: {manifest.dataset} has no server; {' and '.join(BENCHMARKS)} have")
+    missing = [subset for subset in benchmark.subsets if subset not in manifest.subsets]
+    if missing:
+        raise PipelineError(
+            f"{manifest.url}: no subset {' and '.join(missing)}, only {', '.join(manifest.subsets)}; "
+            "shard the dataset with its test folder"
+        )
+    return benchmark
+
+
+def predict_submission(
+    model: GMFlow, manifest: Manifest, folder: Path, precision: Precision = "fp32", *, overwrite: bool = False
+) -> list[str]:
+    """Write every file that is missing in `folder`; returns all their paths in it."""
+    benchmark = benchmark_of(manifest)
+    output = FileStore(folder)
+    job = {"weights": weights_digest(model), "data": manifest.version, "precision": precision}
+    kept = claim_output(output, job, overwrite=overwrite)
+    numbers = [int(n) for subset in benchmark.subsets for n in manifest.select(subset, with_truth=False)]
+    if len(numbers) != benchmark.pairs:
+        console.print(f"[yellow]{len(numbers)} pairs, the whole test set has {benchmark.pairs}: not to be handed in")
+    paths = []
+    for number in track(numbers, description="predicting", console=console):
+        sample = read_sample(manifest, number, occlusion=False)
+        path = benchmark.path(sample)
+        paths.append(path)
+        if path not in kept:
+            frames = [(sample.image0, sample.image1)]
+            (found,) = predict_batch(model, frames, padding=benchmark.padding, precision=precision)
+            output.write(path, benchmark.encode(found))
+    return paths
+
+
+def zip_submission(folder: Path, paths: list[str]) -> Path:
+    """`FOLDER.zip` with these files, under their paths in the folder and no others; there whole or not at all."""
+    archive = folder.with_name(f"{folder.name}.zip")
+    beside = archive.with_name(f".{archive.name}.part")
+    try:
+        # Flow hardly gets smaller, and the time stamp is ZIP's earliest: the same files give the same archive.
+        with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as file:
+            for path in sorted(paths):
+                file.writestr(zipfile.ZipInfo(path), (folder / path).read_bytes(), zipfile.ZIP_DEFLATED)
+        beside.replace(archive)
+    finally:
+        beside.unlink(missing_ok=True)
+    return archive
+
+
+@command
+def main() -> None:
+    arguments = parse_arguments()
+    manifest = Manifest.load(arguments.data)
+    benchmark_of(manifest)
+    model = resolve_model(arguments.model).to(arguments.device)
+    folder = arguments.output.absolute()
+    paths = predict_submission(model, manifest, folder, arguments.precision, overwrite=arguments.overwrite)
+    console.print(f"{len(paths)} files, ready to upload:", end=" ")
+    print(zip_submission(folder, paths))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Exported programs against the model, on sizes and batches other than the traced ones, and on a real pair."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gmflow import GMFlow, GMFlowConfig, GMFlowError, load_model
+from gmflow.export import ExportedModel, export_model, minimum_size
+
+TINY: dict[str, Any] = {"backbone_channels": (4, 6, 8), "feature_channels": 8, "num_layers": 2, "ffn_expansion": 2}
+
+
+def run_onnx(path: Path, image0: Tensor, image1: Tensor) -> np.ndarray:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (flow,) = session.run(None, {"image0": image0.numpy(), "image1": image1.numpy()})
+    result: np.ndarray = flow
+    return result
+
+
+def flow_of(model: GMFlow, image0: Tensor, image1: Tensor) -> np.ndarray:
+    with torch.no_grad():
+        result: np.ndarray = model(image0, image1).flow.numpy()
+    return result
+
+
+@pytest.fixture(scope="module")
+def base() -> GMFlow:
+    torch.manual_seed(0)
+    return GMFlow(GMFlowConfig(**TINY)).eval()
+
+
+@pytest.fixture(scope="module")
+def files(base: GMFlow, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with `base.pt2` and `base.onnx`."""
+    folder = tmp_path_factory.mktemp("exported")
+    exported = export_model(base)
+    exported.save_program(folder / "base.pt2")
+    exported.save_onnx(folder / "base.onnx")
+    return folder
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 64), (2, 96, 160), (3, 192, 112)])
+def test_one_file_serves_every_batch_and_size(base: GMFlow, files: Path, shape: tuple[int, int, int]) -> None:
+    batch, height, width = shape
+    generator = torch.Generator().manual_seed(batch)
+    images = [torch.rand(batch, 3, height, width, generator=generator) * 255 for _ in range(2)]
+    wanted = flow_of(base, *images)
+    assert wanted.std() > 1  # not all alike, so that the comparison says something
+    loaded = torch.export.load(str(files / "base.pt2")).module()
+    np.testing.assert_allclose(loaded(*images).detach().numpy(), wanted, atol=0.01)
+    np.testing.assert_allclose(run_onnx(files / "base.onnx", *images), wanted, atol=0.01)
+
+
+def test_files_tell_their_configuration_and_sizes(base: GMFlow, files: Path) -> None:
+    told = {"gmflow_config": "", "size_multiple": "", "minimum_size": ""}
+    torch.export.load(str(files / "base.pt2"), extra_files=told)
+    assert GMFlowConfig.from_dict(json.loads(told["gmflow_config"])) == base.config
+    assert (told["size_multiple"], told["minimum_size"]) == ("16", "64")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    session = onnxruntime.InferenceSession(str(files / "base.onnx"), providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map == told
+
+
+def test_a_size_below_the_minimum_is_refused_not_computed_wrongly(files: Path) -> None:
+    loaded = torch.export.load(str(files / "base.pt2")).module()
+    with pytest.raises(Exception, match="Guard failed"):
+        loaded(*torch.zeros(2, 1, 3, 48, 64))
+
+
+@pytest.mark.parametrize(
+    ("config", "smallest"),
+    [
+        (GMFlowConfig.base(), 64),
+        (GMFlowConfig.refine(), 128),
+        (GMFlowConfig(attn_splits=(1,)), 16),
+        (GMFlowConfig(attn_splits=(3,)), 96),
+    ],
+)
+def test_minimum_size_is_a_multiple_where_windows_move_by_two(config: GMFlowConfig, smallest: int) -> None:
+    assert minimum_size(GMFlow(config)) == smallest
+
+
+def test_wrong_suffixes_and_folders_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    nothing = ExportedModel(None, {})  # type: ignore[arg-type]
+    with pytest.raises(GMFlowError, match=r"\.onnx"):
+        nothing.save_onnx(tmp_path / "model.pt2")
+    with pytest.raises(GMFlowError, match="does not exist"):
+        nothing.save_program(tmp_path / "no" / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_published_weights_agree_on_a_real_pair(
+    reference: Path, reference_crop: tuple[Tensor, Tensor, Tensor], tmp_path: Path
+) -> None:
+    """Within 0.02 px; measured on whole real pairs: at most 0.011 px, 0.00013 px on average (docs/inference.md)."""
+    model = load_model(reference / "gmflow_refine_published.pth")
+    image0, image1, _ = reference_crop
+    wanted = flow_of(model, image0, image1)
+    exported = export_model(model)
+    with torch.no_grad():
+        np.testing.assert_allclose(exported.program.module()(image0, image1).numpy(), wanted, atol=0.02)
+    exported.save_onnx(tmp_path / "refine.onnx")
+    np.testing.assert_allclose(run_onnx(tmp_path / "refine.onnx", image0, image1), wanted, atol=0.02)

@@ -1,0 +1,92 @@
+"""Error maps on KITTI's scale, arrows, and frames moved along their flow."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+
+from gmflow import GMFlowError, error_to_image
+from gmflow.drawing import draw_arrows, encode_animation, warp_animation, warp_frame
+from gmflow.visualize import KITTI_BANDS
+
+
+def colour_of(error: float, speed: float) -> list[int]:
+    target = np.zeros((1, 1, 2), np.float32)
+    target[..., 0] = speed
+    flow = target.copy()
+    flow[..., 1] = error
+    colour: list[int] = error_to_image(flow, target)[0, 0].tolist()
+    return colour
+
+
+@pytest.mark.parametrize(
+    ("error", "speed", "band"),
+    [
+        (0.0, 10, 0),
+        (0.1, 10, 0),
+        (2.9, 10, 4),  # under 3 px: just no outlier
+        (3.1, 10, 5),  # over 3 px and over 5 %
+        (10.0, 250, 4),  # 4 % of the speed: no outlier, however many pixels
+        (14.0, 250, 5),
+        (60.0, 0, 9),
+    ],
+)
+def test_errors_have_kittis_colours(error: float, speed: float, band: int) -> None:
+    assert colour_of(error, speed) == list(KITTI_BANDS[band][1])
+
+
+def test_unknown_truth_is_black_and_shapes_must_fit() -> None:
+    flow = np.zeros((2, 2, 2), np.float32)
+    target = flow.copy()
+    target[0, 0, 0] = np.nan
+    valid = np.array([[True, False], [True, True]])
+    image = error_to_image(flow, target, valid)
+    assert image[0].tolist() == [[0, 0, 0], [0, 0, 0]]
+    assert image[1].any()
+    with pytest.raises(GMFlowError, match="error map needs"):
+        error_to_image(flow, target[:1])
+    with pytest.raises(GMFlowError, match="error map needs"):
+        error_to_image(flow, target, valid[:1])
+
+
+def test_arrows_go_where_the_flow_goes() -> None:
+    frame = np.full((48, 96, 3), 128, np.uint8)
+    flow = np.zeros((48, 96, 2), np.float32)
+    flow[..., 0] = 20
+    changed = (draw_arrows(frame, flow, spacing=48) != frame).any(
+        axis=2
+    )  # one arrow begins at (24, 24), one at (72, 24)
+    assert changed[24, 24:45].all()
+    assert not changed[24, :20].any()
+    assert not changed[:15].any()
+    flow[...] = np.nan
+    assert (draw_arrows(frame, flow) == frame).all()
+    with pytest.raises(GMFlowError, match="frame"):
+        draw_arrows(frame[:10], flow)
+
+
+def test_warping_by_the_true_flow_brings_frame_1_back_to_frame_0() -> None:
+    frame0 = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    frame1 = np.roll(frame0, (2, 5), axis=(0, 1))
+    flow = np.zeros((30, 40, 2), np.float32)
+    flow[..., 0], flow[..., 1] = 5, 2
+    assert (warp_frame(frame1, flow)[:28, :35] == frame0[:28, :35]).all()
+    assert (warp_frame(frame1, flow, 0.0) == frame1).all()
+    assert not warp_frame(frame1, flow)[:, 36:].any()
+
+
+def test_the_animation_goes_from_frame_0_to_frame_1_and_back() -> None:
+    frame0 = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8), (0, 0), 3)
+    frame1 = np.roll(frame0, 4, axis=1)
+    flow = np.zeros((32, 48, 2), np.float32)
+    flow[..., 0] = 4
+    pictures = list(warp_animation(frame1, flow, steps=4))
+    assert len(pictures) == 8
+    assert (pictures[0][:, :40] == frame0[:, :40]).all()
+    assert (pictures[4] == frame1).all()
+    read, animation = cv2.imdecodeanimation(np.frombuffer(encode_animation(pictures), np.uint8))
+    assert read
+    assert len(animation.frames) == 8
+    shown = cv2.cvtColor(animation.frames[4][..., :3], cv2.COLOR_BGR2RGB)
+    assert np.abs(shown.astype(int) - frame1).mean() < 4

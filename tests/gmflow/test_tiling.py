@@ -1,0 +1,98 @@
+"""Flow by tiles: the tiles' flow put together right, motion beyond a tile found, no seams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gmflow import GMFlow, GMFlowConfig, GMFlowError, Tiling, load_model, predict_batch, predict_flow
+from gmflow.tiling import tiled_flow
+
+
+def tagged_images(height: int, width: int, u: int, v: int) -> tuple[Tensor, Tensor]:
+    """Image 0 holds each pixel's own coordinates; image 1 is image 0 moved by (u, v)."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    image0 = torch.stack([x, y, torch.zeros_like(x)]).float()[None]
+    image1 = image0.clone()
+    image1[:, 0] -= u
+    image1[:, 1] -= v
+    return image0, image1
+
+
+class ExactFlow:
+    """Reads the flow of tagged images from the tags: how far they differ, in the images' own pixels."""
+
+    def __init__(self) -> None:
+        self.most_pixels = 0
+
+    def __call__(self, image0: Tensor, image1: Tensor) -> Tensor:
+        height, width = image0.shape[2:]
+        self.most_pixels = max(self.most_pixels, height * width)
+        y, x = height // 2, width // 2
+        pitch = torch.stack([image0[0, 0, y, x + 1] - image0[0, 0, y, x], image0[0, 1, y + 1, x] - image0[0, 1, y, x]])
+        return (image0[:, :2] - image1[:, :2]) / pitch.view(1, 2, 1, 1)
+
+
+@pytest.mark.parametrize("motion", [(0, 0), (7, -3), (90, 40), (-90, -40)])
+@pytest.mark.parametrize("overlap", [0, 16, 32])
+def test_tiles_that_are_exact_make_an_exact_whole(motion: tuple[int, int], overlap: int) -> None:
+    image0, image1 = tagged_images(150, 211, *motion)
+    compute = ExactFlow()
+    flow = tiled_flow(compute, image0, image1, Tiling(64, 80, overlap))
+    wanted = torch.tensor(motion).float().view(1, 2, 1, 1).expand_as(flow)
+    torch.testing.assert_close(flow, wanted, atol=2e-4, rtol=0)
+    assert compute.most_pixels <= 64 * 80
+
+
+@pytest.mark.parametrize(("tile", "overlap"), [((8, 64), 0), ((64, 64), 33), ((64, 64), -1)])
+def test_tiles_that_cannot_be_are_refused(tile: tuple[int, int], overlap: int) -> None:
+    with pytest.raises(GMFlowError, match="at least 16×16"):
+        Tiling(*tile, overlap)
+
+
+def test_a_frame_no_larger_than_a_tile_is_computed_whole() -> None:
+    torch.manual_seed(0)
+    model = GMFlow(GMFlowConfig(backbone_channels=(4, 6, 8), feature_channels=8, num_layers=1))
+    frames = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(predict_flow(model, *frames), predict_flow(model, *frames, tiling=Tiling(64, 64, 16)))
+
+
+def test_tiles_give_both_ways_and_batches_too() -> None:
+    torch.manual_seed(0)
+    model = GMFlow(GMFlowConfig(backbone_channels=(4, 6, 8), feature_channels=8, num_layers=1))
+    frames = np.random.default_rng(0).integers(0, 256, (2, 80, 100, 3), dtype=np.uint8)
+    pairs = [(frames[0], frames[1]), (frames[1], frames[0])]
+    one, other = predict_batch(model, pairs, bidirectional=True, tiling=Tiling(64, 64, 16))
+    assert one.backward_flow is not None
+    assert one.occluded is not None
+    np.testing.assert_allclose(one.backward_flow, other.flow, atol=1e-4)
+    assert one.occluded.shape == (80, 100)
+    assert one.occluded.dtype == np.bool_
+
+
+def jump(flow: np.ndarray, columns: list[int]) -> float:
+    """Mean change of the flow from one pixel to the next across these columns."""
+    across = np.linalg.norm(flow[:, 1:] - flow[:, :-1], axis=2)
+    return float(across[:, [column - 1 for column in columns]].mean())
+
+
+@pytest.mark.slow
+def test_a_real_pair_by_tiles_is_as_good_and_shows_no_seams(
+    reference: Path, samples: Path, read_image: Callable[[Path], np.ndarray], read_flo: Callable[[Path], Any]
+) -> None:
+    model = load_model(reference / "gmflow_refine_published.pth")
+    data = samples / "FlyingChairs_release" / "data"
+    frames = [read_image(data / f"00002_img{n}.ppm") for n in (1, 2)]
+    truth = read_flo(data / "00002_flow.flo")
+    flow = predict_flow(model, frames[0], frames[1], tiling=Tiling(256, 320, 64))
+    error = float(np.linalg.norm(flow - truth, axis=2).mean())
+    assert error < 2.0  # the whole frame: 1.329 (reference)
+    borders = [192, 320]  # where the two columns of tiles begin and end
+    elsewhere = [column for column in range(2, 511) if min(abs(column - border) for border in borders) > 8]
+    assert jump(flow, borders) < 1.5 * jump(flow, elsewhere)

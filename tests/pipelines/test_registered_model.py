@@ -1,0 +1,169 @@
+"""A registered model as an application uses it: loaded in a process that allows no pickle, and served over HTTP."""
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+
+from datasets_etl import formats
+from datasets_etl.synthetic import synthetic_pair
+from gmflow import GMFlow, GMFlowConfig, predict_flow, save_weights
+from pipelines.training import registry, tracking
+from tests.seaweedfs import free_ports
+
+TINY = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
+
+
+@dataclass(frozen=True)
+class Registered:
+    model: GMFlow
+    tracking_uri: str
+    folder: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """No pickle, no project on the path but what MLflow carries along."""
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        return {
+            **inherited,
+            "MLFLOW_TRACKING_URI": self.tracking_uri,
+            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory: pytest.TempPathFactory) -> Registered:
+    folder = tmp_path_factory.mktemp("served")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    client = tracking.connect(uri)
+    run = tracking.start_run(client, "served", "chairs", {}).info
+    model = GMFlow(TINY).eval()
+    save_weights(model, folder / "model.safetensors")
+    lineage = registry.Lineage("chairs", "random", {}, "h", "sources:x", {"val/c/val/epe": 1.0})
+    registry.register(client, "gmflow", run.run_id, folder / "model.safetensors", lineage, None)
+    return Registered(model, uri, folder)
+
+
+@pytest.fixture(scope="module")
+def frames() -> list[np.ndarray]:
+    pair = synthetic_pair(3, 45, 70)
+    return [pair.image0, pair.image1]
+
+
+@pytest.fixture(scope="module")
+def loaded(registered: Registered) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+        mlflow.set_tracking_uri(registered.tracking_uri)
+        return mlflow.pyfunc.load_model("models:/gmflow@champion")
+
+
+def png(frame: np.ndarray) -> bytes:
+    return formats.encode_frame_png(frame)
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [lambda frame: frame, png, lambda frame: base64.b64encode(png(frame)).decode(), lambda frame: frame.tolist()],
+    ids=["array", "PNG bytes", "base64", "nested lists"],
+)
+def test_three_lines_give_flow_for_every_way_to_hand_over_an_image(registered, loaded, frames, encode):
+    (flow,) = loaded.predict([{"image0": encode(frames[0]), "image1": encode(frames[1])}])
+    np.testing.assert_array_equal(flow, predict_flow(registered.model, *frames))
+
+
+def test_pairs_may_differ_in_size_and_come_back_as_flo(registered, loaded, frames):
+    small = [frame[:32, :48] for frame in frames]
+    rows = [dict(zip(("image0", "image1"), map(png, pair), strict=True)) for pair in (frames, small)]
+    answers = loaded.predict(rows, params={"encoding": "flo"})
+    for answer, pair in zip(answers, (frames, small), strict=True):
+        flow = formats.decode_flo(base64.b64decode(answer), "answer")
+        np.testing.assert_array_equal(flow, predict_flow(registered.model, *pair))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [(b"nothing", "no PNG or JPEG"), (b"", "no PNG or JPEG"), (np.zeros((4, 4), np.uint8), "RGB image")],
+)
+def test_what_is_no_image_is_said_with_the_pairs_number(loaded, frames, image, message):
+    good = {"image0": frames[0], "image1": frames[1]}
+    with pytest.raises(mlflow.exceptions.MlflowException, match=f"pair 1: .*{message}"):
+        loaded.predict([good, {"image0": image, "image1": frames[1]}])
+
+
+def test_the_model_carries_its_signature_and_an_example_of_it(loaded):
+    assert loaded.metadata.signature.inputs.input_names() == ["image0", "image1"]
+    example = loaded.input_example if hasattr(loaded, "input_example") else None
+    assert loaded.metadata.saved_input_example_info is not None or example is not None
+
+
+@pytest.fixture(scope="module")
+def url(registered: Registered) -> Iterator[str]:
+    """`mlflow models serve` in a process of its own."""
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", "models:/gmflow@champion"]
+    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    log_path = registered.folder / "serve.log"
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=registered.folder,
+            env=registered.environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + 240
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=2)
+                break
+            except OSError:
+                assert process.poll() is None, log_path.read_text()
+                assert time.monotonic() < deadline, log_path.read_text()
+                time.sleep(0.3)
+        yield f"http://127.0.0.1:{port}/invocations"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def ask(url: str, content: dict[str, Any]) -> Any:
+    request = urllib.request.Request(url, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)["predictions"]
+
+
+@pytest.mark.slow
+class TestServer:
+    def test_a_pair_of_png_files_over_http(self, registered, url, frames):
+        row = {
+            name: base64.b64encode(png(frame)).decode()
+            for name, frame in zip(("image0", "image1"), frames, strict=True)
+        }
+        wanted = predict_flow(registered.model, *frames)
+        (flow,) = ask(url, {"dataframe_records": [row]})
+        np.testing.assert_allclose(np.array(flow, np.float32), wanted, atol=1e-4)
+        (flo,) = ask(url, {"inputs": [row], "params": {"encoding": "flo"}})
+        np.testing.assert_allclose(formats.decode_flo(base64.b64decode(flo), "answer"), wanted, atol=1e-4)
+
+    def test_a_wrong_input_is_the_callers_fault(self, url):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            ask(url, {"dataframe_records": [{"image0": "bm8=", "image1": "bm8="}]})
+        assert refused.value.code == 400
+        assert "pair 0: 2 bytes that are no PNG or JPEG image" in refused.value.read().decode()

@@ -1,0 +1,136 @@
+"""Registered models from the shell: what there is, what differs, where the aliases are."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pipelines.export
+import pipelines.registry
+from gmflow import GMFlow, GMFlowConfig, load_model, save_weights
+from pipelines.training import registry, tracking
+from pipelines.training.config import MetricConfig
+
+TINY = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
+
+
+@pytest.fixture
+def call(registered: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs a command; returns (exit code, stdout, stderr)."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{registered}/mlflow.db")
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def _call(module, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        try:
+            module.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return _call
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three versions of two stages, each better than the one before: champion is the last."""
+    folder = tmp_path_factory.mktemp("registry")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    client = tracking.connect(uri)
+    for number, (stage, epe) in enumerate([("chairs", 3.0), ("chairs", 2.5), ("things", 2.0)], start=1):
+        torch.manual_seed(number)
+        save_weights(GMFlow(TINY), folder / f"{number}.safetensors")
+        parent = "random" if number == 1 else f"models:/gmflow/{number - 1}"
+        lineage = registry.Lineage(
+            stage, parent, {"chairs": f"file:///c{number}"}, f"h{number}", "sources:x", {"val/c/val/epe": epe}
+        )
+        stage_run = tracking.start_run(client, "r", stage, {}).info.run_id
+        rule = MetricConfig(data="c", subset="val")
+        registry.register(client, "gmflow", stage_run, folder / f"{number}.safetensors", lineage, rule)
+    return folder
+
+
+def champion(call) -> str:
+    _, out, _ = call(pipelines.registry, "show", "models:/gmflow@champion")
+    return next(line for line in out.splitlines() if "reference" in line).split("/")[-1].strip(" │")
+
+
+def test_versions_are_listed_with_stage_metrics_lineage_and_aliases(call):
+    code, out, _ = call(pipelines.registry, "list")
+    assert code == 0
+    third, second, first = (line for line in out.splitlines() if "gmflow/" in line and "│" in line)
+    assert [word in third for word in ("gmflow/3", "things", "champion", "gmflow/2", "c.val 2.000")] == [True] * 5
+    assert "chairs" in second
+    assert "random" in first
+
+
+def test_comparing_shows_metrics_with_their_difference_and_lineage_that_differs(call):
+    code, out, _ = call(pipelines.registry, "compare", "models:/gmflow/1", "models:/gmflow/3")
+    assert code == 0
+    (metric,) = (line for line in out.splitlines() if "val.c.val.epe" in line)
+    assert metric.replace("│", " ").split()[1:] == ["3", "2", "-1"]
+    assert "file:///c1" in out
+    assert "code_version" not in out  # the same
+
+
+def test_champion_rolls_back_by_one_command_step_by_step_and_is_promoted_again(call):
+    assert champion(call) == "3"
+    assert call(pipelines.registry, "rollback")[1] == "models:/gmflow@champion is version 2, was 3\n"
+    assert champion(call) == "2"
+    assert call(pipelines.registry, "rollback", "gmflow")[0] == 0
+    assert champion(call) == "1"
+    code, _, err = call(pipelines.registry, "rollback")
+    assert (code, "never on another version than 1" in err) == (2, True)
+    call(pipelines.registry, "promote", "models:/gmflow/3")
+    assert champion(call) == "3"
+    assert call(pipelines.registry, "rollback")[1] == "models:/gmflow@champion is version 1, was 3\n"
+    call(pipelines.registry, "promote", "models:/gmflow/3")
+    call(pipelines.registry, "promote", "models:/gmflow/3")  # no move: nothing to remember
+    call(pipelines.registry, "rollback")
+    assert champion(call) == "1"
+    call(pipelines.registry, "promote", "models:/gmflow/3")
+
+
+def test_a_version_is_pulled_with_its_lineage(call, registered, tmp_path):
+    code, out, _ = call(pipelines.registry, "pull", "models:/gmflow/2", tmp_path / "pulled")
+    assert (code, out.strip()) == (0, str(tmp_path / "pulled" / "model.safetensors"))
+    pulled, original = load_model(tmp_path / "pulled" / "model.safetensors"), load_model(registered / "2.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(pulled.parameters(), original.parameters(), strict=True))
+    lineage = json.loads((tmp_path / "pulled" / "lineage.json").read_text())
+    assert lineage["parent"] == "models:/gmflow/1"
+    assert lineage["data chairs"] == "file:///c2"
+    assert lineage["metrics"] == {"val.c.val.epe": 2.5}
+
+
+@pytest.mark.parametrize("reference", ["models:/gmflow@best", "models:/gmflow/9", "models:/other/1"])
+def test_a_missing_model_names_those_there_are(call, reference):
+    code, out, err = call(pipelines.registry, "show", reference)
+    assert (code, out) == (2, "")
+    assert f"{reference}: no such model" in err
+    assert "models:/gmflow@champion" in err
+
+
+def test_what_is_no_reference_is_said(call):
+    assert "write models:/NAME@ALIAS" in call(pipelines.registry, "show", "gmflow/1")[2]
+    assert "no model 'other'" in call(pipelines.registry, "list", "other")[2]
+
+
+def test_a_registered_model_is_exported_to_the_published_layout_and_back(call, registered, tmp_path):
+    code, out, _ = call(pipelines.export, "--model", "models:/gmflow/1", tmp_path / "a.pth", tmp_path / "a.safetensors")
+    assert (code, out.split()) == (0, [str(tmp_path / "a.pth"), str(tmp_path / "a.safetensors")])
+    assert set(torch.load(tmp_path / "a.pth", weights_only=True)) == {"model"}
+    assert call(pipelines.export, "--model", tmp_path / "a.pth", tmp_path / "b.safetensors")[0] == 0
+    original = load_model(registered / "1.safetensors")
+    for path in (tmp_path / "a.safetensors", tmp_path / "b.safetensors"):
+        back = load_model(path)
+        assert back.config == original.config
+        assert all(torch.equal(a, b) for a, b in zip(back.parameters(), original.parameters(), strict=True))
+
+
+def test_unknown_forms_are_refused_before_anything_is_written(call, tmp_path):
+    code, _, err = call(pipelines.export, "--model", "models:/gmflow/1", tmp_path / "a.pth", tmp_path / "a.h5")
+    assert (code, ".onnx" in err, list(tmp_path.iterdir())) == (2, True, [])

@@ -1,0 +1,228 @@
+"""The report in a real browser: it draws everything, the gallery works, a phone can read it, nothing is asked of a
+network.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from datasets_etl.synthetic import synthetic_pair
+from gmflow import GMFlowConfig
+from gmflow.metrics import FlowMetrics
+from pipelines.gallery import Gallery, card_pictures
+from pipelines.published import published_figures
+from pipelines.report_page import Curve, Report, Table, figure_cell
+from pipelines.training.validation import Scored
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+
+
+def scored(number: int, error: float) -> Scored:
+    """A synthetic pair predicted with this error in pixels everywhere."""
+    sample = synthetic_pair(number, 48, 64)
+    assert sample.flow is not None
+    assert sample.valid is not None
+    truth = torch.from_numpy(sample.flow.transpose(2, 0, 1).copy())  # [2, H, W]
+    flow = truth.clone()
+    flow[0] += error
+    metrics = FlowMetrics()
+    metrics.update(flow[None], truth[None], torch.from_numpy(sample.valid)[None])
+    return Scored(sample, flow, torch.zeros(48, 64, dtype=torch.bool), metrics, 0.1)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report with every part, and names that would break out of careless HTML."""
+    cards = []
+    for name, errors in (("sintel/training-clean", (0.5, 4.0, 2.0)), ("kitti/training", (8.0, 1.0))):
+        gallery = Gallery.of(name, len(errors), 4)
+        for number, error in enumerate(errors):
+            gallery.offer(number, scored(number, error))
+        cards += gallery.cards()
+    steps = [(float(step), 10 / (step + 1)) for step in range(1000)]
+    report = Report(
+        title="A </script><b>title</b>",
+        subtitle="a subtitle",
+        facts=[("model", "models:/gmflow/1 " + "x" * 200)],
+        tables=[
+            Table("t", ["set", "EPE", "F1-all, %"], [["sintel", figure_cell(1.25, 1.084), float("nan")]], "a note"),
+            Table("wide", [f"column {n}" for n in range(14)], [["set", *map(float, range(13))]]),
+        ],
+        curves=[
+            Curve("Training loss", {"chairs": steps[:600], "things": steps[600:]}, [600.0]),
+            Curve("Validation EPE", {"one": [(5.0, 1.0)]}),
+        ],
+        cards=cards,
+        worst=[["key", "set", 8.0, 1.0, 2.0, 3.0]],
+        speed=[["what", "on"], ["predict", "CPU"]],
+    )
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    path.write_text(report.to_html())
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser test")
+    found = next((path for name in CHROMIUM if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip("no Chromium on this machine (apt-get install chromium): no browser test")
+    with api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+        yield started
+        started.close()
+
+
+class Visit:
+    """A page opened at a width, and all it complained about or asked for."""
+
+    def __init__(self, browser: Any, path: Path, width: int) -> None:
+        self.tab = browser.new_page(viewport={"width": width, "height": 800})
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.tab.on("console", lambda message: self.complaints.append(message.text))
+        self.tab.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.tab.on("request", lambda request: self.requests.append(request.url))
+        self.tab.goto(path.as_uri())
+        self.tab.wait_for_selector("footer")
+
+    def keys(self) -> list[str]:
+        found: list[str] = self.tab.eval_on_selector_all(".card", "cards => cards.map(card => card.dataset.key)")
+        return found
+
+    def epes(self) -> list[float]:
+        texts = self.tab.eval_on_selector_all(".card b", "found => found.map(b => b.textContent)")
+        return [float(text.removesuffix(" px")) for text in texts]
+
+
+@pytest.fixture(params=[1280, 390], ids=["desktop", "phone"])
+def visit(browser: Any, page: Path, request: pytest.FixtureRequest) -> Iterator[Visit]:
+    opened = Visit(browser, page, request.param)
+    yield opened
+    if folder := os.environ.get("GMFLOW_SCREENSHOTS"):
+        opened.tab.screenshot(path=f"{folder}/{request.node.name}.png", full_page=True)
+    opened.tab.close()
+
+
+def test_everything_is_drawn_without_a_complaint_or_a_network(visit: Visit, page: Path):
+    tab = visit.tab
+    assert tab.title() == "A </script><b>title</b>"
+    assert tab.locator("h2").all_text_contents() == [
+        *("Figures", "Learning curves", "Gallery", "Worst cases", "Speed and memory", "Lineage")
+    ]
+    assert tab.locator("td .published").all_text_contents() == ["published 1.084"]
+    assert "–" in tab.locator("tbody tr").first.text_content()  # the NaN
+    assert tab.locator(".chart").count() == 2
+    assert tab.locator(".chart polyline").count() == 3
+    points = tab.locator(".chart polyline").first.get_attribute("points")
+    assert 100 < len(points.split()) <= 400
+    assert "NaN" not in tab.content()
+    assert visit.complaints == []
+    assert all(url.startswith(("file://", "data:", "blob:")) for url in visit.requests)
+    assert [url for url in visit.requests if url.startswith("file://")] == [page.as_uri()]
+
+
+def test_nothing_is_wider_than_the_screen_but_tables_that_scroll(visit: Visit):
+    width = visit.tab.viewport_size["width"]
+    assert visit.tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert float(visit.tab.evaluate("parseFloat(getComputedStyle(document.body).fontSize)")) >= 16
+
+
+def test_the_gallery_sorts_filters_and_searches(visit: Visit):
+    tab = visit.tab
+    assert visit.epes() == [8.0, 4.0, 2.0, 1.0, 0.5]
+    tab.select_option("[name=order]", "smallest EPE")
+    assert visit.epes() == [0.5, 1.0, 2.0, 4.0, 8.0]
+    tab.select_option("[name=set]", "kitti/training")
+    assert visit.epes() == [1.0, 8.0]
+    tab.fill("[name=most]", "3")
+    assert visit.epes() == [1.0]
+    assert tab.text_content("#count") == "1 of 5 pairs"
+    tab.select_option("[name=set]", "all sets")
+    tab.fill("[name=least]", "0.9")
+    assert visit.epes() == [1.0, 2.0]
+    tab.fill("[name=text]", "no such scene")
+    assert visit.keys() == []
+    assert visit.complaints == []
+
+
+def test_every_picture_of_the_gallery_loads(visit: Visit):
+    tab = visit.tab
+    for kind in ("truth", "error", "frame 0", "prediction"):
+        tab.select_option("[name=kind]", kind)
+        tab.eval_on_selector_all(".card img", "images => images.forEach(image => image.loading = 'eager')")
+        loaded = (
+            "[...document.querySelectorAll('.card img')].every(image => image.complete && image.naturalWidth == 64)"
+        )
+        tab.wait_for_function(loaded)
+
+
+def test_a_pair_opens_flickers_and_leads_to_the_next(visit: Visit):
+    tab = visit.tab
+    tab.locator(".card").first.click()
+    first = tab.text_content("#viewer-title")
+    assert tab.locator("#viewer figcaption").all_text_contents() == [
+        *("frame 0", "frame 1", "frame 1 warped", "truth", "prediction", "error"),
+        *("occlusion", "occlusion found"),
+    ]
+    source = tab.get_attribute("#viewer figure img", "src")
+    tab.click("#flicker")
+    tab.wait_for_function("before => document.querySelector('#viewer figure img').src != before", arg=source)
+    tab.click("#flicker")
+    assert tab.get_attribute("#viewer figure img", "src") == source
+    tab.keyboard.press("ArrowRight")
+    assert tab.text_content("#viewer-title") != first
+    tab.click("#previous")
+    assert tab.text_content("#viewer-title") == first
+    tab.click("#close")
+    assert not tab.locator("#viewer").is_visible()
+    assert visit.complaints == []
+
+
+def test_curves_tell_their_values(visit: Visit):
+    visit.tab.locator(".chart svg").first.hover()
+    assert visit.tab.locator(".readout").first.text_content().startswith("step ")
+
+
+def test_a_gallery_keeps_the_worst_and_some_spread_evenly_in_any_order_of_joining():
+    errors = [float(n % 7) + n / 100 for n in range(40)]
+    whole = Gallery.of("s", 40, 8)
+    halves = [Gallery.of("s", 40, 8), Gallery.of("s", 40, 8)]
+    for number, error in enumerate(errors):
+        one = scored(0, error)
+        whole.offer(number, one)
+        halves[number % 2].offer(number, one)
+    halves[1].join(halves[0])
+    found = [(round(card.figures["epe"], 2), card.worst) for card in whole.cards()]
+    assert found == [(round(card.figures["epe"], 2), card.worst) for card in halves[1].cards()]
+    regular = {0, 10, 20, 30}
+    rest = sorted((round(e, 2) for n, e in enumerate(errors) if n not in regular), reverse=True)
+    assert [epe for epe, worst in found if worst] == rest[:4]
+    assert {epe for epe, worst in found if not worst} == {round(errors[n], 2) for n in regular}
+
+
+def test_pictures_of_sparse_truth_keep_every_point_when_they_shrink():
+    big = synthetic_pair(1, 48, 64)
+    flow = np.full((300, 1200, 2), 5, np.float32)
+    valid = np.zeros((300, 1200), np.bool_)
+    valid[::10, ::10] = True
+    frame = np.zeros((300, 1200, 3), np.uint8)
+    sample = type(big)("k", "kitti", "training", True, frame, frame, flow * valid[..., None], valid)
+    pictures = card_pictures(Scored(sample, torch.zeros(2, 300, 1200), None, FlowMetrics(), 0.0))
+    error = cv2.imdecode(np.frombuffer(pictures["error"], np.uint8), cv2.IMREAD_COLOR)
+    assert error.shape[1] == 512
+    assert (error.max(axis=2) > 60).mean() > 0.04  # one point in 100, grown to nine pixels
+
+
+def test_published_figures_are_for_the_published_variants_only():
+    assert published_figures(GMFlowConfig.refine(), "sintel", "training-clean")["epe"] == 1.084
+    assert published_figures(GMFlowConfig.base(), "sintel", "training-clean")["s40_plus"] == 8.257
+    assert published_figures(GMFlowConfig(attn_splits=(4,)), "sintel", "training-clean") == {}
+    assert published_figures(GMFlowConfig.base(), "kitti", "training") == {}

@@ -1,0 +1,101 @@
+"""The folders the benchmarks' servers take, written from test sets without flow, and read back from the archive."""
+
+import io
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pipelines.submission
+from datasets_etl import formats
+from datasets_etl.etl import run_etl
+from datasets_etl.manifest import Manifest
+from datasets_etl.synthetic import synthetic_pair
+from gmflow import GMFlow, GMFlowConfig, load_model, predict_flow, save_weights
+from pipelines.errors import PipelineError
+
+TINY = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
+FRAMES = [synthetic_pair(number, 45, 70) for number in range(2)]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_weights(GMFlow(TINY), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def manifests(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> dict[str, str]:
+    """Test sets as the benchmarks hand them out: three frames of a Sintel scene in two passes, two KITTI pairs."""
+    root = tmp_path_factory.mktemp("tests")
+    images = [FRAMES[0].image0, FRAMES[0].image1, FRAMES[1].image0]
+    for pass_name in ("clean", "final"):
+        folder = root / "sintel" / "test" / pass_name / "ambush_1"
+        folder.mkdir(parents=True)
+        for number, image in enumerate(images, start=1):
+            (folder / f"frame_{number:04d}.png").write_bytes(formats.encode_frame_png(image))
+    folder = root / "kitti" / "testing" / "image_2"
+    folder.mkdir(parents=True)
+    for scene, pair in enumerate(FRAMES):
+        for name, image in (("10", pair.image0), ("11", pair.image1)):
+            (folder / f"{scene:06d}_{name}.png").write_bytes(formats.encode_frame_png(image))
+    return {name: run_etl(name, str(root / name), str(root / "shards")).manifest_url for name in ("sintel", "kitti")}
+
+
+def submit(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["submission.py", *map(str, arguments)])
+    pipelines.submission.main()
+
+
+def test_sintels_archive_holds_every_frames_flow_under_its_official_name(
+    weights, manifests, tmp_path, monkeypatch, capsys
+):
+    submit(monkeypatch, "--model", weights, "--data", manifests["sintel"], "--output", tmp_path / "mine")
+    told = capsys.readouterr()
+    archive = Path(told.out.splitlines()[-1])
+    assert archive == tmp_path / "mine.zip"
+    assert "4 pairs, the whole test set has 1104" in " ".join(told.err.split())
+    with zipfile.ZipFile(archive) as file:
+        assert file.testzip() is None
+        assert file.namelist() == [
+            f"{pass_name}/ambush_1/frame{number:04d}.flo" for pass_name in ("clean", "final") for number in (1, 2)
+        ]
+        flow = formats.decode_flo(file.read("final/ambush_1/frame0001.flo"), "x")
+    wanted = predict_flow(load_model(weights), FRAMES[0].image0, FRAMES[0].image1)
+    np.testing.assert_array_equal(flow, wanted)
+
+
+def test_kittis_archive_holds_16_bit_pngs_valid_everywhere(weights, manifests, tmp_path, monkeypatch):
+    submit(monkeypatch, "--model", weights, "--data", manifests["kitti"], "--output", tmp_path / "mine")
+    with zipfile.ZipFile(tmp_path / "mine.zip") as file:
+        assert file.namelist() == ["flow/000000_10.png", "flow/000001_10.png"]
+        data = file.read("flow/000001_10.png")
+    assert (data[24], data[25]) == (16, 2)  # bits a channel, RGB
+    flow, valid = formats.decode_kitti_flow(data, "x")
+    assert valid.all()
+    wanted = predict_flow(load_model(weights), FRAMES[1].image0, FRAMES[1].image1, padding="kitti")
+    np.testing.assert_allclose(flow, np.clip(wanted, -512, 511.98), atol=1 / 128 + 1e-3)
+
+
+def test_a_second_run_computes_what_is_missing_and_gives_the_same_archive(weights, manifests, tmp_path, monkeypatch):
+    command = ("--model", weights, "--data", manifests["kitti"], "--output", tmp_path / "mine")
+    submit(monkeypatch, *command)
+    archive = (tmp_path / "mine.zip").read_bytes()
+    (tmp_path / "mine" / "flow" / "000001_10.png").unlink()
+    (tmp_path / "mine" / "notes.txt").write_text("mine, not the server's")
+    before = (tmp_path / "mine" / "flow" / "000000_10.png").stat().st_mtime_ns
+    submit(monkeypatch, *command)
+    assert (tmp_path / "mine.zip").read_bytes() == archive
+    assert (tmp_path / "mine" / "flow" / "000000_10.png").stat().st_mtime_ns == before
+    assert zipfile.ZipFile(io.BytesIO(archive)).namelist() == ["flow/000000_10.png", "flow/000001_10.png"]
+
+
+def test_a_set_without_a_test_split_or_a_server_is_refused(manifests):
+    kitti = Manifest.load(manifests["kitti"])
+    with pytest.raises(PipelineError, match="no subset test-clean and test-final, only testing"):
+        pipelines.submission.benchmark_of(Manifest("sintel", kitti.shards, url=kitti.url))
+    with pytest.raises(PipelineError, match="chairs has no server; sintel and kitti have"):
+        pipelines.submission.benchmark_of(Manifest("chairs", kitti.shards))
