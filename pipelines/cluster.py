@@ -18,6 +18,7 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 import ray
 
+_DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"
 _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
 _SIOCGIFADDR = 0x8915
 
@@ -39,10 +40,15 @@ def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool
         return
     remote = bool(os.environ.get("RAY_ADDRESS"))
     machine = os.cpu_count() or 1
+    port = _free_port() if dashboard and not remote else None
+    if port is not None:
+        # What asks the dashboard would else ask that of whatever Ray was started last on this machine.
+        os.environ[_DASHBOARD_VARIABLE] = f"http://127.0.0.1:{port}"
     ray.init(
         address=None if remote else "local",
         num_cpus=None if remote else max(machine, cpus or machine),
         include_dashboard=None if remote else dashboard,
+        dashboard_port=port,
         object_store_memory=None if remote else _LOCAL_OBJECT_STORE_BYTES,
         runtime_env={"worker_process_setup_hook": talk_where_ray_does} if remote else None,
         configure_logging=True,
@@ -53,6 +59,15 @@ def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool
         yield
     finally:
         ray.shutdown()
+        if port is not None:
+            os.environ.pop(_DASHBOARD_VARIABLE, None)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def talk_where_ray_does() -> None:

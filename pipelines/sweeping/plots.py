@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -59,6 +60,8 @@ def front_png(rows: Sequence[Row], metric: str, cost_size: Size) -> bytes:
     axes.set_title("Accuracy against latency: windows (coarse×fine), radius")
     axes.grid(alpha=0.3)
     axes.margins(x=0.14, y=0.1)
+    if _spreads([row.metrics[metric] for row in shown]):
+        axes.set_yscale("log")
     if shown:
         axes.legend(fontsize=8)
     _name(axes, front, metric)
@@ -108,11 +111,12 @@ def heat_map_png(rows: Sequence[Row], metric: str) -> bytes | None:
             if row.reference:
                 corner = (place[1] - 0.5, place[0] - 0.5)
                 axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=_REFERENCE, lw=2.5, zorder=3))
-        image = axes.imshow(grid, aspect="auto", cmap="viridis_r", vmin=min(values), vmax=max(values) + 1e-9)
-        middle = (min(values) + max(values)) / 2
+        low, high = min(values), max(values) + 1e-9
+        norm = LogNorm(low, high) if _spreads(values) else Normalize(low, high)
+        image = axes.imshow(grid, aspect="auto", cmap="viridis_r", norm=norm)
         for (y, x), value in np.ndenumerate(grid):
             if not np.isnan(value):
-                colour = "white" if value > middle else "black"
+                colour = "white" if norm(value) > 0.5 else "black"
                 weight = "bold" if value == min(values) else "normal"
                 axes.text(x, y, f"{value:.3f}", ha="center", va="center", color=colour, fontsize=8, fontweight=weight)
         axes.set_xticks(range(len(radii)), [_radius(radius) for radius in radii])
@@ -138,6 +142,11 @@ def front_html(rows: Sequence[Row], metric: str, cost_size: Size, name: str) -> 
     text = json.dumps(data, allow_nan=False).replace("</", "<\\/")
     template = Path(__file__).with_name("front.html").read_text()
     return template.replace("/*DATA*/null", text).encode()
+
+
+def _spreads(values: Sequence[float]) -> bool:
+    """Whether a logarithmic scale is needed to tell the good ones apart."""
+    return bool(values) and min(values) > 0 and max(values) > 6 * min(values)
 
 
 def _cost(row: Row) -> tuple[float, float]:
