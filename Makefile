@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench lock
+.PHONY: setup demo stack stack-down test lint bench lock
 
 setup: .venv/.ready
 
@@ -15,6 +15,13 @@ setup: .venv/.ready
 
 demo: setup
 	$(BIN)/python pipelines/demo.py
+
+# Real servers on this machine, without containers; STACK="--database postgresql --workers 3" and the like.
+stack: setup
+	$(BIN)/python -m infra.local_stack up $(STACK)
+
+stack-down: setup
+	$(BIN)/python -m infra.local_stack down
 
 # Everything; `make test PYTEST="-m 'not slow'"` for the quick part.
 test: lint

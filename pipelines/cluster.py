@@ -1,12 +1,16 @@
 """Connecting to Ray: the cluster this job was submitted to, or a local one for as long as the command runs."""
 
 import contextlib
+import fcntl
 import logging
 import os
+import socket
+import struct
 from collections.abc import Iterator
 
-# Read when Ray is imported: a local Ray listens on loopback only.
-os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+# Read when Ray is imported: a local Ray listens on loopback only. A job's driver is a part of its cluster's network.
+if not os.environ.get("RAY_ADDRESS"):
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 # Ray would otherwise warn about a change of defaults for workers without a GPU.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Ray Train notices a finished or lost worker after this long; its default of 2 s adds up over four stages.
@@ -15,15 +19,18 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 import ray
 
 _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
+_SIOCGIFADDR = 0x8915
 
 
 @contextlib.contextmanager
-def connected(cpus: int | None = None, *, verbose: bool = False) -> Iterator[None]:
+def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool = False) -> Iterator[None]:
     """Ray for the length of a `with`.
 
     Args:
         cpus: CPUs a local Ray offers, at least; None for those of the machine. A cluster offers what it has.
         verbose: workers' own output goes to the terminal too.
+        dashboard: a local Ray runs its dashboard: without it, Ray Train inside Tune leaks the workers' places of a
+            trial that is stopped early.
 
     `RAY_ADDRESS` (set by `ray job submit`) names the cluster; without it a local Ray is started and stopped.
     """
@@ -35,8 +42,9 @@ def connected(cpus: int | None = None, *, verbose: bool = False) -> Iterator[Non
     ray.init(
         address=None if remote else "local",
         num_cpus=None if remote else max(machine, cpus or machine),
-        include_dashboard=None if remote else False,
+        include_dashboard=None if remote else dashboard,
         object_store_memory=None if remote else _LOCAL_OBJECT_STORE_BYTES,
+        runtime_env={"worker_process_setup_hook": talk_where_ray_does} if remote else None,
         configure_logging=True,
         logging_level=logging.INFO if verbose else logging.ERROR,
         log_to_driver=verbose,
@@ -45,3 +53,26 @@ def connected(cpus: int | None = None, *, verbose: bool = False) -> Iterator[Non
         yield
     finally:
         ray.shutdown()
+
+
+def talk_where_ray_does() -> None:
+    """Make gloo take the network interface by whose address Ray knows this node; a user's own choice stands.
+
+    Left alone gloo takes the one that the host's own name leads to, which on many a host is loopback: its workers would
+    never find those of other nodes.
+    """
+    address = ray.util.get_node_ip_address()
+    for _, name in socket.if_nameindex():
+        if _address_of(name) == address:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _address_of(interface: str) -> str | None:
+    """IPv4 address of a network interface; None where it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        request = struct.pack("256s", interface.encode()[:15])
+        try:
+            answer = fcntl.ioctl(any_socket, _SIOCGIFADDR, request)
+        except OSError:
+            return None
+    return socket.inet_ntoa(answer[20:24])

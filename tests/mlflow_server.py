@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.seaweedfs import S3Server, free_ports
+from infra.local_stack.settings import free_ports
+from tests.seaweedfs import S3Server
 
 _WAIT_SECONDS = 120
 

@@ -3,9 +3,7 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +11,9 @@ from pathlib import Path
 
 import boto3
 from botocore.config import Config
+
+from infra.local_stack import seaweedfs
+from infra.local_stack.settings import free_ports
 
 
 @dataclass
@@ -26,8 +27,8 @@ class S3Server:
     _process: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
-        self._ports = free_ports(10)
-        self.endpoint = f"http://127.0.0.1:{self._ports[3]}"
+        (self._port,) = free_ports(1)
+        self.endpoint = f"http://127.0.0.1:{self._port}"
 
     @property
     def settings(self) -> dict[str, str]:
@@ -36,19 +37,13 @@ class S3Server:
 
     def start(self) -> None:
         """Returns once it takes objects."""
-        names = ("master.port", "volume.port", "filer.port", "s3.port", "admin.port")
-        flags = [f"-{name}={port}" for name, port in zip(names, self._ports[:5], strict=True)]
-        flags += [f"-{name}.grpc={port}" for name, port in zip(names, self._ports[5:], strict=True)]
-        weed = str(Path(sys.executable).with_name("weed"))  # the virtual environment need not be on the PATH
-        command = [weed, "-logtostderr=true", "mini", f"-dir={self.folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
-        command += [*flags, "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-        command += ["-master.telemetry=false", "-s3.autoCreateBucket=false"]
+        access_key, secret_key = self.environment["AWS_ACCESS_KEY_ID"], self.environment["AWS_SECRET_ACCESS_KEY"]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                command,
+                seaweedfs.command(self.folder, self._port),
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **self.environment, "S3_BUCKET": "data", "GOMEMLIMIT": "512MiB"},
+                env=seaweedfs.environment(access_key, secret_key, ("data",)),
                 start_new_session=True,
             )
         self._wait(self._process)
@@ -97,19 +92,3 @@ def running(folder: Path) -> Iterator[S3Server]:
         yield server
     finally:
         server.kill()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now, outside the range of Ray's workers (10002 to 19999)."""
-    sockets = []
-    while len(sockets) < count:
-        candidate = socket.socket()
-        candidate.bind(("127.0.0.1", 0))
-        if 10002 <= candidate.getsockname()[1] <= 19999:
-            candidate.close()
-        else:
-            sockets.append(candidate)
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports

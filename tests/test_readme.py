@@ -6,6 +6,7 @@ import shlex
 import numpy as np
 import pytest
 
+import infra.local_stack.__main__
 import pipelines.curriculum
 import pipelines.etl
 import pipelines.evaluate
@@ -14,8 +15,10 @@ import pipelines.predict
 import pipelines.registry
 import pipelines.report
 import pipelines.submission
+import pipelines.sweep
 from datasets_etl.formats import encode_frame_png
 from gmflow import GMFlow, GMFlowConfig, save_weights
+from pipelines.sweeping.config import SweepConfig
 from pipelines.training import registry, tracking
 from pipelines.training.config import CurriculumConfig, load_config
 from tests.conftest import ROOT
@@ -24,6 +27,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 SHELL = "\n".join(text for kind, text in BLOCKS if not kind).replace("\\\n", " ")
 COMMANDS = [line for line in SHELL.splitlines() if line.startswith("python pipelines/")]
+JOBS = [line for line in SHELL.splitlines() if line.startswith("ray job submit")]
 SCRIPTS = {
     f"pipelines/{module.__name__.rpartition('.')[2]}.py": module
     for module in (
@@ -35,11 +39,13 @@ SCRIPTS = {
         pipelines.registry,
         pipelines.report,
         pipelines.submission,
+        pipelines.sweep,
     )
 }
 
 
 def test_every_everyday_command_is_shown():
+    assert {line.split(" -- python ")[1].split()[0] for line in JOBS} <= set(SCRIPTS)
     assert {shlex.split(line)[1] for line in COMMANDS} == set(SCRIPTS)
 
 
@@ -51,6 +57,25 @@ def test_a_command_is_understood_by_its_script(line):
         config = load_config(CurriculumConfig, str(ROOT / parsed.config), parsed.overrides)
         assert config.machine.num_workers == 8
         assert config.stages[0].steps == 50000
+    if script.endswith("sweep.py"):
+        swept = load_config(SweepConfig, str(ROOT / parsed.config), parsed.overrides)
+        assert swept.weights == "models:/gmflow@champion"
+
+
+@pytest.mark.parametrize("line", JOBS)
+def test_a_job_is_understood_by_its_script(line):
+    options, entrypoint = line.split(" -- python ")
+    assert options.startswith("ray job submit --working-dir .")
+    script, *arguments = shlex.split(entrypoint)
+    parsed = SCRIPTS[script].parse_arguments(arguments)
+    if script.endswith("curriculum.py"):
+        config = load_config(CurriculumConfig, str(ROOT / parsed.config), parsed.overrides)
+        assert (config.machine.num_workers, config.machine.placement) == (8, "pack")
+
+
+def test_the_stacks_commands_are_understood():
+    lines = re.findall(r"python -m infra\.local_stack ([^`#\n]*)", README)
+    assert {infra.local_stack.__main__.parse_arguments(line.split()).task for line in lines} == {"status", "down"}
 
 
 @pytest.mark.parametrize("overrides", re.findall(r"^\| .* \| `(\S*=[^`]*)`.*\|$", README, re.MULTILINE))
@@ -94,6 +119,7 @@ def registered_model(tmp_path, monkeypatch):
     registry.register(client, "gmflow", run.info.run_id, tmp_path / "model.safetensors", lineage, None)
 
 
-def test_the_two_commands_are_targets_of_the_makefile():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"^make (\w+)", SHELL, re.MULTILINE)) == {"demo", "test"} <= targets
+def test_the_commands_are_targets_of_the_makefile():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    shown = set(re.findall(r"^make ([\w-]+)", SHELL, re.MULTILINE))
+    assert {"demo", "test", "stack", "stack-down"} == shown <= targets

@@ -162,6 +162,8 @@ class MachineConfig(_Frozen):
         num_workers: data-parallel workers.
         min_workers: go on with as few as this many while machines are missing; None: wait for all of them.
         cpus_per_worker, use_gpu: what each worker takes of the cluster.
+        placement: pack workers on as few nodes as hold them, spread them over as many as there are, or insist on a node
+            for each.
         micro_batch: samples a worker computes at a time; gradients are accumulated up to the recipe's batch.
         loader_workers: processes of each worker that read and augment; 0: the worker itself does.
         cache: keeps samples on the machines' own disks; None: each is read from storage every time.
@@ -176,6 +178,7 @@ class MachineConfig(_Frozen):
     min_workers: PositiveInt | None = None
     use_gpu: bool = False
     cpus_per_worker: PositiveInt = 1
+    placement: Literal["pack", "spread", "strict_spread"] = "pack"
     micro_batch: PositiveInt = 1
     loader_workers: NonNegativeInt = 0
     cache: CacheConfig | None = None

@@ -93,6 +93,7 @@ def _fit(job: StageJob, name: str, callbacks: Sequence[UserCallback]) -> None:
             num_workers=machine.num_workers if fewest == machine.num_workers else (fewest, machine.num_workers),
             use_gpu=machine.use_gpu,
             resources_per_worker={"CPU": machine.cpus_per_worker, **({"GPU": 1} if machine.use_gpu else {})},
+            placement_strategy=machine.placement.upper(),
         ),
         run_config=RunConfig(
             name=name,

@@ -125,6 +125,7 @@ class _Worker:
         best = None if stage.keep_best is None else stage.keep_best.name
         self.writer = CheckpointWriter(self.checkpoints, KeepPolicy(stage.keep_last, best), self._warn)
         self.validated: dict[str, float] = {}  # at the current step
+        self.checkpointed = -1  # the newest step handed to the writer
         self.looked_out = time.monotonic()
 
     def _prepare(self) -> nn.Module:
@@ -306,8 +307,9 @@ class _Worker:
             self.state.interval.restart_clock()
 
     def _checkpoint(self) -> None:
-        if self.rank == 0:
+        if self.rank == 0 and self.checkpointed != self.state.step:
             self.writer.submit(self.state.snapshot(), self.validated)
+            self.checkpointed = self.state.step
 
     def must_leave(self) -> bool:
         """Whether Ray knows that a machine of this group is about to be taken; then all leave, with a checkpoint."""

@@ -1,0 +1,1 @@
+"""Where the pipeline runs: an image, cluster files, and real servers without containers."""

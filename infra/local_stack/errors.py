@@ -1,0 +1,5 @@
+"""What a user of the stack can mend. Not the pipelines' error: importing that takes torch, and seconds."""
+
+
+class StackError(Exception):
+    """A taken port, a missing program, a folder that is no stack: one line saying what, where and what to do."""

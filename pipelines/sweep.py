@@ -1,0 +1,351 @@
+"""Sweep windows and radii: `python pipelines/sweep.py --config FILE [key=value …]`.
+
+Two phases from one config. The probe evaluates given weights at every setting of a grid, without training. Tuning
+trains trials on Ray Tune, each a stage like the curriculum's with another config, the probe's best settings first. The
+same command again goes on where it was.
+"""
+
+import argparse
+import hashlib
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipelines.cluster import connected  # sets Ray's environment, so before Ray
+
+# isort: split
+import ray
+from rich.table import Table
+
+from datasets_etl.manifest import Manifest
+from datasets_etl.storage import ObjectStore, open_store
+from gmflow import GMFlow, load_weights, save_weights
+from pipelines.errors import PipelineError, command
+from pipelines.sweeping import plots
+from pipelines.sweeping.accuracy import Scores, Weights, measure_accuracy, score_jobs
+from pipelines.sweeping.config import SweepConfig
+from pipelines.sweeping.cost import measure_costs
+from pipelines.sweeping.room import check_room
+from pipelines.sweeping.settings import Setting, padded_size
+from pipelines.sweeping.table import Row, best_settings, mark_front, to_csv, to_json
+from pipelines.sweeping.tracking import SweepRun
+from pipelines.sweeping.trials import FINAL_WEIGHTS, Trial, TrialPlan, TrialResult, listed_points, retry_failed
+from pipelines.sweeping.tuning import Listener, TrialRecord, tune_trials
+from pipelines.sweeping.view import SweepView, front_table
+from pipelines.training import registry, tracking
+from pipelines.training.code_version import code_version
+from pipelines.training.config import SetConfig, load_config
+from pipelines.training.feed import Record
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Sweep GMFlow's windows and radii: probe trained weights, tune trials."
+    )
+    parser.add_argument("--config", required=True, help="a YAML file, such as pipelines/configs/sweep.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="check the config, list what would run, and stop")
+    parser.add_argument("--retry-failed", action="store_true", help="trials that failed before are run again")
+    parser.add_argument("--verbose", action="store_true", help="show the output of Ray's workers too")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides, such as cost.rounds=3")
+    return parser.parse_intermixed_args(argv)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked config with what its phases share."""
+
+    config: SweepConfig
+    manifests: Mapping[str, Manifest]
+    store: ObjectStore
+    view: SweepView
+
+
+def prepare(config: SweepConfig) -> Sweep:
+    """Read the manifests and check every setting against every size, before anything starts.
+
+    Raises PipelineError or DataError for what the user can mend.
+    """
+    manifests: dict[str, Manifest] = {}
+    for part in config.reads:
+        url = config.data[part.data]
+        if part.data not in manifests and url is not None:
+            manifests[part.data] = Manifest.load(url)
+        manifests[part.data].select(part.subset)
+    config.check_sizes(manifests)
+    store = open_store(f"{open_store(config.storage).url}/{config.name}")
+    return Sweep(config, manifests, store, SweepView(config.metric))
+
+
+def run_sweep(sweep: Sweep, *, retry: bool = False) -> list[Row]:
+    """Both phases, as far as configured, and the report. Needs a connected Ray with its dashboard."""
+    config = sweep.config
+    check_room(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    weights = keep_weights(sweep)
+    run = SweepRun(config, weights, sweep.manifests, sweep.view.say)
+    with run.parent.running(run.run_id):
+        with sweep.view.showing():
+            rows = []
+            if config.probe is not None and weights is not None:
+                rows = with_costs(sweep, probe(sweep, weights, run))
+            if config.tune is not None:
+                seeds = best_settings(rows, config.metric, config.tune.seeds)
+                rows = with_costs(sweep, rows + tune(sweep, weights, seeds, run, retry=retry))
+        for row in rows:
+            run.judge(row)
+        report(sweep, rows, run)
+        register_best(sweep, rows, run, plan_trials(sweep, weights))
+    failed = [row for row in rows if row.status == "failed"]
+    if failed and not any(row.status == "finished" for row in rows):
+        raise PipelineError(f"all {len(failed)} trials failed, {failed[0].name} because: {failed[0].reason}")
+    return rows
+
+
+def keep_weights(sweep: Sweep) -> Weights | None:
+    """The weights on storage, where every node reaches them, named by their content: an alias may move on.
+
+    Raises GMFlowError where they are not of the config's model.
+    """
+    config = sweep.config
+    if config.weights is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="gmflow-weights-") as folder:
+        source = registry.fetch_weights(config.weights, Path(folder), config.mlflow.tracking_uri)
+        version = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+        name = f"weights-{version}.safetensors"
+        if sweep.store.size(name) is None:
+            model = GMFlow(config.architecture)
+            load_weights(model, source)
+            path = Path(folder) / f"kept-{name}"
+            save_weights(model, path)
+            sweep.store.upload(path, name)
+    return Weights(f"{sweep.store.url}/{name}", version)
+
+
+def probe(sweep: Sweep, weights: Weights, run: SweepRun) -> list[Row]:
+    """The accuracy of the weights at every setting of the grid."""
+    config = sweep.config
+    assert config.probe is not None
+    rows = {
+        setting: Row(setting.name, "probe", setting.on(config.architecture), reference=setting == config.reference)
+        for setting in config.probed
+    }
+    for row in rows.values():
+        sweep.view.show(row)
+    missing = dict.fromkeys(rows, len(config.probe.validation))
+
+    def on_scored(setting: Setting, chosen: SetConfig, scores: Scores) -> None:
+        metrics = {f"val/{chosen.name}/{name}": value for name, value in scores.items()}
+        missing[setting] -= 1
+        status = "running" if missing[setting] else "finished"
+        rows[setting] = replace(rows[setting], status=status, metrics=rows[setting].metrics | metrics)
+        if not missing[setting]:
+            run.end(rows[setting])
+        sweep.view.show(rows[setting])
+
+    jobs = [
+        job
+        for chosen in config.probe.validation
+        for job in score_jobs(weights, list(rows), chosen, sweep.manifests[chosen.data], config.precision)
+    ]
+    measure_accuracy(sweep.store, jobs, config.probe.cpus, config.probe.use_gpu, on_scored)
+    return list(rows.values())
+
+
+def with_costs(sweep: Sweep, rows: Sequence[Row]) -> list[Row]:
+    """The rows with latency and memory, each model measured once, and the front among them."""
+    config = sweep.config
+    names = {row.model: row.setting.name for row in rows if row.status != "failed"}
+    costs = measure_costs(sweep.store, names, config.cost, config.precision, sweep.view.say)
+    measured = [replace(row, cost=costs.get(row.model)) for row in rows]
+    for row in measured:
+        sweep.view.show(row)
+    return mark_front(measured, config.metric)
+
+
+def plan_trials(sweep: Sweep, weights: Weights | None) -> TrialPlan:
+    """What the sweep's trials share."""
+    config = sweep.config
+    trained = config.tune is not None and config.tune.start == "trained"
+    return TrialPlan(
+        config=config,
+        weights=weights if trained else None,
+        data={name: manifest.url for name, manifest in sweep.manifests.items()},
+        versions={name: manifest.version for name, manifest in sweep.manifests.items()},
+        folder=f"{sweep.store.url}/trials",
+        feed=f"feed-sweep-{config.name}",
+    )
+
+
+def tune(
+    sweep: Sweep, weights: Weights | None, seeds: Sequence[Setting], run: SweepRun, *, retry: bool = False
+) -> list[Row]:
+    """Train the trials; a row for each, however it ended."""
+    plan = plan_trials(sweep, weights)
+    if retry:
+        retry_failed(plan)
+    for name in (setting.name for setting in seeds):
+        sweep.view.say(f"the probe's front seeds {name}")
+    board = _TrialBoard(sweep.view, run)
+    tune_trials(plan, seeds, board)
+    return list(board.rows.values())
+
+
+class _TrialBoard(Listener):
+    """Trials as rows of the table and runs of MLflow. Tune's loop and the feed's thread both call it."""
+
+    def __init__(self, view: SweepView, run: SweepRun) -> None:
+        self.view = view
+        self.run = run
+        self.rows: dict[str, Row] = {}
+        self._lock = threading.Lock()
+
+    def started(self, trial: Trial) -> None:
+        with self._lock:
+            choices = {name: trial.point[name] for name in trial.point if not name.startswith(("attn", "corr", "prop"))}
+            row = Row(trial.name, "trial", trial.model.build(), status="running", choices=choices)
+            self._keep(row)
+            self.run.describe(row, trial.stage)
+
+    def validated(self, trial: Trial, step: int, metrics: dict[str, float]) -> None:
+        with self._lock:
+            row = self.rows[trial.name]
+            self._keep(replace(row, step=max(row.step, step), metrics=metrics))
+            self.run.log(row, Record(step, metrics))
+
+    def ended(self, trial: Trial, result: TrialResult) -> None:
+        with self._lock:
+            row = self.rows[trial.name]
+            step = max(row.step, result.step)
+            self._keep(replace(row, status=result.status, reason=result.reason, step=step))
+            self.run.end(self.rows[trial.name])
+
+    def show(self, record: Record) -> None:
+        with self._lock:
+            row = self.rows.get(self._of(record))
+            if row is not None and row.status == "running":
+                self._keep(replace(row, step=max(row.step, record.step)))
+        if record.line:
+            self.view.log(f"{self._of(record)}: {record.line}")
+
+    def keep(self, record: Record) -> None:
+        row = self.rows.get(self._of(record))
+        if row is not None:
+            self.run.log(row, record)
+
+    @staticmethod
+    def _of(record: Record) -> str:
+        return record.trial if isinstance(record, TrialRecord) else ""
+
+    def _keep(self, row: Row) -> None:
+        self.rows[row.name] = row
+        self.view.show(row)
+
+
+def report(sweep: Sweep, rows: Sequence[Row], run: SweepRun) -> None:
+    """Table and plots on storage and in MLflow, the front on the terminal."""
+    config = sweep.config
+    size = config.cost.size
+    files = {
+        "sweep.csv": to_csv(rows, size),
+        "sweep.json": to_json(rows, config.metric, config.cost.model_dump(mode="json")),
+        "front.png": plots.front_png(rows, config.metric, size),
+        "front.html": plots.front_html(rows, config.metric, size, config.name),
+    }
+    if (heat_map := plots.heat_map_png(rows, config.metric)) is not None:
+        files["heat_map.png"] = heat_map
+    for name, content in files.items():
+        sweep.store.write(f"report/{name}", content)
+    run.keep(files)
+    sweep.view.console.print(front_table(rows, config.metric, f"{size[0]}×{size[1]}"))
+    for row in (row for row in rows if row.status in ("failed", "stopped")):
+        sweep.view.console.print(f"{row.phase} {row.name} {row.status}: {row.reason}", markup=False, highlight=False)
+    uri = tracking.tracking_uri(config.mlflow.tracking_uri)
+    print(f"MLflow: {uri}, {tracking.run_link(uri, config.mlflow.experiment, run.run_id)}")
+    for name in files:
+        print(f"  {sweep.store.url}/report/{name}")
+
+
+def register_best(sweep: Sweep, rows: Sequence[Row], run: SweepRun, plan: TrialPlan) -> None:
+    """Register the best finished trials, the very best last: the alias of the sweep's name stays with it."""
+    config = sweep.config
+    if config.registration is None:
+        return
+    finished = [row for row in rows if row.phase == "trial" and row.status == "finished"]
+    best = sorted(finished, key=lambda row: (row.metrics[config.metric], row.name))[: config.registration.best]
+    for row in reversed(best):
+        trial = plan.trial(row.point)
+        lineage = registry.Lineage(
+            stage=config.name,
+            parent="random" if plan.weights is None else str(config.weights),
+            manifests={part.data: plan.data[part.data] for part in trial.stage.mixture},
+            config_hash=trial.key,
+            code_version=code_version(),
+            metrics=row.metrics,
+        )
+        with tempfile.TemporaryDirectory(prefix="gmflow-best-") as folder:
+            path = Path(folder) / FINAL_WEIGHTS
+            path.write_bytes(open_store(trial.folder).read(FINAL_WEIGHTS))
+            version = run.parent.patience(
+                registry.register,
+                run.client,
+                config.mlflow.registered_model,
+                run.child(row).run_id,
+                path,
+                lineage,
+                config.objective,
+            )
+        print(f"registered {row.name} as models:/{version.name}/{version.version}")
+
+
+def show_plan(sweep: Sweep) -> None:
+    """What `--dry-run` prints: every setting and trial, in order."""
+    config = sweep.config
+    console = sweep.view.console
+    if config.probe is not None:
+        table = Table(title=f"probe: {len(config.probed)} settings of {config.weights}")
+        sets = ", ".join(
+            f"{one.name}" + (f" (first {one.limit})" if one.limit else "") for one in config.probe.validation
+        )
+        for name in ("windows", "radius", "prop", f"{config.cost.height}×{config.cost.width} padded to", ""):
+            table.add_column(name, justify="right")
+        for setting in config.probed:
+            padded = padded_size(setting.on(config.architecture), config.cost.size)
+            radii = str(setting.corr_radius[-1]), str(setting.prop_radius[-1])
+            mark = "reference" if setting == config.reference else ""
+            table.add_row(setting.splits, *radii, f"{padded[0]}×{padded[1]}", mark)
+        console.print(table)
+        console.print(f"each on {sets}", highlight=False)
+    if config.tune is not None:
+        tuned = config.tune
+        order = f", the probe's best {tuned.seeds} settings first" if config.probe and tuned.seeds else ""
+        if tuned.searcher == "optuna":
+            console.print(f"tune: {tuned.trials} trials of {tuned.stage.steps} steps, chosen by Optuna{order}")
+        else:
+            points = listed_points(config, [])
+            table = Table(title=f"tune: {len(points)} trials of {tuned.stage.steps} steps{order}")
+            for name in points[0] if points else ():
+                table.add_column(name, justify="right")
+            for point in points:
+                table.add_row(*(f"{value:g}" for value in point.values()))
+            console.print(table)
+
+
+@command
+def main() -> None:
+    arguments = parse_arguments()
+    config = load_config(SweepConfig, arguments.config, arguments.overrides)
+    sweep = prepare(config)
+    if arguments.dry_run:
+        show_plan(sweep)
+        return
+    cpus = [config.cost.cpus, config.probe.cpus if config.probe else 1]
+    if config.tune is not None:
+        cpus.append(config.tune.machine.num_workers * config.tune.machine.cpus_per_worker)
+    with connected(max(cpus), verbose=arguments.verbose, dashboard=True):
+        run_sweep(sweep, retry=arguments.retry_failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""The accuracy of trained weights at many settings: Ray tasks that score a set, each result kept by its content.
+
+Settings that differ in the last scale's radii only share everything up to it: backbone and transformer run once for
+all of them, and the figures are those of separate runs, to the bit. Nothing is searched or stopped here, so these are
+plain Ray tasks: a pure function of weights, settings and set, which Tune would only wrap into an actor each.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from torch import nn
+
+from datasets_etl.loader import EvaluationSet
+from datasets_etl.manifest import Manifest
+from datasets_etl.storage import ObjectStore, split_url
+from gmflow import GMFlow, load_model
+from gmflow.execution import Precision, autocast
+from gmflow.metrics import FlowMetrics
+from pipelines.errors import USER_ERRORS
+from pipelines.sweeping.settings import Setting
+from pipelines.training.config import SetConfig
+from pipelines.training.validation import score
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights on storage: their URL (.safetensors), and the first 16 hex digits of the SHA-256 of their source."""
+
+    url: str
+    version: str
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """Settings that differ in the last radii only, to be scored on one set."""
+
+    weights: Weights
+    settings: tuple[Setting, ...]
+    manifest_url: str
+    manifest_version: str
+    chosen: SetConfig
+    precision: Precision
+
+    def key(self, setting: Setting) -> str:
+        """Names all that decides a setting's figures."""
+        decides = [self.weights.version, asdict(setting), self.manifest_version, self.chosen.subset, self.chosen.limit]
+        content = json.dumps([*decides, self.precision], sort_keys=True)
+        return f"accuracy/{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+
+
+Scores = dict[str, float]
+OnScored = Callable[[Setting, SetConfig, Scores], None]
+
+
+def measure_accuracy(
+    store: ObjectStore, jobs: Sequence[ScoreJob], cpus: int, use_gpu: bool, on_scored: OnScored
+) -> None:
+    """Score what storage does not hold yet; `on_scored` hears of every setting and set, stored or fresh."""
+    waiting: dict[Any, ScoreJob] = {}
+    task = score_settings.options(num_cpus=cpus, num_gpus=1 if use_gpu else 0)
+    for job in jobs:
+        missing = []
+        for setting in job.settings:
+            stored = _stored(store, job.key(setting))
+            if stored is None:
+                missing.append(setting)
+            else:
+                on_scored(setting, job.chosen, stored)
+        if missing:
+            remaining = ScoreJob(**{**vars(job), "settings": tuple(missing)})
+            waiting[task.remote(remaining, cpus, use_gpu)] = remaining
+    while waiting:
+        (ready,), _ = ray.wait(list(waiting), num_returns=1)
+        job = waiting.pop(ready)
+        for setting, scores in zip(job.settings, _fetched(ready), strict=True):
+            content = {"setting": asdict(setting), "set": job.chosen.name, "limit": job.chosen.limit, "scores": scores}
+            store.write(job.key(setting), json.dumps(content).encode())
+            on_scored(setting, job.chosen, scores)
+
+
+def _fetched(ready: Any) -> list[Scores]:
+    try:
+        scores: list[Scores] = ray.get(ready)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, USER_ERRORS):
+            raise error.cause from error
+        raise
+    return scores
+
+
+def _stored(store: ObjectStore, key: str) -> Scores | None:
+    if store.size(key) is None:
+        return None
+    scores: Scores = json.loads(store.read(key))["scores"]
+    return scores
+
+
+def score_jobs(
+    weights: Weights, settings: Sequence[Setting], chosen: SetConfig, manifest: Manifest, precision: Precision
+) -> list[ScoreJob]:
+    """One job for each group of settings that share their features."""
+    groups: dict[Any, list[Setting]] = {}
+    for setting in settings:
+        shared = (setting.attn_splits, setting.corr_radius[:-1], setting.prop_radius[:-1])
+        groups.setdefault(shared, []).append(setting)
+    return [
+        ScoreJob(weights, tuple(group), manifest.url, manifest.version, chosen, precision) for group in groups.values()
+    ]
+
+
+@ray.remote(max_retries=3)
+def score_settings(job: ScoreJob, threads: int, use_gpu: bool) -> list[Scores]:
+    """Figures of each of the job's settings; a figure without a pixel is left out."""
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if use_gpu else "cpu")
+    with tempfile.TemporaryDirectory(prefix="gmflow-probe-") as folder:
+        store, name = split_url(job.weights.url)
+        path = Path(folder) / name
+        path.write_bytes(store.read(name))
+        models = [load_model(path, **asdict(setting)).to(device) for setting in job.settings]
+    pooled = [FlowMetrics() for _ in models]
+    evaluation = EvaluationSet(Manifest.load(job.manifest_url), job.chosen.subset, job.chosen.limit)
+    shared = SharedFeatures(models)
+    with autocast(device, job.precision):
+        for number in range(len(evaluation)):
+            sample = evaluation[number]
+            for model, metrics in zip(shared.each(), pooled, strict=True):
+                for scored in score(model, [sample], device):
+                    metrics.merge(scored.metrics)
+    return [{name: value for name, value in each.compute().items() if value == value} for each in pooled]
+
+
+class SharedFeatures:
+    """Models of the same weights and windows, of which the first computes the features for all.
+
+    Backbone and transformer see the same inputs in each of them: the last radii come after.
+    """
+
+    def __init__(self, models: Sequence[GMFlow]) -> None:
+        self._models = models
+        self._parts = [_Once(models[0].backbone), _Once(models[0].transformer)]
+        for model in models:
+            model.backbone, model.transformer = self._parts  # type: ignore[assignment]
+
+    def each(self) -> Iterator[GMFlow]:
+        """The models in turn, for one and the same pair of images."""
+        for part in self._parts:
+            part.forget()
+        for model in self._models:
+            for part in self._parts:
+                part.rewind()
+            yield model
+
+
+class _Once(nn.Module):
+    """Remembers the results of a row of calls, and gives them again after `rewind`."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self._results: list[Any] = []
+        self._next = 0
+
+    def forget(self) -> None:
+        self._results.clear()
+
+    def rewind(self) -> None:
+        self._next = 0
+
+    def forward(self, *inputs: Any) -> Any:
+        if self._next == len(self._results):
+            self._results.append(self.inner(*inputs))
+        self._next += 1
+        return self._results[self._next - 1]

@@ -1,0 +1,331 @@
+"""The sweep's config: what is probed, what it costs, what is tuned, what becomes of the best."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from datasets_etl.manifest import Manifest
+from gmflow import GMFlowConfig
+from gmflow.config import GLOBAL
+from pipelines.errors import PipelineError
+from pipelines.sweeping.settings import Setting, check_crop, check_size, grid_settings
+from pipelines.training.config import (
+    MachineConfig,
+    MetricConfig,
+    MlflowConfig,
+    ModelConfig,
+    PartConfig,
+    SetConfig,
+    StageConfig,
+)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GridConfig(_Frozen):
+    """Values to combine. What is left out stays as in the config's model.
+
+    Attributes:
+        attn_splits: for each scale, coarse to fine, the windows on a side to try.
+        corr_radius: matching radii of the second scale to try; a model of one scale matches globally.
+        prop_radius: propagation radii of the last scale to try.
+    """
+
+    attn_splits: tuple[tuple[PositiveInt, ...], ...] | None = None
+    corr_radius: tuple[int, ...] | None = Field(default=None, min_length=1)
+    prop_radius: tuple[int, ...] | None = Field(default=None, min_length=1)
+
+    def settings(self, reference: Setting) -> list[Setting]:
+        return grid_settings(reference, self.attn_splits, self.corr_radius, self.prop_radius)
+
+
+class RangeConfig(_Frozen):
+    """A range searched on a logarithmic scale."""
+
+    low: PositiveFloat
+    high: PositiveFloat
+
+    @pydantic.model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low} must be below high {self.high}")
+        return self
+
+
+class SpaceConfig(GridConfig):
+    """What trials differ in. What is left out stays as in the config's model and stage."""
+
+    peak_lr: tuple[PositiveFloat, ...] | RangeConfig | None = None
+    num_layers: tuple[PositiveInt, ...] | None = None
+    feature_channels: tuple[PositiveInt, ...] | None = None
+
+    @property
+    def changes_layout(self) -> bool:
+        """Whether trials differ in the shapes of their weights."""
+        return self.num_layers is not None or self.feature_channels is not None
+
+
+class ProbeConfig(_Frozen):
+    """The weights at every setting of a grid, without training.
+
+    Attributes:
+        grid: the settings; the config's own is always added, as the reference.
+        validation: the sets to score on.
+        cpus: of a task, and its threads.
+        use_gpu: a task gets a GPU too.
+    """
+
+    grid: GridConfig
+    validation: tuple[SetConfig, ...] = Field(min_length=1)
+    cpus: PositiveInt = 1
+    use_gpu: bool = False
+
+
+class CostConfig(_Frozen):
+    """How latency and memory are measured: one pair at a time, settings in turn, on one process of its own.
+
+    Attributes:
+        height, width: of the images, before they are padded as the setting asks.
+        rounds: timings of each setting; the median counts. A warm-up in every process comes before.
+        cpus: threads, and CPUs kept free for them.
+        use_gpu: on a GPU.
+        clock: "wall", or on a machine that others use too "cpu": processor time, of all threads together.
+    """
+
+    height: PositiveInt = 436
+    width: PositiveInt = 1024
+    rounds: PositiveInt = 5
+    cpus: PositiveInt = 1
+    use_gpu: bool = False
+    clock: Literal["wall", "cpu"] = "wall"
+
+    @pydantic.model_validator(mode="after")
+    def _clock_fits(self) -> Self:
+        if self.use_gpu and self.clock == "cpu":
+            raise ValueError("clock cpu counts processor time, which tells nothing of a GPU; use wall")
+        return self
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+
+class TuneConfig(_Frozen):
+    """Trials: stages with another config, trained as the curriculum trains its own.
+
+    Attributes:
+        stage: what every trial is, but for what `space` changes.
+        machine: of one trial.
+        space: what trials differ in.
+        start: "trained": from the sweep's weights; "random".
+        searcher: "grid": all of the space; "random" and "optuna": `trials` of it.
+        trials: how many; None for all of a grid.
+        seeds: settings from the probe's front to try first, best first.
+        scheduler: "asha" stops trials that fall behind; "none".
+        grace_steps: steps no trial is stopped before; None: until its first validation.
+        reduction_factor: of ASHA: one in so many goes on from each rung to the next.
+        max_concurrent: trials at a time; None: as many as the cluster holds.
+    """
+
+    stage: StageConfig
+    machine: MachineConfig = MachineConfig()
+    space: SpaceConfig
+    start: Literal["trained", "random"] = "trained"
+    searcher: Literal["grid", "random", "optuna"] = "grid"
+    trials: PositiveInt | None = None
+    seeds: NonNegativeInt = 3
+    scheduler: Literal["asha", "none"] = "asha"
+    grace_steps: PositiveInt | None = None
+    reduction_factor: float = Field(default=3, gt=1)
+    max_concurrent: PositiveInt | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _search_is_possible(self) -> Self:
+        if self.searcher == "grid" and isinstance(self.space.peak_lr, RangeConfig):
+            raise ValueError(
+                "space.peak_lr: a grid needs values, such as [1e-4, 2e-4]; ranges are for random and optuna"
+            )
+        if self.searcher != "grid" and self.trials is None:
+            raise ValueError(f"trials is missing: how many trials may {self.searcher} take?")
+        if self.start == "trained" and self.space.changes_layout:
+            raise ValueError(
+                "space: num_layers and feature_channels change the weights' layout, so no trained weights fit all "
+                "trials; set tune.start=random, or leave them out"
+            )
+        if self.grace >= self.stage.steps and self.scheduler == "asha":
+            raise ValueError(
+                f"asha stops nothing: it may act from step {self.grace} of {self.stage.steps} on; "
+                "set stage.validate_every or grace_steps lower, or scheduler=none"
+            )
+        return self
+
+    @property
+    def grace(self) -> int:
+        return self.grace_steps or self.stage.validate_every or self.stage.steps
+
+
+class RegistrationConfig(_Frozen):
+    """The best finished trials become model versions, the very best with the sweep's name as alias.
+
+    Attributes:
+        best: how many. `champion` moves as in the curriculum: when the objective improves on the reigning one's.
+    """
+
+    best: PositiveInt = 1
+
+
+class SweepConfig(_Frozen):
+    """A whole sweep.
+
+    Attributes:
+        name: leads the names of its runs; its folder on storage.
+        storage: URL or path; every node must reach it.
+        data: name → manifest URL.
+        model: the architecture; its windows and radii are the reference setting.
+        weights: models:/…, .pth or .safetensors that are probed and that trials start from.
+        objective: what is best: a metric, lower is better, of a set validated on.
+        seed: of random points, and of trials.
+        precision: of forward passes.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    storage: str
+    data: dict[str, str | None]
+    objective: MetricConfig
+    model: ModelConfig = ModelConfig(variant="refine")
+    weights: str | None = None
+    seed: NonNegativeInt = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    probe: ProbeConfig | None = None
+    cost: CostConfig = CostConfig()
+    tune: TuneConfig | None = None
+    registration: RegistrationConfig | None = None
+    mlflow: MlflowConfig = MlflowConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _references_hold(self) -> Self:
+        if self.probe is None and self.tune is None:
+            raise ValueError("neither probe nor tune: nothing to do")
+        if self.weights is None and self.probe is not None:
+            raise ValueError("weights is missing: which model is probed? Give models:/…, a .pth or a .safetensors")
+        if self.weights is None and self.tune is not None and self.tune.start == "trained":
+            raise ValueError("weights is missing: give what trials start from, or set tune.start=random")
+        for used in self.reads:
+            if used.data not in self.data:
+                raise ValueError(f"no data {used.data!r}; data has {', '.join(self.data)}")
+            if self.data[used.data] is None:
+                raise ValueError(f"data.{used.data} is not set; give the manifest's URL: data.{used.data}=URL")
+        for phase, chosen in self._validated:
+            if self.objective.set_name not in [one.name for one in chosen]:
+                raise ValueError(f"{phase}.validation lacks {self.objective.set_name}, the objective; add it")
+        self._check_space()
+        return self
+
+    def _check_space(self) -> None:
+        """Before anything starts: the settings fit the model, trials' settings fit the crop."""
+        scales = self.model.build().num_scales
+        for phase, grid in self._grids:
+            if grid.attn_splits is not None and len(grid.attn_splits) != scales:
+                raise ValueError(
+                    f"{phase}.attn_splits holds {len(grid.attn_splits)} list(s); this model has {scales} scale(s)"
+                )
+            if grid.corr_radius is not None and scales == 1:
+                raise ValueError(f"{phase}.corr_radius: a model of one scale matches globally; leave it out")
+            for name in ("corr_radius", "prop_radius"):
+                for value in getattr(grid, name) or ():
+                    if value < 1 and not (value == GLOBAL and scales == 1):
+                        alone = ", and -1 (global)" if scales == 1 else ""
+                        raise ValueError(
+                            f"{phase}.{name}: {value} makes no sense; valid are whole numbers from 1{alone}"
+                        )
+        if self.tune is not None:
+            machine, stage = self.tune.machine, self.tune.stage
+            if machine.num_workers > stage.global_batch:
+                raise ValueError(
+                    f"tune: stage.global_batch {stage.global_batch} cannot feed machine.num_workers "
+                    f"{machine.num_workers}; each worker needs a sample a step"
+                )
+            for setting in self.tune.space.settings(self.reference):
+                try:
+                    check_crop(setting.on(self.architecture), stage.crop, f"tune.space at {setting.splits}")
+                except PipelineError as error:
+                    raise ValueError(str(error)) from None
+
+    def check_sizes(self, manifests: Mapping[str, Manifest]) -> None:
+        """Every setting on every image size it will meet. Raises PipelineError listing the valid values."""
+        for phase, settings, chosen in self._evaluated:
+            sizes = {f"the cost's size ({phase})": {self.cost.size}}
+            for one in chosen:
+                sizes[f"{phase} on {one.name}"] = image_sizes(manifests[one.data], one)
+            for setting, (where, found) in itertools.product(settings, sizes.items()):
+                for size in sorted(found):
+                    check_size(setting.on(self.architecture), size, f"{where} at {setting.splits}")
+
+    @property
+    def architecture(self) -> GMFlowConfig:
+        return self.model.build()
+
+    @property
+    def reference(self) -> Setting:
+        """The setting that others are compared with: the model's own."""
+        return Setting.of(self.architecture)
+
+    @property
+    def probed(self) -> list[Setting]:
+        """The grid's settings, the reference among them."""
+        if self.probe is None:
+            return []
+        return list(dict.fromkeys([*self.probe.grid.settings(self.reference), self.reference]))
+
+    @property
+    def metric(self) -> str:
+        """The objective as workers report it."""
+        return self.objective.name
+
+    @property
+    def reads(self) -> tuple[PartConfig | SetConfig, ...]:
+        """Every subset the sweep reads."""
+        probe = self.probe.validation if self.probe else ()
+        return (*probe, *(self.tune.stage.reads if self.tune else ()))
+
+    @property
+    def _validated(self) -> list[tuple[str, Sequence[SetConfig]]]:
+        found: list[tuple[str, Sequence[SetConfig]]] = []
+        if self.probe is not None:
+            found.append(("probe", self.probe.validation))
+        if self.tune is not None:
+            found.append(("tune.stage", self.tune.stage.validation))
+        return found
+
+    @property
+    def _grids(self) -> list[tuple[str, GridConfig]]:
+        found: list[tuple[str, GridConfig]] = []
+        if self.probe is not None:
+            found.append(("probe.grid", self.probe.grid))
+        if self.tune is not None:
+            found.append(("tune.space", self.tune.space))
+        return found
+
+    @property
+    def _evaluated(self) -> list[tuple[str, list[Setting], Sequence[SetConfig]]]:
+        found: list[tuple[str, list[Setting], Sequence[SetConfig]]] = []
+        if self.probe is not None:
+            found.append(("probe", self.probed, self.probe.validation))
+        if self.tune is not None:
+            found.append(("tune", self.tune.space.settings(self.reference), self.tune.stage.validation))
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """The resolved config as plain values."""
+        return self.model_dump(mode="json")
+
+
+def image_sizes(manifest: Manifest, chosen: SetConfig) -> set[tuple[int, int]]:
+    """The sizes of a set's images, pixels."""
+    entries = (manifest.samples[int(number)] for number in manifest.select(chosen.subset)[: chosen.limit])
+    return {(entry.height, entry.width) for entry in entries}

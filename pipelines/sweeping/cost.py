@@ -1,0 +1,182 @@
+"""What a setting costs: latency and peak memory of one forward pass at a stated size.
+
+One process measures everything, with the CPUs or the GPU it was given and nothing else of ours beside it. Settings take
+turns: a round times each of them once, every other round backwards, so what disturbs the machine disturbs them alike.
+Every figure is kept as soon as it is measured; figures of another machine, size or thread count are other figures.
+"""
+
+import hashlib
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from datasets_etl.storage import ObjectStore
+from gmflow import GMFlow, GMFlowConfig
+from gmflow.execution import Precision, autocast
+from gmflow.predict import padded_flow
+from pipelines.sweeping.config import CostConfig
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one forward pass.
+
+    Attributes:
+        latency_ms: median over the rounds.
+        peak_mib: the most that torch held for tensors beyond the weights and the two images.
+    """
+
+    latency_ms: float
+    peak_mib: float
+
+
+OnMeasured = Callable[[str], None]
+
+
+def measure_costs(
+    store: ObjectStore,
+    models: Mapping[GMFlowConfig, str],
+    config: CostConfig,
+    precision: Precision,
+    on_measured: OnMeasured,
+) -> dict[GMFlowConfig, Cost]:
+    """The cost of each model; weights do not matter, so they are random. Measures what storage does not hold yet.
+
+    Args:
+        store: of the sweep.
+        models: each with what to call it.
+        config: how to measure.
+        precision: of the forward pass.
+        on_measured: gets a line for every timing.
+    """
+    meter = _Meter.options(  # type: ignore[attr-defined]
+        num_cpus=config.cpus, num_gpus=1 if config.use_gpu else 0
+    ).remote(config, precision)
+    try:
+        machine = ray.get(meter.machine.remote())
+        known = {model: _Record.load(store, _key(model, config, precision, machine)) for model in models}
+        for number in range(config.rounds):
+            due = [model for model, record in known.items() if len(record.seconds) <= number]
+            for count, model in enumerate(due if number % 2 == 0 else due[::-1], start=1):
+                peak, seconds = ray.get(meter.measure.remote(model))
+                known[model].add(store, peak, seconds, model, machine)
+                progress = f"round {number + 1}/{config.rounds} {count}/{len(due)}"
+                on_measured(f"cost {progress} {models[model]} {1000 * seconds:.0f} ms")
+    finally:
+        ray.kill(meter)
+    return {model: record.cost() for model, record in known.items()}
+
+
+def _key(model: GMFlowConfig, config: CostConfig, precision: Precision, machine: Mapping[str, str]) -> str:
+    how = [config.height, config.width, config.cpus, config.clock, precision]
+    content = json.dumps([model.to_dict(), how, dict(machine)], sort_keys=True)
+    return f"cost/{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+
+
+@dataclass
+class _Record:
+    """What is known of one model's cost, as it lies on storage."""
+
+    key: str
+    peak_bytes: int
+    seconds: list[float]
+
+    @classmethod
+    def load(cls, store: ObjectStore, key: str) -> "_Record":
+        if store.size(key) is None:
+            return cls(key, 0, [])
+        content = json.loads(store.read(key))
+        return cls(key, content["peak_bytes"], content["seconds"])
+
+    def add(
+        self, store: ObjectStore, peak: int, seconds: float, model: GMFlowConfig, machine: Mapping[str, str]
+    ) -> None:
+        self.peak_bytes = peak
+        self.seconds.append(seconds)
+        facts = {"model": model.to_dict(), "machine": dict(machine)}
+        content = {**facts, "peak_bytes": self.peak_bytes, "seconds": self.seconds}
+        store.write(self.key, json.dumps(content).encode())
+
+    def cost(self) -> Cost:
+        return Cost(1000 * statistics.median(self.seconds), self.peak_bytes / 2**20)
+
+
+@ray.remote(max_restarts=0)
+class _Meter:
+    def __init__(self, config: CostConfig, precision: Precision) -> None:
+        torch.set_num_threads(config.cpus)
+        self.config = config
+        self.precision = precision
+        self.device = torch.device("cuda" if config.use_gpu else "cpu")
+        generator = torch.Generator().manual_seed(0)
+        size = (2, 1, 3, config.height, config.width)
+        self.images = (255 * torch.rand(size, generator=generator)).to(self.device)
+        self.peaks: dict[GMFlowConfig, int] = {}
+
+    def machine(self) -> dict[str, str]:
+        """What figures must share to be compared."""
+        device = torch.cuda.get_device_name() if self.config.use_gpu else _processor()
+        return {"device": device, "torch": torch.__version__}
+
+    def measure(self, model: GMFlowConfig) -> tuple[int, float]:
+        """(peak bytes, seconds); the first pass of a model in this process warms up and tells its memory."""
+        built = GMFlow(model).to(self.device).eval()
+        if model not in self.peaks:
+            self.peaks[model] = self._peak_bytes(built)
+        now = time.process_time if self.config.clock == "cpu" else time.perf_counter
+        start = now()
+        self._forward(built)
+        return self.peaks[model], now() - start
+
+    def _forward(self, model: GMFlow) -> None:
+        with torch.inference_mode(), autocast(self.device, self.precision):
+            padded_flow(model, *self.images)
+        if self.config.use_gpu:
+            torch.cuda.synchronize()
+
+    def _peak_bytes(self, model: GMFlow) -> int:
+        if self.config.use_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self._forward(model)
+            return torch.cuda.max_memory_allocated() - before
+        return _allocated_on_cpu(lambda: self._forward(model))
+
+
+def _allocated_on_cpu(run: Callable[[], None]) -> int:
+    """The most bytes torch's CPU allocator had out at once: what `torch.cuda.max_memory_allocated` tells of a GPU.
+
+    Resident memory would tell how the system's allocator happened to keep its pages: it differs from run to run by more
+    than settings do.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    results: Any = profile.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    return _highest([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+
+
+def _highest(changes: Sequence[int]) -> int:
+    level = highest = 0
+    for change in changes:
+        level += change
+        highest = max(highest, level)
+    return highest
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,165 @@
+"""Pictures of a sweep: the front, the heat map over windows and radius, and a page to look closer."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from pipelines.sweeping.settings import Size
+from pipelines.sweeping.table import Row
+
+_DPI = 130
+_REFERENCE = "#d62728"
+
+
+def front_png(rows: Sequence[Row], metric: str, cost_size: Size) -> bytes:
+    """Objective against latency, coloured by memory; the front connected and named, the reference marked."""
+    shown = [row for row in rows if row.cost is not None and metric in row.metrics]
+    figure = Figure(figsize=(9, 5.5), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    memory = [_cost(row)[1] for row in shown]
+    for phase, marker in (("probe", "o"), ("trial", "D")):
+        of_phase = [row for row in shown if row.phase == phase]
+        if of_phase:
+            points = axes.scatter(
+                [_cost(row)[0] for row in of_phase],
+                [row.metrics[metric] for row in of_phase],
+                c=[_cost(row)[1] for row in of_phase],
+                vmin=min(memory),
+                vmax=max(memory) + 1e-9,
+                s=[70 if row.front else 28 for row in of_phase],
+                alpha=[1.0 if row.status == "finished" else 0.35 for row in of_phase],  # type: ignore[arg-type]
+                cmap="viridis",
+                marker=marker,
+                edgecolors="black",
+                linewidths=[1.5 if row.front else 0 for row in of_phase],
+                label=phase if phase == "probe" else "trial",
+                zorder=3,
+            )
+    if shown:
+        figure.colorbar(points, ax=axes, label="peak memory, MiB", format="%.1f")
+    front = _front_in_sight(shown, metric)
+    axes.plot(
+        [_cost(row)[0] for row in front],
+        [row.metrics[metric] for row in front],
+        color="grey",
+        lw=1,
+        label="front",
+    )
+    for row in (row for row in shown if row.reference):
+        place = (_cost(row)[0], row.metrics[metric])
+        axes.scatter(*place, s=240, facecolors="none", edgecolors=_REFERENCE, lw=2, zorder=4, label="reference")
+    axes.set_xlabel(f"latency of a pair at {cost_size[0]}×{cost_size[1]}, ms")
+    axes.set_ylabel(_title(metric))
+    axes.set_title("Accuracy against latency: windows (coarse×fine), radius")
+    axes.grid(alpha=0.3)
+    axes.margins(x=0.14, y=0.1)
+    if shown:
+        axes.legend(fontsize=8)
+    _name(axes, front, metric)
+    return _png(figure)
+
+
+def _front_in_sight(rows: Sequence[Row], metric: str) -> list[Row]:
+    """The part of the front that is one without memory too, fastest first: each more accurate than all before."""
+    found: list[Row] = []
+    for row in sorted((row for row in rows if row.front), key=lambda row: (_cost(row)[0], row.metrics[metric])):
+        if not found or row.metrics[metric] < found[-1].metrics[metric]:
+            found.append(row)
+    return found
+
+
+def _name(axes: Any, front: Sequence[Row], metric: str) -> None:
+    """Names below and left of the points, where nothing can be; none over another."""
+    axes.figure.draw_without_rendering()  # so that places in pixels are known
+    named: list[tuple[float, float]] = []
+    for row in sorted(front, key=lambda row: not row.reference):
+        place = (_cost(row)[0], row.metrics[metric])
+        x, y = axes.transData.transform(place)
+        if not any(abs(x - a) < 90 and abs(y - b) < 18 for a, b in named):
+            named.append((x, y))
+            axes.annotate(
+                _short(row), place, textcoords="offset points", xytext=(-8, -5), ha="right", va="top", fontsize=8
+            )
+
+
+def heat_map_png(rows: Sequence[Row], metric: str) -> bytes | None:
+    """The objective over windows and radius, a panel for each propagation radius; None without two probed settings."""
+    shown = [row for row in rows if row.phase == "probe" and metric in row.metrics]
+    if len(shown) < 2:
+        return None
+    splits = sorted({row.setting.attn_splits for row in shown})
+    radii = sorted({row.setting.corr_radius[-1] for row in shown})
+    panels = sorted({row.setting.prop_radius for row in shown})
+    values = [row.metrics[metric] for row in shown]
+    width = 2.6 + len(panels) * max(0.85 * len(radii), 2.4)
+    figure = Figure(figsize=(width, 1.8 + 0.42 * len(splits)), dpi=_DPI, layout="constrained")
+    many = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, panel in zip(many, panels, strict=True):
+        grid = np.full((len(splits), len(radii)), np.nan)
+        for row in (row for row in shown if row.setting.prop_radius == panel):
+            place = splits.index(row.setting.attn_splits), radii.index(row.setting.corr_radius[-1])
+            grid[place] = row.metrics[metric]
+            if row.reference:
+                corner = (place[1] - 0.5, place[0] - 0.5)
+                axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=_REFERENCE, lw=2.5, zorder=3))
+        image = axes.imshow(grid, aspect="auto", cmap="viridis_r", vmin=min(values), vmax=max(values) + 1e-9)
+        middle = (min(values) + max(values)) / 2
+        for (y, x), value in np.ndenumerate(grid):
+            if not np.isnan(value):
+                colour = "white" if value > middle else "black"
+                weight = "bold" if value == min(values) else "normal"
+                axes.text(x, y, f"{value:.3f}", ha="center", va="center", color=colour, fontsize=8, fontweight=weight)
+        axes.set_xticks(range(len(radii)), [_radius(radius) for radius in radii])
+        axes.set_yticks(range(len(splits)), ["×".join(map(str, chosen)) for chosen in splits])
+        axes.set_xlabel("matching radius" + (f" (propagation {panel[-1]})" if len(panels) > 1 else ""))
+    many[0].set_ylabel("windows on a side, coarse×fine")
+    figure.colorbar(image, ax=many.tolist(), label=_title(metric))
+    figure.suptitle("lower is better; the best is bold, the reference framed in red", fontsize=9)
+    return _png(figure)
+
+
+def front_html(rows: Sequence[Row], metric: str, cost_size: Size, name: str) -> bytes:
+    """A page that needs nothing else: points to hover over, axes to choose, a table to sort.
+
+    Our own few lines of SVG: an inlined plotting library would be 300 times the size of the page.
+    """
+    data = {
+        "name": name,
+        "metric": metric,
+        "size": f"{cost_size[0]}×{cost_size[1]}",
+        "rows": [row.flat(cost_size) for row in rows],
+    }
+    text = json.dumps(data, allow_nan=False).replace("</", "<\\/")
+    template = Path(__file__).with_name("front.html").read_text()
+    return template.replace("/*DATA*/null", text).encode()
+
+
+def _cost(row: Row) -> tuple[float, float]:
+    assert row.cost is not None
+    return row.cost.latency_ms, row.cost.peak_mib
+
+
+def _short(row: Row) -> str:
+    return f"{row.setting.splits} r{_radius(row.setting.corr_radius[-1])}"
+
+
+def _radius(value: int) -> str:
+    return "all" if value == -1 else str(value)
+
+
+def _title(metric: str) -> str:
+    _, data, subset, name = metric.split("/")
+    unit = "EPE, px" if name == "epe" else name
+    return f"{unit} ({data} {subset})"
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

@@ -1,0 +1,129 @@
+"""The sweep's result: a row for every probed setting and every trial, and which of them are on the front."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from gmflow import GMFlowConfig
+from pipelines.sweeping.cost import Cost
+from pipelines.sweeping.settings import Setting, Size, padded_size
+
+
+@dataclass(frozen=True)
+class Row:
+    """A probed setting, or a trial.
+
+    Attributes:
+        name: of the setting, or of the trial.
+        phase: "probe" or "trial".
+        model: what it is.
+        status: "waiting", "running", "finished", "stopped" (early, by the scheduler) or "failed".
+        reason: why it failed, or where it was stopped.
+        step: training steps done; 0 in the probe.
+        metrics: "val/DATA/SUBSET/METRIC" → newest value.
+        cost: None before it is measured.
+        choices: what else a trial differs in, such as its learning rate.
+        reference: whether it is probed at the setting that others are compared with.
+        front: whether nothing else is at least as good in objective, latency and memory and better in one.
+    """
+
+    name: str
+    phase: str
+    model: GMFlowConfig
+    status: str = "waiting"
+    reason: str = ""
+    step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    cost: Cost | None = None
+    choices: dict[str, float] = field(default_factory=dict)
+    reference: bool = False
+    front: bool = False
+
+    @property
+    def setting(self) -> Setting:
+        return Setting.of(self.model)
+
+    @property
+    def point(self) -> dict[str, float]:
+        """What tells it from others, by the names of the space's dimensions."""
+        setting = self.setting
+        splits = {f"attn_splits_{scale}": value for scale, value in enumerate(setting.attn_splits, start=1)}
+        return {
+            **splits,
+            "corr_radius": setting.corr_radius[-1],
+            "prop_radius": setting.prop_radius[-1],
+            **self.choices,
+        }
+
+    def flat(self, cost_size: Size) -> dict[str, Any]:
+        """One line of the CSV and of the JSON."""
+        padded = padded_size(self.model, cost_size)
+        return {
+            "name": self.name,
+            "phase": self.phase,
+            **self.point,
+            "status": self.status,
+            "step": self.step,
+            "latency_ms": None if self.cost is None else self.cost.latency_ms,
+            "peak_mib": None if self.cost is None else self.cost.peak_mib,
+            **self.metrics,
+            "cost_padded_to": f"{padded[0]}x{padded[1]}",
+            "reference": self.reference,
+            "front": self.front,
+            "reason": self.reason,
+        }
+
+
+def mark_front(rows: Sequence[Row], metric: str) -> list[Row]:
+    """The rows with `front` set: of those that were measured in all three, the ones that none dominates.
+
+    Latency and memory are compared in steps of one percent.
+    """
+    goals = [_goals(row, metric) for row in rows]
+    measured = [found for found in goals if found is not None]
+    return [
+        replace(row, front=mine is not None and not any(_dominates(other, mine) for other in measured))
+        for row, mine in zip(rows, goals, strict=True)
+    ]
+
+
+def _goals(row: Row, metric: str) -> tuple[float, float, float] | None:
+    """(objective, latency, memory), each better when lower. What was stopped on its way is no model to choose."""
+    if row.cost is None or metric not in row.metrics or row.status != "finished":
+        return None
+    return row.metrics[metric], _percent_steps(row.cost.latency_ms), _percent_steps(row.cost.peak_mib)
+
+
+def _percent_steps(cost: float) -> int:
+    """Costs are compared in steps of one percent: less is noise in a timing, and no reason to choose a setting."""
+    return round(math.log(cost) / math.log(1.01))
+
+
+def _dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+
+
+def best_settings(rows: Sequence[Row], metric: str, count: int) -> list[Setting]:
+    """The settings of the front, best objective first."""
+    front = [row for row in rows if row.front]
+    return [row.setting for row in sorted(front, key=lambda row: (row.metrics[metric], row.name))][:count]
+
+
+def to_csv(rows: Sequence[Row], cost_size: Size) -> bytes:
+    """Columns are those of any row; a figure that a row lacks is empty."""
+    lines = [row.flat(cost_size) for row in rows]
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue().encode()
+
+
+def to_json(rows: Sequence[Row], metric: str, cost: dict[str, Any]) -> bytes:
+    lines = [{**row.flat((cost["height"], cost["width"])), "model": asdict(row.model)} for row in rows]
+    return json.dumps({"objective": metric, "cost": cost, "rows": lines}, indent=1).encode()

@@ -1,0 +1,103 @@
+"""The sweep in MLflow: one parent run, a child for every probed setting and every trial, comparable in its UI."""
+
+import hashlib
+import json
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from mlflow.entities import Metric, Param, RunTag
+
+from datasets_etl.manifest import Manifest
+from pipelines.sweeping.accuracy import Weights
+from pipelines.sweeping.config import SweepConfig
+from pipelines.sweeping.table import Row
+from pipelines.training import tracking
+from pipelines.training.config import StageConfig
+from pipelines.training.feed import Record
+
+# What a run may change without being another sweep.
+_NOT_IDENTITY = {"storage", "mlflow", "registration", "cost"}
+
+
+class SweepRun:
+    """The parent run and its children; the same config and weights find the same ones again.
+
+    Callable from any thread: Tune's loop and the feed both tell of trials.
+
+    Args:
+        config, weights, manifests: of the sweep.
+        tell: called with a line when MLflow is waited for.
+    """
+
+    def __init__(
+        self,
+        config: SweepConfig,
+        weights: Weights | None,
+        manifests: Mapping[str, Manifest],
+        tell: Callable[[str], None],
+    ) -> None:
+        self.client = tracking.connect(config.mlflow.tracking_uri)
+        identity = config.model_dump(mode="json", exclude=_NOT_IDENTITY)
+        versions = {name: manifest.version for name, manifest in manifests.items()}
+        content = json.dumps([identity, versions, weights and weights.version], sort_keys=True)
+        key = f"sweep/{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+        self.parent = tracking.CurriculumRun(self.client, config.mlflow, config.name, key, tell)
+        self.run_id = self.parent.run_id
+        self._patience = self.parent.patience
+        self._lock = threading.RLock()
+        self._children: dict[str, tracking.TrackedRun] = {}
+        self._patience(self.client.log_dict, self.run_id, config.facts(), "config.yaml")
+        tags = {f"manifest.{name}": manifest.url for name, manifest in manifests.items()}
+        if weights is not None:
+            tags["weights"] = f"{config.weights} ({weights.version})"
+        self._tag(self.run_id, tags)
+
+    def child(self, row: Row) -> tracking.TrackedRun:
+        """The run of a setting or trial."""
+        label = f"{row.phase}/{row.name}"
+        with self._lock:
+            if label not in self._children:
+                run = self.parent.stage(row.name, key=f"{self.run_id}/{label}")
+                params = [Param(name, str(value)) for name, value in {"phase": row.phase, **row.point}.items()]
+                self._patience(self.client.log_batch, run.run_id, params=params)
+                self._patience(self.client.update_run, run.run_id, status="RUNNING")
+                self._children[label] = run
+            return self._children[label]
+
+    def describe(self, row: Row, stage: StageConfig) -> None:
+        """A trial's stage, whole."""
+        self.child(row).log_json(stage.model_dump(mode="json"), "stage.json")
+
+    def log(self, row: Row, record: Record) -> None:
+        """Metrics of a row, each step once."""
+        with self._lock:
+            self.child(row).log(record)
+
+    def end(self, row: Row) -> None:
+        """What a row has come to: a setting's metrics; how it ended, and why."""
+        if row.phase == "probe":
+            self.log(row, Record(0, row.metrics))
+        run_id = self.child(row).run_id
+        self._tag(run_id, {"sweep.status": row.status, "sweep.reason": row.reason})
+        self._patience(self.client.set_terminated, run_id, "FAILED" if row.status == "failed" else "FINISHED")
+
+    def judge(self, row: Row) -> None:
+        """What only the whole tells: cost and front."""
+        run_id = self.child(row).run_id
+        metrics = [Metric(name, value, 0, 0) for name, value in vars(row.cost).items()] if row.cost else []
+        self._patience(self.client.log_batch, run_id, metrics=metrics)
+        marks = {"sweep.front": row.front, "sweep.reference": row.reference}
+        self._tag(run_id, {name: str(holds).lower() for name, holds in marks.items()})
+
+    def keep(self, files: Mapping[str, bytes]) -> None:
+        """The report, as artifacts of the parent."""
+        with tempfile.TemporaryDirectory(prefix="gmflow-report-") as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            self._patience(self.client.log_artifacts, self.run_id, folder, "report")
+
+    def _tag(self, run_id: str, tags: Mapping[str, str]) -> None:
+        entries = [RunTag(name, value) for name, value in tags.items()]
+        self._patience(self.client.log_batch, run_id, tags=entries)

@@ -1,0 +1,250 @@
+"""Trials: what each is, in which order they come, and what storage keeps of them.
+
+A trial is named by all that decides it, so the same config finds the same trials again. Its folder is its stage's, with
+three files more: `trial.json` (what it is, and when in the search it came), `history.json` (its validations so
+far) and `result.json`, written last, once it is decided how it ended.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from datasets_etl.storage import ObjectStore, open_store
+from pipelines.sweeping.accuracy import Weights
+from pipelines.sweeping.config import RangeConfig, SweepConfig, TuneConfig
+from pipelines.sweeping.settings import Setting
+from pipelines.training.config import ModelConfig, StageConfig
+
+FINAL_WEIGHTS = "final.safetensors"
+
+_TRIAL = "trial.json"
+_HISTORY = "history.json"
+_RESULT = "result.json"
+
+Point = dict[str, float]
+"""A point of the space: dimension → value. Dimensions are named as in MLflow: attn_splits_1, corr_radius, peak_lr, …"""
+
+_MOST_DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of the space as a stage. `key` names all that decides it; `folder` is its URL."""
+
+    name: str
+    key: str
+    point: Point
+    model: ModelConfig
+    stage: StageConfig
+    folder: str
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """What all trials share, as it travels to their drivers.
+
+    Attributes:
+        config: of the sweep.
+        weights: that trials start from; None: random.
+        data: name → manifest URL of what trials read.
+        versions: name → manifest version.
+        folder: URL of the trials' folders.
+        feed: name of the queue the sweep's driver listens to.
+    """
+
+    config: SweepConfig
+    weights: Weights | None
+    data: dict[str, str]
+    versions: dict[str, str]
+    folder: str
+    feed: str
+
+    @property
+    def tune(self) -> TuneConfig:
+        assert self.config.tune is not None
+        return self.config.tune
+
+    def trial(self, point: Mapping[str, float]) -> Trial:
+        """The trial at a point."""
+        setting = setting_of(point, self.config.reference)
+        model = self.config.model.model_copy(
+            update={**asdict(setting), **_chosen(point, ("num_layers", "feature_channels"))}
+        )
+        stage = self.tune.stage.model_copy(update=_chosen(point, ("peak_lr",)))
+        watched = stage.model_dump(mode="json", include={"validation", "validate_every"})
+        versions = {used.data: self.versions[used.data] for used in stage.reads}
+        start = "random" if self.weights is None else self.weights.version
+        decides = [stage.recipe(), watched, model.build().to_dict(), versions, start]
+        content = json.dumps([*decides, self.config.seed, self.config.precision], sort_keys=True)
+        key = hashlib.sha256(content.encode()).hexdigest()[:12]
+        name = f"{setting.name}-{key[:6]}"
+        return Trial(name, key, dict(point), model, stage, f"{self.folder}/{self.config.name}-{setting.name}-{key}")
+
+
+def _chosen(point: Mapping[str, float], names: Sequence[str]) -> Point:
+    return {name: point[name] for name in names if name in point}
+
+
+def setting_of(point: Mapping[str, float], reference: Setting) -> Setting:
+    """The setting of a point; dimensions it lacks are the reference's."""
+    splits = tuple(
+        int(point.get(f"attn_splits_{scale}", value)) for scale, value in enumerate(reference.attn_splits, start=1)
+    )
+    corr, prop = (int(point.get(name, getattr(reference, name)[-1])) for name in ("corr_radius", "prop_radius"))
+    return Setting(splits, (*reference.corr_radius[:-1], corr), (*reference.prop_radius[:-1], prop))
+
+
+def dimensions(tune: TuneConfig) -> dict[str, tuple[float, ...] | RangeConfig]:
+    """What trials differ in, by name: values to choose from, or a range."""
+    space = tune.space
+    found: dict[str, tuple[float, ...] | RangeConfig] = {}
+    for scale, values in enumerate(space.attn_splits or (), start=1):
+        found[f"attn_splits_{scale}"] = values
+    for name in ("corr_radius", "prop_radius", "peak_lr", "num_layers", "feature_channels"):
+        chosen = getattr(space, name)
+        if chosen is not None:
+            found[name] = chosen
+    return found
+
+
+def seed_points(config: SweepConfig, settings: Sequence[Setting]) -> list[Point]:
+    """Points of the space at these settings, the rest as the config's model and stage have it.
+
+    Settings outside the space are left out.
+    """
+    assert config.tune is not None
+    space = dimensions(config.tune)
+    usual = {
+        "peak_lr": config.tune.stage.peak_lr,
+        "num_layers": config.architecture.num_layers,
+        "feature_channels": config.architecture.feature_channels,
+    }
+    points = []
+    for setting in settings:
+        wanted: Point = {f"attn_splits_{scale}": value for scale, value in enumerate(setting.attn_splits, start=1)}
+        wanted |= {"corr_radius": setting.corr_radius[-1], "prop_radius": setting.prop_radius[-1]}
+        point: Point = {}
+        for name, values in space.items():
+            value = wanted.get(name, usual.get(name, 0))
+            point[name] = value if name in wanted else _nearest(value, values)
+        inside = all(isinstance(values, RangeConfig) or point[name] in values for name, values in space.items())
+        if inside and setting_of(point, config.reference) == setting:
+            points.append(point)
+    return points
+
+
+def _nearest(value: float, values: tuple[float, ...] | RangeConfig) -> float:
+    if isinstance(values, RangeConfig):
+        return min(max(value, values.low), values.high)
+    return min(values, key=lambda one: abs(math.log(one / value)))
+
+
+def listed_points(config: SweepConfig, seeds: Sequence[Setting]) -> list[Point]:
+    """The points of a grid or random search in order: those at the seeds' settings first."""
+    assert config.tune is not None
+    space = dimensions(config.tune)
+    if config.tune.searcher == "grid":
+        values = [values for values in space.values() if not isinstance(values, RangeConfig)]
+        points = [dict(zip(space, chosen, strict=True)) for chosen in itertools.product(*values)]
+        ranks = {setting: rank for rank, setting in enumerate(seeds)}
+        points.sort(key=lambda point: ranks.get(setting_of(point, config.reference), len(ranks)))
+        return points[: config.tune.trials]
+    points = seed_points(config, seeds)
+    generator = np.random.default_rng(config.seed)
+    for _ in range(_MOST_DRAWS):
+        if len(points) >= (config.tune.trials or 0):
+            break
+        drawn = {name: _draw(values, generator) for name, values in space.items()}
+        if drawn not in points:
+            points.append(drawn)
+    return points[: config.tune.trials]
+
+
+def _draw(values: tuple[float, ...] | RangeConfig, generator: np.random.Generator) -> float:
+    if isinstance(values, RangeConfig):
+        return float(np.exp(generator.uniform(math.log(values.low), math.log(values.high))))
+    return values[int(generator.integers(len(values)))]
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """How a trial ended.
+
+    Attributes:
+        status: "finished", "stopped" by the scheduler, or "failed".
+        reason: why, in a line.
+        step: steps done.
+    """
+
+    status: str
+    reason: str = ""
+    step: int = 0
+
+
+@dataclass
+class TrialRecords:
+    """What storage keeps of one trial. The history holds (step, metrics), oldest first."""
+
+    store: ObjectStore
+    history: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, folder: str) -> "TrialRecords":
+        store = open_store(folder)
+        entries = json.loads(store.read(_HISTORY)) if store.size(_HISTORY) is not None else []
+        return cls(store, [(step, metrics) for step, metrics in entries])
+
+    @property
+    def last_step(self) -> int:
+        return self.history[-1][0] if self.history else 0
+
+    def add(self, step: int, metrics: dict[str, float]) -> None:
+        self.history.append((step, metrics))
+        self.store.write(_HISTORY, json.dumps(self.history).encode())
+
+    @property
+    def result(self) -> TrialResult | None:
+        if self.store.size(_RESULT) is None:
+            return None
+        content: dict[str, Any] | None = json.loads(self.store.read(_RESULT))
+        return None if content is None else TrialResult(**content)
+
+    def end(self, result: TrialResult | None) -> None:
+        """None takes an earlier end back."""
+        self.store.write(_RESULT, json.dumps(result and asdict(result)).encode())
+
+
+def announce(trial: Trial, number: int) -> None:
+    """Keep what the trial is, before it starts: a search that is continued meets the same points again."""
+    store = open_store(trial.folder)
+    if store.size(_TRIAL) is None:
+        content = {"name": trial.name, "key": trial.key, "number": number, "point": trial.point}
+        store.write(_TRIAL, json.dumps(content).encode())
+
+
+def announced(plan: TrialPlan) -> list[Trial]:
+    """The trials of earlier attempts that are still trials of this config, in the order they came."""
+    store = open_store(plan.folder)
+    found = []
+    for entry in store.walk():
+        if entry.key.endswith(f"/{_TRIAL}"):
+            content = json.loads(store.read(entry.key))
+            if set(content["point"]) == set(dimensions(plan.tune)):
+                trial = plan.trial(content["point"])
+                if trial.key == content["key"]:
+                    found.append((content["number"], trial))
+    return [trial for _, trial in sorted(found, key=lambda pair: pair[0])]
+
+
+def retry_failed(plan: TrialPlan) -> None:
+    """Take back the end of every trial that failed: it goes on from its newest checkpoint."""
+    for trial in announced(plan):
+        records = TrialRecords.open(trial.folder)
+        if records.result is not None and records.result.status == "failed":
+            records.end(None)

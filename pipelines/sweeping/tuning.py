@@ -1,0 +1,310 @@
+"""Tuning on Ray Tune: each trial's driver trains a stage as the curriculum does, and tells Tune of its validations.
+
+Continuing is ours, not Tune's: a trial that is on storage tells its history again, so that scheduler and searcher know
+it, and then goes on from its stage's checkpoint, or ends as it ended. So a killed sweep depends on no pickled state of
+Tune's, and may be continued with more trials than it was begun with.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Read when Tune is imported: ^C and the terminal are ours, and nobody reads Tune's CSV and TensorBoard files.
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+
+import ray
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from datasets_etl.storage import open_store
+from pipelines.errors import USER_ERRORS, PipelineError
+from pipelines.sweeping.config import RangeConfig
+from pipelines.sweeping.room import concurrent_trials
+from pipelines.sweeping.settings import Setting
+from pipelines.sweeping.trials import (
+    FINAL_WEIGHTS,
+    Point,
+    Trial,
+    TrialPlan,
+    TrialRecords,
+    TrialResult,
+    announce,
+    announced,
+    dimensions,
+    listed_points,
+    seed_points,
+)
+from pipelines.training.feed import FeedWriter, Record, listening
+from pipelines.training.launch import final_weights, fit_stage, provide_initial_weights
+from pipelines.training.stage import StageJob
+
+OBJECTIVE = "objective"
+"""What Tune compares by: the config's objective, lower is better."""
+
+_STEP = "step"
+_REDRAWS = 100
+
+
+@dataclass(frozen=True)
+class TrialRecord(Record):
+    """A worker's record with the name of its trial: several trials share the sweep's queue."""
+
+    trial: str = ""
+
+
+class Listener:
+    """What the sweep's driver wants to hear of its trials, from Tune's loop and, of their workers, from the feed."""
+
+    def started(self, trial: Trial) -> None:
+        raise NotImplementedError
+
+    def validated(self, trial: Trial, step: int, metrics: dict[str, float]) -> None:
+        raise NotImplementedError
+
+    def ended(self, trial: Trial, result: TrialResult) -> None:
+        raise NotImplementedError
+
+    def show(self, record: Record) -> None:
+        """Each `TrialRecord`, at once."""
+        raise NotImplementedError
+
+    def keep(self, record: Record) -> None:
+        """Each `TrialRecord`, in a thread of its own."""
+        raise NotImplementedError
+
+
+def tune_trials(plan: TrialPlan, seeds: Sequence[Setting], listener: Listener) -> None:
+    """Train the trials to their ends; failing ones end alone. Needs a connected Ray with its dashboard.
+
+    Args:
+        plan: what they share.
+        seeds: settings to try first.
+        listener: hears of them.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    space, searcher, samples = _search(plan, seeds)
+    # A trial's driver only waits: with whole CPUs, drivers would starve the workers they wait for.
+    driver = tune.with_resources(tune.with_parameters(run_trial, plan=plan), {"CPU": 0, "memory": 1})
+    tuner = tune.Tuner(
+        driver,
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            metric=OBJECTIVE,
+            mode="min",
+            search_alg=searcher,
+            scheduler=_scheduler(plan),
+            num_samples=samples,
+            max_concurrent_trials=concurrent_trials(plan.tune, nodes),
+            trial_name_creator=lambda trial: plan.trial(trial.config["point"]).name,
+            trial_dirname_creator=lambda trial: plan.trial(trial.config["point"]).name,
+            reuse_actors=False,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=plan.folder.rpartition("/")[0],
+            verbose=0,
+            callbacks=[_Bookkeeping(plan, listener)],
+        ),
+    )
+    with listening(plan.feed, listener.show, listener.keep):
+        tuner.fit()
+
+
+def _scheduler(plan: TrialPlan) -> TrialScheduler:
+    if plan.tune.scheduler == "none":
+        return FIFOScheduler()
+    return ASHAScheduler(
+        time_attr=_STEP,
+        max_t=plan.tune.stage.steps,
+        grace_period=plan.tune.grace,
+        reduction_factor=plan.tune.reduction_factor,
+        stop_last_trials=False,
+    )
+
+
+def _search(plan: TrialPlan, seeds: Sequence[Setting]) -> tuple[dict[str, Any] | None, Searcher | None, int]:
+    """(param space, searcher, samples) for Tune."""
+    if plan.tune.searcher != "optuna":
+        return {"point": tune.grid_search(listed_points(plan.config, seeds))}, None, 1
+    known = [trial.point for trial in announced(plan)]
+    first = known + [point for point in seed_points(plan.config, seeds) if point not in known]
+    return None, DistinctOptuna(plan, first, len(known)), plan.tune.trials or 1
+
+
+class DistinctOptuna(OptunaSearch):
+    """Optuna's TPE over the space, without repeats: a point's trial is the same stage in the same folder.
+
+    Args:
+        plan: with the space.
+        first: points to begin with.
+        drawn: how many were drawn in earlier attempts; seeds the sampler, which would else draw those again.
+    """
+
+    def __init__(self, plan: TrialPlan, first: Sequence[Point], drawn: int) -> None:
+        import optuna  # only where it is asked for
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        space: dict[str, Any] = {}
+        for name, values in dimensions(plan.tune).items():
+            space[f"point/{name}"] = (
+                optuna.distributions.FloatDistribution(values.low, values.high, log=True)
+                if isinstance(values, RangeConfig)
+                else optuna.distributions.CategoricalDistribution(values)
+            )
+        self._failed_state = optuna.trial.TrialState.FAIL
+        self._seen: list[Point] = []
+        super().__init__(
+            space,
+            metric=OBJECTIVE,
+            mode="min",
+            points_to_evaluate=[{f"point/{name}": value for name, value in point.items()} for point in first],
+            seed=plan.config.seed + drawn,
+        )
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        for _ in range(_REDRAWS):
+            found: dict[str, Any] | None = super().suggest(trial_id)
+            if found is None or found["point"] not in self._seen:
+                if found is not None:
+                    self._seen.append(found["point"])
+                return found
+            self._ot_study.tell(self._ot_trials.pop(trial_id), state=self._failed_state)
+        return str(Searcher.FINISHED)
+
+
+def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
+    """A trial's driver: replay what storage holds, train on, keep the final weights, and only then tell the end."""
+    trial = plan.trial(config["point"])
+    records = TrialRecords.open(trial.folder)
+    ended = records.result
+    for step, metrics in records.history:
+        if ended is not None or step < trial.stage.steps:
+            tune.report(_report(plan, step, metrics))
+    if ended is None:
+        try:
+            _train(trial, plan)
+        except Exception as error:
+            told = error if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {error}"
+            records.end(TrialResult("failed", " ".join(str(told).split())[:500], records.last_step))
+            raise
+        # The end is told after the weights are safe: Tune may stop a trial that told it of its last step.
+        step, metrics = TrialRecords.open(trial.folder).history[-1]
+        records.end(TrialResult("finished", "", step))
+        tune.report(_report(plan, step, metrics))
+
+
+def _report(plan: TrialPlan, step: int, metrics: dict[str, float]) -> dict[str, Any]:
+    return {_STEP: step, OBJECTIVE: metrics[plan.config.metric], "metrics": metrics}
+
+
+def _train(trial: Trial, plan: TrialPlan) -> None:
+    store = open_store(trial.folder)
+    config = plan.config
+    start = None if plan.weights is None else plan.weights.url
+    provide_initial_weights(store, trial.model, config.seed, start, None)
+    name = trial.folder.rpartition("/")[2]
+    job = StageJob(
+        stage=trial.stage,
+        machine=plan.tune.machine,
+        data={used.data: plan.data[used.data] for used in trial.stage.reads},
+        folder=store.url,
+        feed=f"feed-{name}",
+        seed=config.seed,
+        precision=config.precision,
+    )
+    writer = FeedWriter(plan.feed)
+
+    def forward(record: Record) -> None:
+        writer.send(TrialRecord(**vars(record), trial=trial.name))
+
+    with listening(job.feed, forward, lambda record: None):
+        last = fit_stage(job, name, [_ReportValidations(trial, plan)])
+    for step, metrics in last["records"]:
+        _remember(trial, plan, step, metrics)  # what an attempt that was killed here did not
+    with tempfile.TemporaryDirectory(prefix="gmflow-final-") as folder:
+        weights = Path(folder) / FINAL_WEIGHTS
+        final_weights(last, trial.model, weights)
+        store.upload(weights, FINAL_WEIGHTS)
+    if TrialRecords.open(trial.folder).last_step != trial.stage.steps:
+        raise PipelineError(f"{config.metric} has no value at the last step: the flow is not finite; lower peak_lr")
+
+
+def _remember(trial: Trial, plan: TrialPlan, step: int, told: dict[str, Any]) -> dict[str, float] | None:
+    """Add a validation to the trial's history; None where it is none, or there already."""
+    stage = trial.stage
+    due = step == stage.steps or (stage.validate_every is not None and step % stage.validate_every == 0)
+    records = TrialRecords.open(trial.folder)
+    if not due or step <= records.last_step or plan.config.metric not in told:
+        return None
+    scores = {name: float(value) for name, value in told.items() if name.startswith("val/")}
+    records.add(step, scores)
+    return scores
+
+
+class _ReportValidations(TuneReportCallback):
+    """Carries a stage's validations to storage and to Tune; the last one to storage only, see `run_trial`.
+
+    Lives in Ray Train's controller.
+    """
+
+    def __init__(self, trial: Trial, plan: TrialPlan) -> None:
+        super().__init__()
+        self.trial = trial
+        self.plan = plan
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        step = int(metrics[0][_STEP])
+        scores = _remember(self.trial, self.plan, step, metrics[0])
+        if scores is not None and step < self.trial.stage.steps:
+            super().after_report(run_context, [_report(self.plan, step, scores)], None)
+
+
+class _Bookkeeping(tune.Callback):
+    """Tune's loop, told to the sweep's driver, which alone prints and writes to MLflow."""
+
+    def __init__(self, plan: TrialPlan, listener: Listener) -> None:
+        self.plan = plan
+        self.listener = listener
+        self.number = len(announced(plan))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its run for `Tuner.restore`, which is not how we go on; a listener holds open connections."""
+        return {"plan": self.plan}
+
+    def _trial(self, trial: Any) -> Trial:
+        return self.plan.trial(trial.config["point"])
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        started = self._trial(trial)
+        announce(started, self.number)
+        self.number += 1
+        self.listener.started(started)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self.listener.validated(self._trial(trial), int(result[_STEP]), result["metrics"])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        ended = self._trial(trial)
+        records = TrialRecords.open(ended.folder)
+        result = records.result
+        if result is None:
+            step = int(trial.last_result[_STEP])
+            result = TrialResult("stopped", f"behind the others at step {step}", step)
+            records.end(result)
+        self.listener.ended(ended, result)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        ended = self._trial(trial)
+        # A driver that died without a word is tried again by the same command: nothing says the trial is at fault.
+        silent = TrialResult("failed", "its driver was lost; the same command tries it again")
+        self.listener.ended(ended, TrialRecords.open(ended.folder).result or silent)

