@@ -230,9 +230,14 @@ class _TrialBoard(Listener):
             self.view.log(f"{self._of(record)}: {record.line}")
 
     def keep(self, record: Record) -> None:
+        """Training metrics and pictures: validations come from Tune's loop, so that all agree on where a trial ended.
+
+        The workers of a trial that was stopped go on for a moment.
+        """
         row = self.rows.get(self._of(record))
-        if row is not None:
-            self.run.log(row, record)
+        if row is not None and row.status != "stopped":
+            metrics = {name: value for name, value in record.metrics.items() if not name.startswith("val/")}
+            self.run.log(row, replace(record, metrics=metrics))
 
     @staticmethod
     def _of(record: Record) -> str:

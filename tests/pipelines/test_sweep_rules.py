@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.tune.search import Searcher
 
@@ -98,6 +98,7 @@ def test_a_crops_valid_splits_are_those_the_model_takes(scale):
         check_crop(replace(REFINE, attn_splits=(splits, 1) if scale == 0 else (1, splits)), crop, "here")
 
 
+@settings(deadline=None)  # a shared machine is no reason to fail
 @given(st.tuples(st.integers(1, 20), st.integers(1, 40)), st.tuples(st.integers(40, 500), st.integers(40, 1300)))
 def test_an_evaluated_size_is_refused_with_splits_that_are_then_accepted(splits, size):
     model = replace(REFINE, attn_splits=splits, corr_radius=(-1, 1))
@@ -297,6 +298,7 @@ def row(name: str, epe: float, latency: float, memory: float, **more: Any) -> Ro
     return Row(name, "probe", REFINE, "finished", metrics={METRIC: epe}, cost=Cost(latency, memory), **more)
 
 
+@settings(deadline=None)  # a shared machine is no reason to fail
 @given(st.lists(st.tuples(*[st.integers(1, 5)] * 3), min_size=1, max_size=12))
 def test_the_front_holds_what_nothing_beats_and_something_on_it_beats_the_rest(goals):
     rows = mark_front([row(str(number), *map(float, found)) for number, found in enumerate(goals)], METRIC)
