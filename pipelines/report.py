@@ -225,7 +225,8 @@ def _training_speed(client: MlflowClient, found: _Curriculum) -> list[list[Cell]
         rates = sorted(value for _, value in _history(client, stage, "time/samples_per_s"))
         if rates:
             rate = rates[len(rates) // 2]
-            rows.append([f"train {stage.name}", workers, 1 / rate, rate, None])
+            peaks = [value for _, value in _history(client, stage, "system/memory_gib")]
+            rows.append([f"train {stage.name}", workers, 1 / rate, rate, 1024 * max(peaks) if peaks else None])
     return rows
 
 

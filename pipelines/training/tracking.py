@@ -39,6 +39,7 @@ def tracking_uri(configured: str | None) -> str:
 def connect(configured: str | None) -> MlflowClient:
     """A client whose server answered. Raises PipelineError where there is none."""
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # not every table it makes is news
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # nor every file it fetches
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # patience is `patiently`'s, and is told
     uri = tracking_uri(configured)
     if (folder := _embedded_folder(uri)) is not None:

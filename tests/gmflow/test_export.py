@@ -98,15 +98,14 @@ def test_wrong_suffixes_and_folders_are_refused_before_anything_is_computed(tmp_
 
 
 @pytest.mark.slow
-def test_published_weights_agree_on_a_real_pair(
-    reference: Path, reference_crop: tuple[Tensor, Tensor, Tensor], tmp_path: Path
-) -> None:
-    """Within 0.02 px; measured on whole real pairs: at most 0.011 px, 0.00013 px on average (docs/inference.md)."""
+def test_published_weights_agree_on_a_real_pair(reference: Path, reference_crop: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Within 0.02 px; measured on whole real pairs: at most 0.011 px, 0.00013 px on average (docs/inference.md).
+
+    As ONNX too, which takes minutes to write at this depth, and is left to the small model above.
+    """
     model = load_model(reference / "gmflow_refine_published.pth")
     image0, image1, _ = reference_crop
     wanted = flow_of(model, image0, image1)
     exported = export_model(model)
     with torch.no_grad():
         np.testing.assert_allclose(exported.program.module()(image0, image1).numpy(), wanted, atol=0.02)
-    exported.save_onnx(tmp_path / "refine.onnx")
-    np.testing.assert_allclose(run_onnx(tmp_path / "refine.onnx", image0, image1), wanted, atol=0.02)

@@ -83,7 +83,7 @@ def jump(flow: np.ndarray, columns: list[int]) -> float:
 
 
 @pytest.mark.slow
-def test_a_real_pair_by_tiles_is_as_good_and_shows_no_seams(
+def test_a_real_pair_by_tiles_loses_little_and_shows_no_seams(
     reference: Path, samples: Path, read_image: Callable[[Path], np.ndarray], read_flo: Callable[[Path], Any]
 ) -> None:
     model = load_model(reference / "gmflow_refine_published.pth")
@@ -92,7 +92,7 @@ def test_a_real_pair_by_tiles_is_as_good_and_shows_no_seams(
     truth = read_flo(data / "00002_flow.flo")
     flow = predict_flow(model, frames[0], frames[1], tiling=Tiling(256, 320, 64))
     error = float(np.linalg.norm(flow - truth, axis=2).mean())
-    assert error < 2.0  # the whole frame: 1.329 (reference)
+    assert error < 2.0  # measured 1.919; the whole frame 1.329: these tiles are far smaller than anybody would choose
     borders = [192, 320]  # where the two columns of tiles begin and end
     elsewhere = [column for column in range(2, 511) if min(abs(column - border) for border in borders) > 8]
     assert jump(flow, borders) < 1.5 * jump(flow, elsewhere)
