@@ -117,18 +117,26 @@ def test_training_predictions_loss_metrics_and_gradients_are_those_of_the_refere
 
 @pytest.mark.slow
 def test_bf16_training_goes_the_way_of_fp32(
-    reference: Path, reference_gradients: dict[str, Any], reference_crop: Pair
+    reference: Path, samples: Path, read_image: Callable, read_flo: Callable
 ) -> None:
-    image0, image1, target = reference_crop
+    """On a batch: on a single pair rounding alone moves the norm by up to 4 % (docs/performance.md)."""
+    data = samples / "FlyingChairs_release" / "data"
+    names = ["00001", "00002", "00003", "00004"]
+    crop = (..., slice(64, 256), slice(128, 384))
+    image0, image1 = (
+        torch.stack([torch.from_numpy(read_image(data / f"{name}_img{index}.ppm")).permute(2, 0, 1) for name in names])
+        for index in (1, 2)
+    )  # [4, 3, 384, 512]
+    target = torch.stack([torch.from_numpy(read_flo(data / f"{name}_flow.flo")).permute(2, 0, 1) for name in names])
+    valid = torch.ones_like(target[:, 0], dtype=torch.bool)
     gradients = []
     for precision in ("fp32", "bf16"):
-        model = load_model(reference / WEIGHTS["refine"]).train()
-        predictions = prepare_model(model, ExecutionConfig(precision=precision))(image0, image1).predictions
-        sequence_loss(predictions, target, torch.ones_like(target[:, 0], dtype=torch.bool)).backward()
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+        model = prepare_model(load_model(reference / WEIGHTS["refine"]).train(), ExecutionConfig(precision=precision))
+        predictions = model(image0[crop].float(), image1[crop].float()).predictions
+        sequence_loss(predictions, target[crop], valid[crop]).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).double())
     exact, rounded = gradients
-    assert exact.norm().item() == pytest.approx(reference_gradients["refine"]["total_grad_norm"], rel=1e-3)
-    assert (rounded.norm() / exact.norm()).item() == pytest.approx(1, abs=0.03)
+    assert (rounded.norm() / exact.norm()).item() == pytest.approx(1, abs=0.02)
     assert torch.cosine_similarity(rounded, exact, dim=0).item() > 0.99
 
 

@@ -136,6 +136,19 @@ def test_the_code_that_ran_is_the_one_submitted_and_no_secret_is_shown(stack: Ru
         assert secret not in told
 
 
+def test_a_sweep_as_a_job_trains_a_trial_and_leaves_its_report_on_s3(stack: RunningStack, manifest: str):
+    log = stack.submit(
+        *("pipelines/sweep.py", "--config", "pipelines/configs/sweep_demo.yaml", f"data.chairs={manifest}"),
+        *("storage=s3://training/sweeps", "tune.stage.steps=4", "tune.stage.validate_every=2", "tune.trials=1"),
+    )
+    assert "report" in log
+    (key,) = [key for key in stack.keys("training", "sweeps") if key.endswith("report/sweep.json")]
+    report = json.loads(stack.s3().get_object(Bucket="training", Key=key)["Body"].read())
+    (trial,) = [row for row in report["rows"] if row["phase"] == "trial"]
+    assert (trial["status"], trial["step"]) == ("finished", 4)
+    assert trial["val/chairs/val/epe"] > 0
+
+
 def test_evaluation_as_a_job_reads_model_and_data_and_writes_to_s3(
     stack: RunningStack, manifest: str, undisturbed: str
 ):
