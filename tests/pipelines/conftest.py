@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ import yaml
 from datasets_etl.etl import run_etl
 from datasets_etl.synthetic import write_dataset
 from tests.conftest import ROOT
+
+Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -91,3 +95,28 @@ def workplace_in(folder: Path, manifests: dict[str, str]) -> Workplace:
         ],
     }
     return Workplace(folder, config)
+
+
+@pytest.fixture
+def tracked_in(tmp_path: Path) -> Path:
+    """Where the embedded MLflow of `call` lies."""
+    return tmp_path
+
+
+@pytest.fixture
+def call(tracked_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs a command's main() with arguments; returns (exit code, stdout, stderr)."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tracked_in}/mlflow.db")
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def _call(module: ModuleType, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        try:
+            module.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return _call

@@ -46,24 +46,6 @@ def frames(tmp_path: Path) -> list[str]:
     return paths
 
 
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """Runs a command's main() with arguments; returns (exit code, stdout, stderr)."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-
-    def _call(module, *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-        try:
-            module.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return _call
-
-
 def assert_one_line(result: tuple[int, str, str], *fragments: str) -> None:
     code, out, err = result
     assert code == 2, err

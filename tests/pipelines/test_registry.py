@@ -1,7 +1,6 @@
 """Registered models from the shell: what there is, what differs, where the aliases are."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,22 +16,8 @@ TINY = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers
 
 
 @pytest.fixture
-def call(registered: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs a command; returns (exit code, stdout, stderr)."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{registered}/mlflow.db")
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def _call(module, *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-        try:
-            module.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return _call
+def tracked_in(registered: Path) -> Path:
+    return registered
 
 
 @pytest.fixture(scope="module")
