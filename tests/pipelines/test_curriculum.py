@@ -94,11 +94,13 @@ def test_a_killed_worker_and_a_killed_driver_change_no_bit(undisturbed: Workplac
     victim = train_workers(first.pid)[0]
     os.kill(victim, signal.SIGKILL)
     wait_for_checkpoint(first, workplace, "mix")
+    orphans = train_workers(first.pid)
     first.kill()
     told, _ = first.communicate()
     assert "stage=chairs" in told
     assert "resumes" in told, "the worker was killed before its first checkpoint or after its last"
     assert not (stage_folder(workplace, "mix") / "result.json").exists()
+    wait_for_end(orphans)
     damage_newest_checkpoint(workplace, "mix")
 
     again = workplace.start("curriculum.py", "--config", config)
@@ -111,6 +113,14 @@ def test_a_killed_worker_and_a_killed_driver_change_no_bit(undisturbed: Workplac
         expected, found = final_weights(undisturbed, stage), final_weights(workplace, stage)
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), stage
     assert_told_once(workplace)
+
+
+def wait_for_end(pids: list[int]) -> None:
+    """Workers go on for some seconds after their driver was killed, and write checkpoints."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, "orphans do not end"
+        time.sleep(0.1)
 
 
 def damage_newest_checkpoint(workplace: Workplace, stage: str) -> None:

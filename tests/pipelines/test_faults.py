@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -146,7 +147,8 @@ class Machines:
 
     def give_notice(self, machine: object) -> None:
         """What a cloud says before it takes a machine away."""
-        command = ["ray", "drain-node", "--address", self.address, "--node-id", machine.node_id]
+        ray = Path(sys.executable).with_name("ray")  # the virtual environment need not be on the PATH
+        command = [str(ray), "drain-node", "--address", self.address, "--node-id", machine.node_id]
         command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
         subprocess.run([*command, "--deadline-remaining-seconds", "600"], check=True, capture_output=True)
 

@@ -83,9 +83,9 @@ def test_a_registered_model_is_the_same_one_and_opens_no_pickle(server, stage_ru
     assert version.tags["config_hash"] == "h1"
 
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    frames = np.random.default_rng(0).integers(0, 256, (1, 2, 40, 56, 3), dtype=np.uint8)
-    flow = mlflow.pyfunc.load_model("models:/pulled/1").predict(frames)
-    np.testing.assert_array_equal(flow[0], predict_flow(model, frames[0, 0], frames[0, 1]))
+    frames = np.random.default_rng(0).integers(0, 256, (2, 40, 56, 3), dtype=np.uint8)
+    (flow,) = mlflow.pyfunc.load_model("models:/pulled/1").predict([{"image0": frames[0], "image1": frames[1]}])
+    np.testing.assert_array_equal(flow, predict_flow(model, frames[0], frames[1]))
     local = Path(mlflow.artifacts.download_artifacts("models:/pulled/1", dst_path=str(tmp_path / "local")))
     assert not [path for path in local.rglob("*") if path.suffix in (".pkl", ".pickle", ".pt", ".pth")]
 
