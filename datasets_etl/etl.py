@@ -19,7 +19,7 @@ from datasets_etl.storage import ObjectInfo, open_store
 DEFAULT_SHARD_BYTES = 512 * 2**20
 
 _HEADERS_AT_ONCE = 16
-_CANCEL_TIMEOUT_S = 60
+_FINISH_TIMEOUT_S = 60
 
 _Result = TypeVar("_Result")
 
@@ -141,10 +141,10 @@ def run_tasks(
                 raise result
             yield running.pop(finished[0]), result
     finally:
-        for reference in running:
-            ray.cancel(reference, force=False)
-        if running:  # they clean up what they have half written
-            ray.wait(list(running), num_returns=len(running), timeout=_CANCEL_TIMEOUT_S)
+        if running:  # what is finished need not be done again, and leaves nothing half-written
+            _, late = ray.wait(list(running), num_returns=len(running), timeout=_FINISH_TIMEOUT_S)
+            for reference in late:
+                ray.cancel(reference, force=False)
 
 
 def _open_source(source: str) -> tuple[SourceTree, dict[str, ObjectInfo]]:
