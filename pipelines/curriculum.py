@@ -65,6 +65,7 @@ def run_curriculum(config: CurriculumConfig) -> list[StageResult]:
             result = plan.result()
             if result is not None:
                 display.say(f"stage={plan.stage.name} finished earlier: {result.model}, skipped")
+                _check_gates(plan.stage, result.metrics)
             elif plan.stage not in config.selected_stages:
                 raise PipelineError(
                     f"stage {config.selected_stages[0].name} starts from what {plan.stage.name} ended with, "
@@ -73,7 +74,6 @@ def run_curriculum(config: CurriculumConfig) -> list[StageResult]:
             else:
                 result = _run_stage(plan, results[-1] if results else None, run, display)
             display.state(plan.stage.name, "finished")
-            _check_gates(plan.stage, result.metrics)
             run.log_stage(len(results), result.metrics)
             results.append(result)
         report.log_curriculum_report(client, run.run_id)

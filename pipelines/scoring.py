@@ -5,7 +5,6 @@ Every pair's sums are kept and added up in the set's order, whoever computed the
 
 import functools
 import itertools
-import resource
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -20,6 +19,7 @@ from gmflow import GMFlow
 from gmflow.metrics import FlowMetrics
 from gmflow.weights import decode_weights, encode_weights
 from pipelines.gallery import Card, Gallery
+from pipelines.training.memory import peak_bytes
 from pipelines.training.pictures import comparison_png
 from pipelines.training.validation import Scored, score
 
@@ -194,11 +194,9 @@ def _finish(part: _Part, device: torch.device) -> None:
     """Time and memory of this process; its first pair also paid for what is done once."""
     seconds = [pair.seconds for pair in part.pairs.values()]
     part.seconds = seconds[1:] or seconds
-    if device.type == "cuda":
-        part.peak_bytes, part.device = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
-    else:
-        part.peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        part.device = f"CPU, threads: {torch.get_num_threads()}"
+    part.peak_bytes = peak_bytes(device)
+    on_gpu = device.type == "cuda"
+    part.device = torch.cuda.get_device_name(device) if on_gpu else f"CPU, threads: {torch.get_num_threads()}"
 
 
 def _evaluation(part: _Part) -> Evaluation:

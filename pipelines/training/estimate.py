@@ -1,7 +1,6 @@
 """What a stage's steps would take, measured on one worker without training anything."""
 
 import math
-import resource
 import time
 from dataclasses import dataclass
 from statistics import median
@@ -13,6 +12,7 @@ from gmflow import GMFlow
 from gmflow.execution import ExecutionConfig, prepare_model
 from gmflow.loss import sequence_loss
 from pipelines.training.config import CurriculumConfig, StageConfig
+from pipelines.training.memory import peak_bytes
 
 _REPEATS = 2
 
@@ -64,6 +64,4 @@ def _measure(config: CurriculumConfig, stage: StageConfig) -> tuple[float, float
         loss.backward()  # type: ignore[no-untyped-call]
         loss.item()  # waits for the device
         seconds.append(time.perf_counter() - before)
-    if device.type == "cuda":
-        return median(seconds[1:]), torch.cuda.max_memory_allocated(device) / 2**30
-    return median(seconds[1:]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return median(seconds[1:]), peak_bytes(device) / 2**30

@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from pipelines.training.checkpoints import CheckpointStore, CheckpointWriter, Ke
 from pipelines.training.config import MachineConfig, StageConfig
 from pipelines.training.feed import FeedWriter, Record
 from pipelines.training.interval import Interval, StepTotals
+from pipelines.training.memory import peak_bytes
 from pipelines.training.pictures import comparison_png
 from pipelines.training.state import TrainingState
 from pipelines.training.validation import validate
@@ -253,7 +253,7 @@ class _Worker:
         metrics = state.interval.metrics(stage.global_batch)
         metrics["train/lr"] = float(state.schedule.get_last_lr()[0])
         metrics["train/skipped_steps"] = float(state.skipped)
-        metrics["system/memory_gib"] = _peak_memory_gib(self.device)
+        metrics["system/memory_gib"] = peak_bytes(self.device) / 2**30
         state.interval = Interval()
         state.record(state.step, metrics)
         left = (stage.steps - state.step) * metrics["time/step_s"]
@@ -367,10 +367,3 @@ def _initial_model(job: StageJob) -> GMFlow:
         path = Path(folder) / INITIAL_WEIGHTS
         path.write_bytes(open_store(job.folder).read(INITIAL_WEIGHTS))
         return load_model(path)
-
-
-def _peak_memory_gib(device: torch.device) -> float:
-    """Of the accelerator where there is one, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
