@@ -12,7 +12,6 @@ import argparse
 import os
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
@@ -38,7 +38,7 @@ from datasets_etl.manifest import Manifest
 from datasets_etl.synthetic import write_dataset
 from gmflow import GMFlow
 from gmflow.loss import sequence_loss
-from pipelines.cluster import connected
+from pipelines.cluster import connected, free_port
 from pipelines.curriculum import run_curriculum
 from pipelines.training.config import CurriculumConfig, load_config
 from pipelines.training.state import TrainingState
@@ -162,7 +162,7 @@ def bare_step_s(bench: Bench, workers: int) -> float:
     """Seconds a step of the plainest DDP loop over the same model, stream, loss and optimiser."""
     found = bench.folder / "bare.txt"
     context = multiprocessing.get_context("spawn")
-    port = _free_port()
+    port = free_port()
     processes = [
         context.Process(target=_bare_worker, args=(rank, workers, port, bench.config(1), str(found)))
         for rank in range(workers)
@@ -266,22 +266,8 @@ def _recovery_s(bench: Bench) -> float:
 
 
 def _a_worker_of(driver: int) -> int:
-    rows = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    table = [line.split(None, 2) for line in rows.splitlines()[1:]]
-    parents = {int(pid): int(parent) for pid, parent, _ in table}
-
-    def below(pid: int) -> bool:
-        while pid in parents and pid != driver:
-            pid = parents[pid]
-        return pid == driver
-
-    return next(int(pid) for pid, _, args in table if args.startswith("ray::RayTrainWorker") and below(int(pid)))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    below = psutil.Process(driver).children(recursive=True)
+    return next(process.pid for process in below if " ".join(process.cmdline()).startswith("ray::RayTrainWorker"))
 
 
 ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {"overhead": overhead, "scaling": scaling, "recovery": recovery}

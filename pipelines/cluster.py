@@ -40,7 +40,7 @@ def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool
         return
     remote = bool(os.environ.get("RAY_ADDRESS"))
     machine = os.cpu_count() or 1
-    port = _free_port() if dashboard and not remote else None
+    port = free_port() if dashboard and not remote else None
     if port is not None:
         # What asks the dashboard would else ask that of whatever Ray was started last on this machine.
         os.environ[_DASHBOARD_VARIABLE] = f"http://127.0.0.1:{port}"
@@ -63,7 +63,8 @@ def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool
             os.environ.pop(_DASHBOARD_VARIABLE, None)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody listens to just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -2,30 +2,26 @@
 
 import contextlib
 import os
-import signal
-import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from infra.local_stack.settings import free_ports
 from tests.seaweedfs import S3Server
+from tests.server_process import ServerProcess
 
 _WAIT_SECONDS = 120
 
 
-@dataclass
-class MlflowServer:
+class MlflowServer(ServerProcess):
     """A server whose database lies in a folder."""
 
-    folder: Path
-    s3: S3Server
-    _process: subprocess.Popen[bytes] | None = None
-
-    def __post_init__(self) -> None:
+    def __init__(self, folder: Path, s3: S3Server) -> None:
+        super().__init__(folder)
+        self.folder = folder
+        self.s3 = s3
         (self._port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{self._port}"
 
@@ -41,30 +37,17 @@ class MlflowServer:
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        self._wait(self._process)
+        self.launch(command, environment)
+        self._wait()
 
-    def kill(self) -> None:
-        """SIGKILL, as a machine that fails."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-    @property
-    def _log(self) -> Path:
-        return self.folder / "server.log"
-
-    def _wait(self, process: subprocess.Popen[bytes]) -> None:
+    def _wait(self) -> None:
         deadline = time.monotonic() + _WAIT_SECONDS
         while True:
             try:
                 urllib.request.urlopen(f"{self.url}/health", timeout=2)
             except OSError:
-                assert process.poll() is None, self._log.read_text()
-                assert time.monotonic() < deadline, self._log.read_text()
+                assert not self.ended, self.said
+                assert time.monotonic() < deadline, self.said
                 time.sleep(0.3)
             else:
                 return

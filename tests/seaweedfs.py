@@ -1,12 +1,8 @@
 """A real S3 server (SeaweedFS) with authentication, on loopback, that can be killed and started again."""
 
 import contextlib
-import os
-import signal
-import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import boto3
@@ -14,19 +10,16 @@ from botocore.config import Config
 
 from infra.local_stack import seaweedfs
 from infra.local_stack.settings import free_ports
+from tests.server_process import ServerProcess
 
 
-@dataclass
-class S3Server:
+class S3Server(ServerProcess):
     """SeaweedFS in a folder. `environment` is what a client needs."""
 
-    folder: Path
-    environment: dict[str, str] = field(
-        default_factory=lambda: {"AWS_ACCESS_KEY_ID": "tests-key", "AWS_SECRET_ACCESS_KEY": "tests-secret"}
-    )
-    _process: subprocess.Popen[bytes] | None = None
-
-    def __post_init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.folder = folder
+        self.environment = {"AWS_ACCESS_KEY_ID": "tests-key", "AWS_SECRET_ACCESS_KEY": "tests-secret"}
         (self._port,) = free_ports(1)
         self.endpoint = f"http://127.0.0.1:{self._port}"
 
@@ -38,23 +31,9 @@ class S3Server:
     def start(self) -> None:
         """Returns once it takes objects."""
         access_key, secret_key = self.environment["AWS_ACCESS_KEY_ID"], self.environment["AWS_SECRET_ACCESS_KEY"]
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                seaweedfs.command(self.folder, self._port),
-                stdout=log,
-                stderr=log,
-                env=seaweedfs.environment(access_key, secret_key, ("data",)),
-                start_new_session=True,
-            )
-        self._wait(self._process)
-
-    def kill(self) -> None:
-        """SIGKILL, as a machine that fails."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
+        environment = seaweedfs.environment(access_key, secret_key, ("data",))
+        self.launch(seaweedfs.command(self.folder, self._port), environment)
+        self._wait()
 
     def client(self):
         return boto3.client(
@@ -66,18 +45,14 @@ class S3Server:
             config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1}),
         )
 
-    @property
-    def _log(self) -> Path:
-        return self.folder / "server.log"
-
-    def _wait(self, process: subprocess.Popen[bytes]) -> None:
+    def _wait(self) -> None:
         deadline = time.monotonic() + 60
         while True:
             try:
                 self.client().put_object(Bucket="data", Key="ready", Body=b"")
             except Exception as error:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"the S3 server did not start: {self._log.read_text()[-2000:]}") from error
+                if self.ended or time.monotonic() > deadline:
+                    raise RuntimeError(f"the S3 server did not start: {self.said[-2000:]}") from error
                 time.sleep(0.2)
             else:
                 return

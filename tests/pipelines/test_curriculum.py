@@ -20,7 +20,7 @@ from pipelines.errors import PipelineError
 from pipelines.training.config import CurriculumConfig, load_config
 from pipelines.training.dry_run import show_dry_run
 from pipelines.training.registry import resolve_model
-from tests.pipelines.conftest import Workplace, workplace_in
+from tests.pipelines.conftest import Workplace, train_workers, workplace_in
 
 pytestmark = pytest.mark.slow
 
@@ -55,27 +55,6 @@ def wait_for_checkpoint(process: subprocess.Popen[str], workplace: Workplace, st
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, f"no checkpoint of {stage}"
         time.sleep(0.02)
-
-
-def train_workers(driver: int) -> list[int]:
-    """Process ids of Ray Train's workers below a driver."""
-    parents, workers = {}, []
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if (folder / "cmdline").read_bytes().startswith(b"ray::RayTrainWorker"):
-                workers.append(int(folder.name))
-        except OSError:  # gone in the meantime
-            continue
-
-    def descends(pid: int) -> bool:
-        while pid in parents and pid != driver:
-            pid = parents[pid]
-        return pid == driver
-
-    return [pid for pid in workers if descends(pid)]
 
 
 @pytest.fixture(scope="module")

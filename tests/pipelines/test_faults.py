@@ -25,7 +25,7 @@ from datasets_etl.manifest import Manifest
 from gmflow import load_model
 from pipelines.curriculum import run_curriculum
 from pipelines.training.config import CurriculumConfig, load_config
-from tests.pipelines.conftest import Workplace, workplace_in
+from tests.pipelines.conftest import Workplace, train_workers, workplace_in
 from tests.seaweedfs import S3Server, running
 
 pytestmark = pytest.mark.slow
@@ -117,20 +117,6 @@ class Job:
         return "".join(self.lines + self.errors)
 
 
-def workers_of(parent: int) -> list[int]:
-    """Process ids of Ray Train's workers below a process."""
-    found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in found.splitlines()[1:]]
-    parents = {int(pid): int(ppid) for pid, ppid, _ in rows}
-
-    def descends(pid: int) -> bool:
-        while pid in parents and pid != parent:
-            pid = parents[pid]
-        return pid == parent
-
-    return [int(pid) for pid, _, args in rows if args.startswith("ray::RayTrainWorker") and descends(int(pid))]
-
-
 class Machines:
     """A Ray cluster of raylets: a head that only hosts the driver, and machines of one CPU."""
 
@@ -143,7 +129,7 @@ class Machines:
 
     def at_work(self, machines: list[object]) -> list[object]:
         """Those that host a worker."""
-        return [machine for machine in machines if workers_of(self._raylet(machine))]
+        return [machine for machine in machines if train_workers(self._raylet(machine))]
 
     def give_notice(self, machine: object) -> None:
         """What a cloud says before it takes a machine away."""
@@ -154,7 +140,7 @@ class Machines:
 
     def lose(self, machine: object) -> None:
         """At once, with all that runs on it."""
-        victims = workers_of(self._raylet(machine))
+        victims = train_workers(self._raylet(machine))
         self.cluster.remove_node(machine, allow_graceful=False)
         for victim in victims:
             if Path(f"/proc/{victim}").exists():
@@ -259,7 +245,7 @@ def test_a_worker_that_hangs_and_storage_that_is_away_change_no_bit(
         overrides += ["machine.hang_timeout_s=10"]
         job = Job(workplace.start("curriculum.py", "--config", str(workplace.write()), *overrides, **storage.settings))
         job.wait_for(r"step=6/.* loss=")
-        os.kill(workers_of(job.process.pid)[0], signal.SIGSTOP)
+        os.kill(train_workers(job.process.pid)[0], signal.SIGSTOP)
         hung = job.wait_for(r"hangs: no progress for 10 s while (computing|waiting).*; ended, to resume")
         resumed = job.wait_for(r"resumes", after=hung)
         job.wait_for(r" loss=", after=resumed)
