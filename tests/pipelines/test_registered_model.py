@@ -39,6 +39,8 @@ class Registered:
         inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         return {
             **inherited,
+            # `mlflow models serve` looks for uvicorn on the path: in an activated environment it is there.
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "MLFLOW_TRACKING_URI": self.tracking_uri,
             "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
