@@ -6,8 +6,8 @@ worker is back.
     python -m benchmarks.training --only overhead --rounds 5
 
 What is compared takes turns, and each figure is the median of its rounds. A machine that others use at the same time
-tells the overhead all the same, but hardly the scaling: that needs two idle cores. Two processes that have nothing to do
-with each other tell how far the machine itself scales.
+tells the overhead all the same, but hardly the scaling: that needs two idle cores. Two processes that have nothing to
+do with each other tell how far the machine itself scales.
 """
 
 import argparse

@@ -112,17 +112,15 @@ def save_weights(model: GMFlow, path: str | Path) -> None:
 
 
 def encode_weights(model: GMFlow) -> bytes:
-    """The content of the `.safetensors` file that `save_weights` writes."""
+    """The content of the `.safetensors` file that `save_weights` writes: the same bytes for equal models."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    content: bytes = save(tensors, {"format": "pt", CONFIG_KEY: json.dumps(model.config.to_dict())})
+    # One entry of metadata, because safetensors writes several in no fixed order.
+    content: bytes = save(tensors, {CONFIG_KEY: json.dumps(model.config.to_dict(), sort_keys=True)})
     return content
 
 
 def weights_digest(model: GMFlow) -> str:
-    """16 hex digits that name a configuration with its weights: equal for equal models, whatever file they came from.
-
-    The bytes of a file would not do: safetensors writes its metadata in no fixed order.
-    """
+    """16 hex digits that name a configuration with its weights, whatever kind of file they came from."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from datasets_etl.errors import DataError
+from datasets_etl.errors import DamagedError, DataError
 from gmflow import GMFlowError
 
 
@@ -15,6 +15,9 @@ class PipelineError(Exception):
 
 
 USER_ERRORS = (PipelineError, DataError, GMFlowError)
+
+# Met again by who tries again; other errors of data may be of storage that is away.
+LASTING_ERRORS = (PipelineError, DamagedError, GMFlowError)
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:

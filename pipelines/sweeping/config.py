@@ -157,6 +157,8 @@ class TuneConfig(_Frozen):
                 "space: num_layers and feature_channels change the weights' layout, so no trained weights fit all "
                 "trials; set tune.start=random, or leave them out"
             )
+        if self.stage.gates:
+            raise ValueError("stage.gates: nothing is built on a trial, so nothing waits at a gate; leave them out")
         if self.grace >= self.stage.steps and self.scheduler == "asha":
             raise ValueError(
                 f"asha stops nothing: it may act from step {self.grace} of {self.stage.steps} on; "

@@ -5,6 +5,7 @@ it, and then goes on from its stage's checkpoint, or ends as it ended. So a kill
 Tune's, and may be continued with more trials than it was begun with.
 """
 
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -42,9 +43,12 @@ from pipelines.sweeping.trials import (
     listed_points,
     seed_points,
 )
+from pipelines.training.checkpoints import CheckpointStore
 from pipelines.training.feed import FeedWriter, Record, listening
 from pipelines.training.launch import final_weights, fit_stage, provide_initial_weights
 from pipelines.training.stage import StageJob
+
+log = logging.getLogger(__name__)
 
 OBJECTIVE = "objective"
 """What Tune compares by: the config's objective, lower is better."""
@@ -183,11 +187,14 @@ class DistinctOptuna(OptunaSearch):
 def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
     """A trial's driver: replay what storage holds, train on, keep the final weights, and only then tell the end."""
     trial = plan.trial(config["point"])
+    _catch_up(trial, plan, CheckpointStore(open_store(trial.folder)).newest(log.warning))
     records = TrialRecords.open(trial.folder)
     ended = records.result
     for step, metrics in records.history:
         if ended is not None or step < trial.stage.steps:
             tune.report(_report(plan, step, metrics))
+    if ended is not None and ended.status == "failed":
+        raise PipelineError(ended.reason)  # Tune takes no other end of a trial that may never have told a metric
     if ended is None:
         try:
             _train(trial, plan)
@@ -227,14 +234,19 @@ def _train(trial: Trial, plan: TrialPlan) -> None:
 
     with listening(job.feed, forward, lambda record: None):
         last = fit_stage(job, name, [_ReportValidations(trial, plan)])
-    for step, metrics in last["records"]:
-        _remember(trial, plan, step, metrics)  # what an attempt that was killed here did not
+    _catch_up(trial, plan, last)
     with tempfile.TemporaryDirectory(prefix="gmflow-final-") as folder:
         weights = Path(folder) / FINAL_WEIGHTS
         final_weights(last, trial.model, weights)
         store.upload(weights, FINAL_WEIGHTS)
     if TrialRecords.open(trial.folder).last_step != trial.stage.steps:
         raise PipelineError(f"{config.metric} has no value at the last step: the flow is not finite; lower peak_lr")
+
+
+def _catch_up(trial: Trial, plan: TrialPlan, snapshot: dict[str, Any] | None) -> None:
+    """Add what a checkpoint knows of and the history does not: its attempt was killed between the two."""
+    for step, metrics in snapshot["records"] if snapshot else ():
+        _remember(trial, plan, step, metrics)
 
 
 def _remember(trial: Trial, plan: TrialPlan, step: int, told: dict[str, Any]) -> dict[str, float] | None:

@@ -189,9 +189,14 @@ class MachineConfig(_Frozen):
     storage_patience_s: PositiveFloat = 120.0
 
     @pydantic.model_validator(mode="after")
-    def _fewest_below_most(self) -> Self:
+    def _limits_fit_together(self) -> Self:
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(f"min_workers {self.min_workers} is above num_workers {self.num_workers}")
+        if self.hang_timeout_s <= self.storage_patience_s:
+            raise ValueError(
+                f"hang_timeout_s {self.hang_timeout_s:g} must be above storage_patience_s {self.storage_patience_s:g}: "
+                "a worker that waits for storage does not hang"
+            )
         return self
 
 

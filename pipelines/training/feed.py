@@ -40,6 +40,7 @@ class Record:
 class _Queue:
     def __init__(self) -> None:
         self._records: list[Record] = []
+        self._gave_up_for: Exception | None = None
 
     def put(self, record: Record) -> None:
         self._records.append(record)
@@ -47,6 +48,12 @@ class _Queue:
     def drain(self) -> list[Record]:
         records, self._records = self._records, []
         return records
+
+    def give_up(self, error: Exception) -> None:
+        self._gave_up_for = self._gave_up_for or error
+
+    def gave_up_for(self) -> Exception | None:
+        return self._gave_up_for
 
 
 class FeedWriter:
@@ -58,6 +65,15 @@ class FeedWriter:
     def send(self, record: Record) -> None:
         """In order, without waiting for the driver."""
         self._queue.put.remote(record)
+
+    def give_up(self, error: Exception) -> None:
+        """Tell everyone that trying again would meet the same error; the first one told counts."""
+        ray.get(self._queue.give_up.remote(error))
+
+    def gave_up_for(self) -> Exception | None:
+        """What somebody gave up for; None while all go on."""
+        error: Exception | None = ray.get(self._queue.gave_up_for.remote())
+        return error
 
 
 @contextlib.contextmanager

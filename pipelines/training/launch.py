@@ -25,6 +25,7 @@ from pipelines.errors import USER_ERRORS, PipelineError
 from pipelines.training import registry
 from pipelines.training.checkpoints import CheckpointStore
 from pipelines.training.config import ModelConfig
+from pipelines.training.feed import FeedWriter
 from pipelines.training.stage import INITIAL_WEIGHTS, StageJob, train_stage
 from pipelines.training.state import result_weights
 
@@ -108,6 +109,8 @@ def _fit(job: StageJob, name: str, callbacks: Sequence[UserCallback]) -> None:
         if (mine := _user_error(error)) is not None:
             raise mine from error
         raise
+    if (end := FeedWriter(job.feed).gave_up_for()) is not None:
+        raise end
 
 
 def _user_error(error: BaseException | None) -> Exception | None:

@@ -25,7 +25,7 @@ from gmflow import GMFlow, load_model
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.loss import sequence_loss
 from gmflow.metrics import FlowMetrics
-from pipelines.errors import PipelineError
+from pipelines.errors import LASTING_ERRORS, PipelineError
 from pipelines.training.checkpoints import CheckpointStore, CheckpointWriter, KeepPolicy
 from pipelines.training.config import MachineConfig, StageConfig
 from pipelines.training.feed import FeedWriter, Record
@@ -69,10 +69,23 @@ class StageJob:
 
 
 def train_stage(config: dict[str, Any]) -> None:
-    """What Ray Train runs on every worker: from the newest checkpoint to the end, or until its machine is to go."""
+    """What Ray Train runs on every worker: from the newest checkpoint to the end, or until its machine is to go.
+
+    Ray starts all workers again after any error. After one that lasts they leave at once, and the driver raises it.
+    """
     job: StageJob = config["job"]
     os.environ[PATIENCE_VARIABLE] = str(job.machine.storage_patience_s)  # loader processes inherit it
-    worker = _Worker(job)
+    feed = FeedWriter(job.feed)
+    if feed.gave_up_for() is not None:
+        return
+    try:
+        _train(_Worker(job, feed))
+    except LASTING_ERRORS as error:
+        feed.give_up(error)
+        raise
+
+
+def _train(worker: "_Worker") -> None:
     with worker.watchdog.watching():
         worker.resume()
         for step, batches in worker.stream():
@@ -97,12 +110,12 @@ class _StepSums(NamedTuple):
 
 
 class _Worker:
-    def __init__(self, job: StageJob) -> None:
+    def __init__(self, job: StageJob, feed: FeedWriter) -> None:
         context = ray.train.get_context()
         self.job = job
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
-        self.feed = FeedWriter(job.feed)
+        self.feed = feed
         self.watchdog = Watchdog(job.machine.hang_timeout_s, self._warn)
         manifests = {name: Manifest.load(url) for name, url in job.data.items()}
         stage = job.stage

@@ -30,7 +30,7 @@ from gmflow.execution import ExecutionConfig, prepare_model
 from gmflow.geometry import backward_warp, forward_backward_occlusion
 from gmflow.predict import Padding, padded_flow
 from gmflow.visualize import color_wheel
-from gmflow.weights import save_published
+from gmflow.weights import encode_weights, save_published
 
 TINY: dict[str, Any] = {"backbone_channels": (4, 6, 8), "feature_channels": 8, "num_layers": 2, "ffn_expansion": 2}
 BASE = GMFlowConfig(**TINY)
@@ -117,6 +117,11 @@ def test_our_weights_rebuild_the_model(config: GMFlowConfig, tmp_path: Path) -> 
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     with safe_open(path, framework="pt") as file:
         assert json.loads(file.metadata()["gmflow_config"]) == config.to_dict()
+
+
+def test_equal_models_are_equal_files() -> None:
+    model = tiny(REFINE)
+    assert len({encode_weights(model) for _ in range(20)}) == 1
 
 
 @pytest.mark.parametrize("bare", [False, True], ids=["in a dict", "bare"])

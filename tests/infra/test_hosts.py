@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from datasets_etl.manifest import build
 from datasets_etl.shards import plan_shards, write_shard
@@ -48,7 +51,7 @@ def test_training_goes_on_when_a_host_is_cut_off(tmp_path: Path, capsys: pytest.
     """Two of three hosts train; one of the two is cut off; the third takes its place.
 
     Only S3 is shared: temporary folders and shared memory are each host's own, and so is its name, which leads to
-    loopback as on a stock Debian.
+    loopback as on a stock Debian. The weights are those of an undisturbed run on one machine, bit for bit.
     """
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "MLFLOW_", "RAY_"))}
     clean.pop("PYTHONPATH", None)
@@ -82,9 +85,10 @@ def test_training_goes_on_when_a_host_is_cut_off(tmp_path: Path, capsys: pytest.
             start_ray(hosts[name], f"--address={head.address}:6379", "--num-cpus=1", settings=nodes)
         wait_until(lambda: nodes_alive(head, jobs) == 4, "four nodes", head)
 
-        manifest = put_dataset_on_s3(tmp_path, head, jobs)
+        local_manifest = make_dataset(tmp_path)
+        manifest = put_on_s3(local_manifest, head, jobs)
         submit = (str(BIN / "ray"), "job", "submit", "--no-wait", "--submission-id=train", "--working-dir", str(ROOT))
-        head.run(*submit, "--", *curriculum(manifest), environment=jobs)
+        head.run(*submit, "--", "python", *curriculum(manifest, "s3://training/cut"), environment=jobs)
 
         def log() -> str:
             return ask(head, jobs, "/api/jobs/train/logs").get("logs", "")
@@ -114,6 +118,9 @@ def test_training_goes_on_when_a_host_is_cut_off(tmp_path: Path, capsys: pytest.
         with capsys.disabled():
             told = f"cut off at step {last_step(before)}, resumed after {resumed:.0f} s, a step after {stepped:.0f} s"
             print(f"\n{told}")
+        found = load_file(fetched_weights(tmp_path, head, jobs))
+    for name, tensor in undisturbed_weights(local_manifest, tmp_path / "undisturbed", clean).items():
+        assert torch.equal(found[name], tensor), name
 
 
 def ask(head: Host, jobs: dict[str, str], path: str) -> dict[str, Any]:
@@ -140,9 +147,9 @@ def last_step(log: str) -> int:
     return max((int(step) for step in re.findall(r"step=(\d+)/\d+ rank=0 loss=", log)), default=0)
 
 
-def put_dataset_on_s3(tmp_path: Path, head: Host, jobs: dict[str, str]) -> str:
-    """Shards of a synthetic dataset, uploaded from the head's network; returns the manifest's URL."""
-    raw, made = tmp_path / "raw", open_store(str(tmp_path / "shards"))
+def make_dataset(folder: Path) -> str:
+    """Shards of a synthetic dataset; returns the manifest's URL."""
+    raw, made = folder / "raw", open_store(str(folder / "shards"))
     write_dataset("chairs", raw, pairs=8, held_out=2, height=96, width=128, seed=1)
     files = sorted(path.relative_to(raw).as_posix() for path in raw.rglob("*") if path.is_file())
     tree = SourceTree(str(raw), files, lambda name: (raw / name).read_bytes())
@@ -150,7 +157,11 @@ def put_dataset_on_s3(tmp_path: Path, head: Host, jobs: dict[str, str]) -> str:
     (plan,) = plan_shards(refs, {ref.key: 1 for ref in refs}, dict.fromkeys(files, ""), 2**30)
     shard = write_shard(plan, tree, made)
     assert shard.entry is not None
-    manifest = build("chairs", [shard.entry], {}).publish(made)
+    return build("chairs", [shard.entry], {}).publish(made)
+
+
+def put_on_s3(manifest: str, head: Host, jobs: dict[str, str]) -> str:
+    """Upload shards and manifest from the head's network; returns the manifest's URL there."""
     code = """
 import sys
 from datasets_etl.storage import open_store
@@ -158,15 +169,40 @@ source, target = map(open_store, sys.argv[1:])
 for item in source.walk():
     target.write(item.key, source.read(item.key))
 """
+    source, _, name = manifest.rpartition("/")
     target = "s3://datasets/flow/chairs"
-    head.run(sys.executable, "-c", code, made.url, target, environment=jobs | {"PYTHONPATH": str(ROOT)})
-    return f"{target}/{manifest.rpartition('/')[2]}"
+    head.run(sys.executable, "-c", code, source, target, environment=jobs | {"PYTHONPATH": str(ROOT)})
+    return f"{target}/{name}"
 
 
-def curriculum(manifest: str) -> list[str]:
+def fetched_weights(folder: Path, head: Host, jobs: dict[str, str]) -> Path:
+    """The stage's final weights, brought from S3 by the head."""
+    code = """
+import sys
+from pathlib import Path
+from datasets_etl.storage import open_store
+store = open_store("s3://training/cut")
+(final,) = [item.key for item in store.walk() if item.key.endswith("/final.safetensors")]
+Path(sys.argv[1]).write_bytes(store.read(final))
+"""
+    path = folder / "final.safetensors"
+    head.run(sys.executable, "-c", code, str(path), environment=jobs | {"PYTHONPATH": str(ROOT)})
+    return path
+
+
+def undisturbed_weights(manifest: str, storage: Path, settings: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Of the same stage on this machine."""
+    command = [sys.executable, *curriculum(manifest, str(storage)), "machine.placement=pack"]
+    command.append(f"mlflow.tracking_uri=sqlite:///{storage.with_suffix('.db')}")
+    subprocess.run(command, cwd=ROOT, env=settings, check=True, capture_output=True)
+    (final,) = storage.glob("*/final.safetensors")
+    return load_file(final)
+
+
+def curriculum(manifest: str, storage: str) -> list[str]:
     return [
-        *("python", "pipelines/curriculum.py", "--config", "pipelines/configs/demo.yaml", "only=[chairs]"),
-        *("storage=s3://training/cut", f"data.chairs={manifest}", "mlflow.tracking_uri=null"),
+        *("pipelines/curriculum.py", "--config", "pipelines/configs/demo.yaml", "only=[chairs]"),
+        *(f"storage={storage}", f"data.chairs={manifest}", "mlflow.tracking_uri=null"),
         *("machine.micro_batch=2", "machine.placement=strict_spread", f"stages.chairs.steps={STEPS}"),
         *("stages.chairs.global_batch=4", "stages.chairs.checkpoint_every=4", "stages.chairs.log_every=2"),
         "stages.chairs.validation=[{data: chairs, subset: val}]",

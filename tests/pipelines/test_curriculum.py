@@ -204,38 +204,29 @@ def test_a_finished_curriculum_is_skipped_whole(undisturbed: Workplace):
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_one_worker_and_two_train_the_same_model(manifests: dict[str, str], tmp_path: Path):
+def test_one_worker_and_two_and_storage_on_s3_give_the_same_model(manifests: dict[str, str], tmp_path: Path):
     """Few steps at a low rate: rounding, which the split does change, grows with every step of any training."""
     found = []
-    for workers, micro_batch in ((2, 1), (1, 4)):
+    for workers, micro_batch, storage in ((2, 1, str(tmp_path / "storage")), (1, 4, f"s3://data/{tmp_path.name}")):
         workplace = workplace_in(tmp_path / str(workers), manifests)
         workplace.folder.mkdir()
-        overrides = ["only=[chairs]", "stages.chairs.steps=6", "stages.chairs.peak_lr=1e-4"]
+        overrides = [f"storage={storage}", "stages.chairs.steps=6", "stages.chairs.peak_lr=1e-4"]
         overrides += [f"machine={{num_workers: {workers}, micro_batch: {micro_batch}}}"]
-        overrides += [f"mlflow={{tracking_uri: '{workplace.tracking_uri}'}}"]
-        (result,) = run_curriculum(load_config(CurriculumConfig, str(workplace.write()), overrides))
-        found.append((result.metrics["train/loss"], final_weights(workplace, "chairs")))
-    (loss, weights), (other_loss, other_weights) = found
-    assert other_loss == pytest.approx(loss, rel=1e-5)
+        config = resolved(workplace, "only=[chairs]", *overrides)
+        (result,) = run_curriculum(config)
+        assert run_curriculum(config) == [result], "a finished stage is found again"
+        trained, registered = (
+            resolve_model(ref, workplace.tracking_uri).state_dict() for ref in (result.weights, "models:/gmflow@chairs")
+        )
+        assert all(torch.equal(tensor, registered[name]) for name, tensor in trained.items())
+        assert not (workplace.folder / "storage").exists()
+        found.append((result, trained))
+    (here, weights), (there, other_weights) = found
+    assert there.weights.startswith(f"s3://data/{tmp_path.name}/tiny-chairs-")
+    assert there.metrics["train/loss"] == pytest.approx(here.metrics["train/loss"], rel=1e-5)
     for name, tensor in weights.items():
         if not name.endswith(FREE_BIASES):
             torch.testing.assert_close(other_weights[name], tensor, rtol=0, atol=1e-5, msg=name)
-
-
-@pytest.mark.usefixtures("local_ray")
-def test_storage_may_be_s3(manifests: dict[str, str], tmp_path: Path):
-    workplace = workplace_in(tmp_path, manifests)
-    overrides = [f"storage=s3://data/{tmp_path.name}", "only=[chairs]", "stages.chairs.steps=6"]
-    overrides += [f"mlflow={{tracking_uri: '{workplace.tracking_uri}'}}"]
-    config = load_config(CurriculumConfig, str(workplace.write()), overrides)
-    (result,) = run_curriculum(config)
-    assert result.weights.startswith(f"s3://data/{tmp_path.name}/tiny-chairs-")
-    trained, registered = (
-        resolve_model(ref, workplace.tracking_uri) for ref in (result.weights, "models:/gmflow@chairs")
-    )
-    assert all(torch.equal(tensor, trained.state_dict()[name]) for name, tensor in registered.state_dict().items())
-    assert run_curriculum(config) == [result]
-    assert not (tmp_path / "storage").exists()
 
 
 def resolved(workplace: Workplace, *overrides: str) -> CurriculumConfig:

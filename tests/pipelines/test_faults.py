@@ -25,6 +25,7 @@ from datasets_etl.manifest import Manifest
 from gmflow import load_model
 from pipelines.curriculum import run_curriculum
 from pipelines.training.config import CurriculumConfig, load_config
+from tests.mlflow_server import mlflow_running
 from tests.pipelines.conftest import Workplace, train_workers, workplace_in
 from tests.seaweedfs import S3Server, running
 
@@ -61,9 +62,9 @@ def slow_config(workplace: Workplace) -> CurriculumConfig:
     return load_config(CurriculumConfig, str(workplace.write()), overrides)
 
 
-def told_losses(workplace: Workplace) -> list[float]:
+def told_losses(tracking_uri: str) -> list[float]:
     """Of every step, as MLflow has them: each once and in order."""
-    client = MlflowClient(workplace.tracking_uri)
+    client = MlflowClient(tracking_uri)
     experiment = client.get_experiment_by_name("gmflow").experiment_id
     (run,) = client.search_runs([experiment], filter_string="tags.stage = 'chairs'")
     history = client.get_metric_history(run.info.run_id, "train/loss")
@@ -185,7 +186,11 @@ def test_the_losses_of_twenty_steps_are_those_of_the_plainest_loop(undisturbed: 
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-    assert told_losses(undisturbed)[:20] == pytest.approx(losses, abs=1e-3)
+    told = told_losses(undisturbed.tracking_uri)[:20]
+    assert told == pytest.approx(losses, rel=1e-3)
+    assert told[:5] == pytest.approx(
+        losses[:5], rel=1e-5
+    )  # before training has made more of what is rounded differently
 
 
 def test_a_machine_that_is_to_go_is_left_in_time_and_nothing_is_lost(machines, expected, workplace: Workplace):
@@ -218,6 +223,8 @@ def test_a_lost_machine_without_a_spare_is_gone_on_without(
             *("curriculum.py", "--config", str(workplace.write()), *SLOW, "machine.min_workers=1"),
             RAY_ADDRESS=machines.address,
             RAY_health_check_period_ms="500",
+            # How long Ray Train tries to get as many workers as before.
+            RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="15",
         )
     )
     job.wait_for(r"step=9/.* loss=")
@@ -225,36 +232,44 @@ def test_a_lost_machine_without_a_spare_is_gone_on_without(
     job.wait_for(r"resumes: .* on 1 workers")
     job.finish()
     assert job.step_of("resumes") >= 4, "at most the steps since the newest stored checkpoint are done again"
-    assert told_losses(workplace) == pytest.approx(told_losses(undisturbed), rel=1e-5)
+    assert told_losses(workplace.tracking_uri) == pytest.approx(told_losses(undisturbed.tracking_uri), rel=1e-5)
     found = final_weights(workplace)
     for name, tensor in expected.items():
         if not name.endswith(FREE_BIASES):
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
-def test_a_worker_that_hangs_and_storage_that_is_away_change_no_bit(
-    expected, workplace: Workplace, tmp_path: Path, s3: S3Server
+def test_a_worker_that_hangs_and_servers_that_are_away_change_no_bit(
+    undisturbed: Workplace, expected, workplace: Workplace, tmp_path: Path, s3: S3Server
 ):
-    with running(tmp_path) as storage:
+    """Storage and MLflow go at once, and MLflow stays away for longer than the stage needs to end."""
+    tracked = tmp_path / "tracked"
+    tracked.mkdir()
+    with running(tmp_path) as storage, mlflow_running(tracked, s3) as tracking:
         source = str(Path(workplace.config["data"]["chairs"].removeprefix("file://")).parents[2] / "chairs")
         command = ("etl.py", "--dataset", "chairs", "--source", source, "--target", "s3://data/sets")
         etl = workplace.start(*command, **storage.settings)
         manifest, errors = etl.communicate(timeout=WAIT_SECONDS)
         assert etl.returncode == 0, errors
         overrides = [*SLOW, f"data.chairs={manifest.splitlines()[-1]}", "storage=s3://data/runs"]
-        overrides += ["machine.hang_timeout_s=10"]
-        job = Job(workplace.start("curriculum.py", "--config", str(workplace.write()), *overrides, **storage.settings))
+        overrides += ["machine.hang_timeout_s=16", "machine.storage_patience_s=15"]
+        settings = {**storage.settings, "MLFLOW_TRACKING_URI": tracking.url}
+        job = Job(workplace.start("curriculum.py", "--config", str(workplace.write()), *overrides, **settings))
         job.wait_for(r"step=6/.* loss=")
         os.kill(train_workers(job.process.pid)[0], signal.SIGSTOP)
-        hung = job.wait_for(r"hangs: no progress for 10 s while (computing|waiting).*; ended, to resume")
+        hung = job.wait_for(r"hangs: no progress for 16 s while (computing|waiting).*; ended, to resume")
         resumed = job.wait_for(r"resumes", after=hung)
         job.wait_for(r" loss=", after=resumed)
+        tracking.kill()
         storage.kill()
         time.sleep(12)  # longer than a command would wait for a mistyped endpoint
         storage.start()
+        job.wait_for(rf"step={STEPS}/.* loss=")
+        tracking.start()
         job.finish()
         client = storage.client()
         keys = [found["Key"] for found in client.list_objects_v2(Bucket="data", Prefix="runs/")["Contents"]]
         (final,) = [key for key in keys if key.endswith("final.safetensors")]
         client.download_file("data", final, str(tmp_path / "final.safetensors"))
     assert_same_to_the_bit(expected, load_file(tmp_path / "final.safetensors"))
+    assert told_losses(f"sqlite:///{tracked}/mlflow.db") == told_losses(undisturbed.tracking_uri)

@@ -149,6 +149,10 @@ def test_a_radius_larger_than_the_map_names_the_largest(radius):
         (["tune.searcher=random"], "trials is missing"),
         (["tune.space.peak_lr={low: 1e-5, high: 1e-4}"], "a grid needs values"),
         (["tune.stage.validate_every=30"], "asha stops nothing"),
+        (
+            ["tune.stage.gates=[{data: chairs, subset: val, metric: epe, below: 5}]"],
+            "stage.gates: nothing is built on a trial",
+        ),
         (["objective.subset=train"], r"probe.validation lacks chairs/train, the objective"),
         (["weights=null"], "which model is probed"),
         (["probe.gird={}"], "unknown key probe.gird; did you mean grid"),
