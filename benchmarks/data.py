@@ -443,7 +443,7 @@ def _warm_stream(manifest: Manifest) -> Iterator[object]:
 def writing(chairs: Raw, rounds: int) -> None:
     """A worker of the ETL over a plain loop with webdataset's writer and the same encoding."""
     with tempfile.TemporaryDirectory() as folder:
-        many = _repeated(chairs, Path(folder) / "raw", copies=10)
+        many = _repeated(chairs, Path(folder) / "raw", copies=120)
         tree, refs = many.tree, many.refs
         places = iter(range(10**6))
 

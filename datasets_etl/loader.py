@@ -5,9 +5,11 @@
 """
 
 import functools
+import itertools
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ from datasets_etl.order import Order, rank_positions, sample_generator
 from datasets_etl.samples import FlowSample, decode_sample
 from datasets_etl.shards import read_sample_bytes
 
-# Requests a process has under way: enough to hide a bucket's latency behind decoding.
+# Samples a process reads ahead of the one it decodes: enough to hide a bucket's latency.
 _READS_AHEAD = 4
 
 
@@ -107,7 +109,7 @@ class PositionDataset(Dataset[FlowBatch]):
 
     def __init__(self, mixture: Sequence[MixturePart], seed: int, cache: SampleCache | None = None) -> None:
         self.mixture = tuple(mixture)
-        self._read = functools.partial(_read_stored, cache=cache)
+        self._cache = cache
         self.seed = seed
         self.selections = [part.manifest.select(part.subset) for part in mixture]
         self.order = Order(
@@ -115,37 +117,67 @@ class PositionDataset(Dataset[FlowBatch]):
             repeats=tuple(part.repeats for part in mixture),
             seed=seed,
         )
+        self._reads: dict[int, _Read] = {}  # by position, under way or done
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_reads": {}}  # another process reads for itself
 
     def __getitem__(self, position: int) -> FlowBatch:
-        return self.__getitems__([position])[0]
+        return self.__getitems__(_Draw([position], []))[0]
 
-    def __getitems__(self, positions: Sequence[int]) -> list[FlowBatch]:
-        """Several at once, as a DataLoader asks for a batch: the next ones are read while one is decoded."""
-        parts, indices = self.order.locate(positions)
-        chosen = [self.mixture[part] for part in parts]
-        numbers = [int(self.selections[part][index]) for part, index in zip(parts, indices, strict=True)]
-        stored = _reading_threads(os.getpid()).map(self._read, [part.manifest for part in chosen], numbers)
-        return [
-            to_tensors(
-                augment(_decoded(read, occlusion=False), part.augmentation, sample_generator(self.seed, position))
-            )
-            for position, part, read in zip(positions, chosen, stored, strict=True)
-        ]
+    def __getitems__(self, draw: "_Draw") -> list[FlowBatch]:
+        """Several at once, as a DataLoader asks for a batch; those to come are read while these are decoded."""
+        self._begin_reading([*draw.positions, *draw.upcoming])
+        samples = []
+        for position in draw.positions:
+            part, stored = self._reads.pop(position)
+            sample = _decoded(stored.result(), occlusion=False)
+            samples.append(to_tensors(augment(sample, part.augmentation, sample_generator(self.seed, position))))
+        return samples
+
+    def _begin_reading(self, positions: Sequence[int]) -> None:
+        fresh = [position for position in positions if position not in self._reads]
+        for position, number, index in zip(fresh, *self.order.locate(fresh), strict=True):
+            part = self.mixture[number]
+            sample = int(self.selections[number][index])
+            future = _reading_threads(os.getpid()).submit(_read_stored, part.manifest, sample, self._cache)
+            self._reads[position] = _Read(part, future)
 
 
-class _MicroBatches(Sampler[list[int]]):
-    """Positions of one rank's micro-batches, step after step."""
+class _Read(NamedTuple):
+    part: MixturePart
+    stored: Future[tuple[bytes, str]]
 
-    def __init__(self, steps: range, global_batch: int, micro_batch: int, rank: int, world_size: int) -> None:
+
+class _Draw(NamedTuple):
+    """Positions of a micro-batch, and those that the same process will be asked for next."""
+
+    positions: list[int]
+    upcoming: list[int]
+
+
+class _MicroBatches(Sampler[_Draw]):
+    """Positions of one rank's micro-batches, step after step; a DataLoader deals them to its processes in turn."""
+
+    def __init__(
+        self, steps: range, global_batch: int, micro_batch: int, rank: int, world_size: int, workers: int
+    ) -> None:
         self.steps = steps
         self.global_batch = global_batch
         self.micro_batch = micro_batch
         self.rank = rank
         self.world_size = world_size
+        self.processes = max(1, workers)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
-            yield from self.of_step(step)
+    def __iter__(self) -> Iterator[_Draw]:
+        batches = itertools.chain.from_iterable(map(self.of_step, self.steps))
+        reach = self.processes * -(-_READS_AHEAD // self.micro_batch)
+        known = deque(itertools.islice(batches, reach))
+        while known:
+            known.extend(itertools.islice(batches, 1))
+            positions = known.popleft()
+            own = itertools.islice(known, self.processes - 1, None, self.processes)
+            yield _Draw(positions, [position for batch in own for position in batch])
 
     def of_step(self, step: int) -> list[list[int]]:
         mine = list(rank_positions(step, self.global_batch, self.rank, self.world_size))
@@ -176,10 +208,10 @@ class TrainingStream:
         workers: int = 0,
     ) -> None:
         self.steps = steps
-        self._batches = _MicroBatches(steps, global_batch, micro_batch, rank, world_size)
+        self._batches = _MicroBatches(steps, global_batch, micro_batch, rank, world_size, workers)
         self._loader = DataLoader(
             dataset,
-            batch_sampler=self._batches,
+            batch_sampler=self._batches,  # type: ignore[arg-type]  # it may yield whatever __getitems__ takes
             collate_fn=collate,
             num_workers=workers,
             # A fork of a process that already runs threads (Ray's, OpenMP's) can deadlock.

@@ -54,7 +54,13 @@ def forward_backward_occlusion(
     Returns:
         Two bool `[B, H, W]`, true = occluded: for image 0 and for image 1.
     """
-    tolerance = alpha * (forward_flow.norm(dim=1) + backward_flow.norm(dim=1)) + beta
-    forward_gap = (forward_flow + backward_warp(backward_flow, forward_flow)).norm(dim=1)
-    backward_gap = (backward_flow + backward_warp(forward_flow, backward_flow)).norm(dim=1)
+    tolerance = alpha * (vector_length(forward_flow) + vector_length(backward_flow)) + beta
+    forward_gap = vector_length(forward_flow + backward_warp(backward_flow, forward_flow))
+    backward_gap = vector_length(backward_flow + backward_warp(forward_flow, backward_flow))
     return forward_gap > tolerance, backward_gap > tolerance
+
+
+def vector_length(vectors: Tensor) -> Tensor:
+    """Lengths `[B, H, W]` of vectors `[B, 2, H, W]`; on a CPU many times as fast as `norm` over a dimension of two."""
+    x, y = vectors.unbind(1)
+    return (x.square() + y.square()).sqrt()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gmflow.geometry import vector_length
+
 LARGEST_COMPONENT = 1000.0
 """Dense ground truth marks unknown pixels with components of at least this (FlyingChairs, Sintel, FlyingThings3D)."""
 
@@ -50,6 +52,6 @@ def sequence_loss(
 def valid_pixels(flow: Tensor, valid: Tensor, *, max_flow: float = 400.0) -> Tensor:
     """Where ground truth `[B, 2, H, W]` can be learned from: bool `[B, H, W]`, never where it is NaN or inf."""
     known = (flow.abs() < LARGEST_COMPONENT).all(dim=1)  # false for NaN and inf
-    slow = flow.norm(dim=1) < max_flow
+    slow = vector_length(flow) < max_flow
     usable: Tensor = valid.bool() & known & slow
     return usable

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gmflow.errors import GMFlowError
+from gmflow.geometry import vector_length
 
 _SUMS = (
     *("pixels", "epe", "px1", "px3", "px5", "f1_all"),
@@ -48,8 +49,8 @@ class FlowMetrics:
         _check_shapes(flow, target, valid, occluded)
         valid = valid.bool() & target.isfinite().all(dim=1)
         target = torch.where(valid.unsqueeze(1), target, 0.0).double()
-        error = (flow.double() - target).norm(dim=1)  # [B, H, W]
-        speed = target.norm(dim=1)
+        error = vector_length(flow.double() - target)  # [B, H, W]
+        speed = vector_length(target)
 
         def total(values: Tensor, where: Tensor = valid) -> Tensor:
             return torch.where(where, values.double(), 0.0).sum()

@@ -8,9 +8,18 @@ import numpy as np
 import pytest
 import torch
 
+from datasets_etl import loader
 from datasets_etl.augment import AugmentConfig
 from datasets_etl.errors import DataError
-from datasets_etl.loader import EvaluationSet, FlowBatch, MixturePart, PositionDataset, TrainingStream
+from datasets_etl.loader import (
+    EvaluationSet,
+    FlowBatch,
+    MixturePart,
+    PositionDataset,
+    TrainingStream,
+    _MicroBatches,
+    _read_stored,
+)
 from datasets_etl.manifest import Manifest
 
 AUGMENTATION = AugmentConfig(crop=(32, 48), min_log2_scale=-0.1, max_log2_scale=0.4, hflip=0.5, vflip=0.1)
@@ -73,6 +82,35 @@ def test_loader_processes_give_the_same_bits(dataset):
     here = stream(dataset, range(2), world_size=1)
     there = stream(dataset, range(2), world_size=1, workers=2)
     assert all(same(there[step], here[step]) for step in range(2))
+
+
+@pytest.mark.parametrize(("micro_batch", "ahead"), [(1, 4), (2, 4), (3, 6)])
+def test_samples_are_read_before_they_are_asked_for_and_once(dataset, monkeypatch, micro_batch, ahead):
+    """Also over the end of a micro-batch and of a step: with one sample at a time every read would be waited for."""
+    read = []
+
+    def counting(manifest, index, cache):
+        read.append((manifest.url, index))
+        return _read_stored(manifest, index, cache)
+
+    monkeypatch.setattr(loader, "_read_stored", counting)
+    batches = iter(_MicroBatches(range(4), 6, micro_batch, rank=0, world_size=1, workers=0))
+    dataset.__getitems__(next(batches))
+    dataset._reads[max(dataset._reads)].stored.result()
+    assert len(read) == micro_batch + ahead
+    for draw in batches:
+        dataset.__getitems__(draw)
+    assert len(read) == 4 * 6
+    assert not dataset._reads
+
+
+def test_each_loader_process_reads_ahead_what_it_will_be_asked_for():
+    draws = list(_MicroBatches(range(3), 12, 2, rank=1, world_size=2, workers=3))
+    dealt = [list(draws[process::3]) for process in range(3)]
+    for mine in dealt:
+        for now, *later in (mine[number:] for number in range(len(mine))):
+            expected = [position for draw in later[:2] for position in draw.positions]
+            assert now.upcoming == expected
 
 
 def test_batches_have_the_shapes_and_types_they_promise(dataset):
