@@ -81,10 +81,10 @@ class RunningStack:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def ask(self, path: str) -> dict[str, Any]:
+    def ask(self, path: str, method: str = "GET") -> dict[str, Any]:
         """What `ray job` asks the job server, at once; the command line itself takes seconds."""
         headers = {"Authorization": f"Bearer {self.facts.secrets.ray_token}"}
-        request = urllib.request.Request(self.facts.dashboard_url + path, headers=headers)
+        request = urllib.request.Request(self.facts.dashboard_url + path, headers=headers, method=method)
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.loads(answer.read())
 

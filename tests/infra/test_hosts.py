@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,8 @@ from datasets_etl.sources import SOURCES, SourceTree
 from datasets_etl.storage import open_store
 from datasets_etl.synthetic import write_dataset
 from infra.local_stack import seaweedfs
+from pipelines.curriculum import run_curriculum
+from pipelines.training.config import CurriculumConfig, load_config
 from tests.conftest import ROOT
 from tests.infra.conftest import WAIT_SECONDS
 from tests.infra.hosts import Host, connected_hosts, possible
@@ -47,7 +48,7 @@ def start_ray(host: Host, *options: str, settings: dict[str, str]) -> None:
 
 
 @pytest.mark.skipif(not possible(), reason="no network namespaces here: they need root")
-def test_training_goes_on_when_a_host_is_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_training_goes_on_when_a_host_is_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str], local_ray: None):
     """Two of three hosts train; one of the two is cut off; the third takes its place.
 
     Only S3 is shared: temporary folders and shared memory are each host's own, and so is its name, which leads to
@@ -119,7 +120,7 @@ def test_training_goes_on_when_a_host_is_cut_off(tmp_path: Path, capsys: pytest.
             told = f"cut off at step {last_step(before)}, resumed after {resumed:.0f} s, a step after {stepped:.0f} s"
             print(f"\n{told}")
         found = load_file(fetched_weights(tmp_path, head, jobs))
-    for name, tensor in undisturbed_weights(local_manifest, tmp_path / "undisturbed", clean).items():
+    for name, tensor in undisturbed_weights(local_manifest, tmp_path / "undisturbed").items():
         assert torch.equal(found[name], tensor), name
 
 
@@ -190,13 +191,12 @@ Path(sys.argv[1]).write_bytes(store.read(final))
     return path
 
 
-def undisturbed_weights(manifest: str, storage: Path, settings: dict[str, str]) -> dict[str, torch.Tensor]:
+def undisturbed_weights(manifest: str, storage: Path) -> dict[str, torch.Tensor]:
     """Of the same stage on this machine."""
-    command = [sys.executable, *curriculum(manifest, str(storage)), "machine.placement=pack"]
-    command.append(f"mlflow.tracking_uri=sqlite:///{storage.with_suffix('.db')}")
-    subprocess.run(command, cwd=ROOT, env=settings, check=True, capture_output=True)
-    (final,) = storage.glob("*/final.safetensors")
-    return load_file(final)
+    config, *overrides = curriculum(manifest, str(storage))[2:]
+    overrides += ["machine.placement=pack", f"mlflow.tracking_uri=sqlite:///{storage.with_suffix('.db')}"]
+    (result,) = run_curriculum(load_config(CurriculumConfig, str(ROOT / config), overrides))
+    return load_file(result.weights.removeprefix("file://"))
 
 
 def curriculum(manifest: str, storage: str) -> list[str]:

@@ -3,6 +3,7 @@
 The stack's Ray has a head without CPUs and two workers, each with a temporary directory of its own.
 """
 
+import contextlib
 import json
 import re
 import signal
@@ -17,8 +18,7 @@ from tests.infra.conftest import WAIT_SECONDS, RunningStack, stack_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # clusters of many processes, on machines at work
 
-# Long enough for the command line, which takes seconds, to stop it on the way.
-STEPS = 90
+STEPS = 60
 TOLD = list(range(2, STEPS + 1, 2))
 
 
@@ -79,8 +79,7 @@ def submit_until_a_further_checkpoint(stack: RunningStack, job: str, manifest: s
 
 def test_a_stopped_job_and_a_cluster_that_died_resume_to_the_bit(stack: RunningStack, manifest: str, undisturbed: str):
     submit_until_a_further_checkpoint(stack, "first", manifest, "disturbed")
-    stopped = stack.job("stop", "first")
-    assert stopped.returncode == 0, stopped.stderr
+    assert stack.ask("/api/jobs/first/stop", "POST") == {"stopped": True}
     status = stack.job("status", "first")
     assert "was stopped" in status.stdout + status.stderr
     assert f"stage=chairs step=0/{STEPS} rank=0 starts" in stack.job("logs", "first").stdout
@@ -88,7 +87,8 @@ def test_a_stopped_job_and_a_cluster_that_died_resume_to_the_bit(stack: RunningS
     submit_until_a_further_checkpoint(stack, "second", manifest, "disturbed")
     cluster = psutil.Process(json.loads((stack.folder / "ray.json").read_text())["pid"])
     for process in [cluster, *cluster.children(recursive=True)]:
-        process.send_signal(signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):  # some end by themselves at any time
+            process.send_signal(signal.SIGKILL)
     health = stack_command("status", "--dir", str(stack.folder))
     assert health.returncode == 1
     assert re.search(r"ray +│ down", health.stdout)

@@ -15,12 +15,13 @@ import yaml
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
+import pipelines.curriculum
 from pipelines.curriculum import run_curriculum
 from pipelines.errors import PipelineError
 from pipelines.training.config import CurriculumConfig, load_config
 from pipelines.training.dry_run import show_dry_run
 from pipelines.training.registry import resolve_model
-from tests.pipelines.conftest import Workplace, train_workers, workplace_in
+from tests.pipelines.conftest import Call, Workplace, train_workers, workplace_in
 
 pytestmark = pytest.mark.slow
 
@@ -193,9 +194,12 @@ def test_a_registered_model_comes_back_with_the_stages_weights(undisturbed: Work
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_finished_curriculum_is_skipped_whole(undisturbed: Workplace):
+@pytest.mark.usefixtures("local_ray")
+def test_a_finished_curriculum_is_skipped_whole(undisturbed: Workplace, call: Call):
     before = final_weights(undisturbed, "mix")
-    output = run(undisturbed)
+    tracked = f"mlflow={{tracking_uri: '{undisturbed.tracking_uri}'}}"
+    code, output, errors = call(pipelines.curriculum, "--config", undisturbed.write(), tracked)
+    assert code == 0, errors
     assert output.count("finished earlier") == 2
     assert "starts" not in output
     assert "resumes" not in output
