@@ -1,6 +1,6 @@
 """The data plane in figures: codes of frames and flow, samples a second, storage, writing, planning.
 
-    python -m benchmarks.data                                    # all, about ten minutes
+    python -m benchmarks.data                                    # all; writing takes longest, `--only` leaves it out
     python -m benchmarks.data --only codes,loading --rounds 7
 
 Real samples are found as the tests find them: GMFLOW_SAMPLES, GMFLOW_FORMAT_SAMPLES. Rounds of what is compared take

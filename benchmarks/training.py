@@ -1,8 +1,8 @@
 """The training plane in figures: what Ray Train, tracking and checkpoints cost, how two workers scale, how fast a lost
 worker is back.
 
-    python -m benchmarks.training                      # all with the demo's small model, about ten minutes
-    python -m benchmarks.training --model base         # the same with the base model of the paper, about twenty
+    python -m benchmarks.training                      # all with the demo's small model
+    python -m benchmarks.training --model base         # the same with the base model of the paper
     python -m benchmarks.training --only overhead --rounds 5
 
 What is compared takes turns, and each figure is the median of its rounds. A machine that others use at the same time
@@ -184,14 +184,9 @@ def overhead(bench: Bench) -> Iterator[Row]:
         found = (
             f"{ratio:.3f} ({', '.join(f'{r:.3f}' for r in ratios)}); {1000 * statistics.median(steps):.0f} ms a step"
         )
-        what = f"{workers} worker{'s' * (workers > 1)}: step on Ray with tracking and checkpoints / bare DDP loop"
-        yield Row(what, found, "<= 1.02", ratio <= 1.02)
-        yield Row(
-            f"{workers} worker{'s' * (workers > 1)}: share of a step spent waiting for data",
-            f"{waited:.1%}",
-            "<= 3%",
-            waited <= 0.03,
-        )
+        who = "one worker" if workers == 1 else "two workers"
+        yield Row(f"{who}: step on Ray with tracking and checkpoints / bare DDP loop", found, "<= 1.02", ratio <= 1.02)
+        yield Row(f"{who}: share of a step spent waiting for data", f"{waited:.1%}", "<= 3%", waited <= 0.03)
 
 
 def bare_step_s(bench: Bench, groups: list[int]) -> list[float]:

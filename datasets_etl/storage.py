@@ -290,7 +290,7 @@ class S3Store:
         return _whole(data, url, offset, length)
 
     def _get_span_quickly(self, key: str, span: str) -> bytes | None:
-        """By a signed URL, the same for all samples of a shard: a third of the processor time of `get_object`, which
+        """By a signed URL, the same for all samples of a shard: under half the processor time of `get_object`, which
         training has to share with decoding. None for any other answer than the bytes: those are for `get_object` to
         understand.
         """

@@ -187,9 +187,11 @@ class DistinctOptuna(OptunaSearch):
 def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
     """A trial's driver: replay what storage holds, train on, keep the final weights, and only then tell the end."""
     trial = plan.trial(config["point"])
-    _catch_up(trial, plan, CheckpointStore(open_store(trial.folder)).newest(log.warning))
     records = TrialRecords.open(trial.folder)
     ended = records.result
+    if ended is None:
+        _catch_up(trial, plan, CheckpointStore(open_store(trial.folder)).newest(log.warning))
+        records = TrialRecords.open(trial.folder)
     for step, metrics in records.history:
         if ended is not None or step < trial.stage.steps:
             tune.report(_report(plan, step, metrics))

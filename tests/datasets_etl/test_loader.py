@@ -96,7 +96,8 @@ def test_samples_are_read_before_they_are_asked_for_and_once(dataset, monkeypatc
     monkeypatch.setattr(loader, "_read_stored", counting)
     batches = iter(_MicroBatches(range(4), 6, micro_batch, rank=0, world_size=1, workers=0))
     dataset.__getitems__(next(batches))
-    dataset._reads[max(dataset._reads)].stored.result()
+    for begun in dataset._reads.values():
+        begun.stored.result()
     assert len(read) == micro_batch + ahead
     for draw in batches:
         dataset.__getitems__(draw)

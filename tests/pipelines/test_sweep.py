@@ -301,6 +301,7 @@ def test_a_sweep_that_has_ended_is_told_again_without_any_training(tuned):
     again = run(workplace)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert "resumes" not in again
+    assert "starts: " not in again
     assert again.splitlines()[-1] == output.splitlines()[-1]
 
 
