@@ -187,7 +187,11 @@ def _mlflow(stack: Stack) -> Service:
     def launch() -> Launch:
         runs, users = _DATABASES
         accounts = configparser.ConfigParser(interpolation=None)
-        accounts["mlflow"] = {"default_permission": "READ", "database_uri": database(users)}
+        accounts["mlflow"] = {
+            "default_permission": "READ",
+            "database_uri": database(users),
+            "auth_cache_ttl_seconds": "60",  # else every request hashes the password anew, for tenths of a second
+        }
         path = stack.folder / "mlflow_auth.ini"
         path.touch(mode=0o600)
         with path.open("w") as file:

@@ -97,6 +97,7 @@ class TrackedRun:
         self.run_id: str = run.info.run_id
         self._patience = patience
         self._told: dict[str, int] = {}  # metric → newest step MLflow has
+        self._met: set[str] | None = None  # metrics that it has any of, once asked
 
     def log(self, record: Record) -> None:
         """Metrics against the step; what an earlier attempt already told is left out: a replay is exact.
@@ -116,6 +117,7 @@ class TrackedRun:
             self.client.log_batch(self.run_id, entries)
         except Exception:
             self._told.clear()  # it may have come through nevertheless: ask before it is told again
+            self._met = None
             raise
         self._told |= dict.fromkeys(news, record.step)
 
@@ -126,8 +128,10 @@ class TrackedRun:
             self.client.log_artifact(self.run_id, str(path), "pictures")
 
     def _last_told(self, name: str) -> int:
+        if self._met is None:
+            self._met = set(self.client.get_run(self.run_id).data.metrics)
         if name not in self._told:
-            history = self.client.get_metric_history(self.run_id, name)
+            history = self.client.get_metric_history(self.run_id, name) if name in self._met else []
             self._told[name] = max((metric.step for metric in history), default=-1)
         return self._told[name]
 

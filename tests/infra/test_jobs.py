@@ -77,9 +77,18 @@ def submit_until_a_further_checkpoint(stack: RunningStack, job: str, manifest: s
     assert not [key for key in stack.keys("training", name) if key.endswith("/result.json")]
 
 
+def wait_for_end(stack: RunningStack, job: str) -> None:
+    """A job that is told to stop has some seconds to do so."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while stack.ask(f"/api/jobs/{job}")["status"] in ("PENDING", "RUNNING"):
+        assert time.monotonic() < deadline, stack.job("logs", job).stdout
+        time.sleep(0.2)
+
+
 def test_a_stopped_job_and_a_cluster_that_died_resume_to_the_bit(stack: RunningStack, manifest: str, undisturbed: str):
     submit_until_a_further_checkpoint(stack, "first", manifest, "disturbed")
     assert stack.ask("/api/jobs/first/stop", "POST") == {"stopped": True}
+    wait_for_end(stack, "first")
     status = stack.job("status", "first")
     assert "was stopped" in status.stdout + status.stderr
     assert f"stage=chairs step=0/{STEPS} rank=0 starts" in stack.job("logs", "first").stdout
@@ -127,7 +136,7 @@ def test_the_code_that_ran_is_the_one_submitted_and_no_secret_is_shown(stack: Ru
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in stack.facts.environment.items():
             patch.setenv(variable, value)
-        versions = MlflowClient(stack.facts.mlflow_url).search_model_versions("name = 'gmflow'")
+        versions = MlflowClient(registry_uri=stack.facts.mlflow_url).search_model_versions("name = 'gmflow'")
     assert versions
     # The nodes' own Python has this checkout installed, with its commit; an upload has no .git.
     assert all(version.tags["code_version"].startswith("sources:") for version in versions)

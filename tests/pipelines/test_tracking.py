@@ -141,8 +141,9 @@ def test_what_was_heard_but_not_answered_is_not_told_twice(server):
     with faulty_proxy(server) as proxy:
         proxy.applies = lambda method, path: path.endswith("log-batch")
         run = curriculum_run(proxy.endpoint, "unanswered", tell=lambda line: None).stage("chairs", key="unanswered")
+        proxy.faults = ["cut"]
         run.log(Record(2, {"train/loss": 2.0}))
-        proxy.faults = ["cut", "503", "drop"]
+        proxy.faults += ["cut", "503", "drop"]
         for step in (4, 6):
             run.log(Record(step, {"train/loss": float(step)}))
         assert not proxy.faults
