@@ -93,6 +93,9 @@ def tune_trials(plan: TrialPlan, seeds: Sequence[Setting], listener: Listener) -
         seeds: settings to try first.
         listener: hears of them.
     """
+    if ended := _all_ended(plan, seeds):
+        _tell_again(ended, listener)
+        return
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     space, searcher, samples = _search(plan, seeds)
     # A trial's driver only waits: with whole CPUs, drivers would starve the workers they wait for.
@@ -118,8 +121,42 @@ def tune_trials(plan: TrialPlan, seeds: Sequence[Setting], listener: Listener) -
             callbacks=[_Bookkeeping(plan, listener)],
         ),
     )
+    for name in ("ray.tune.execution.tune_controller", "ray.tune.tune"):
+        logging.getLogger(name).addFilter(_is_no_trials_failure)
     with listening(plan.feed, listener.show, listener.keep):
         tuner.fit()
+
+
+def _is_no_trials_failure(record: logging.LogRecord) -> bool:
+    """A trial that fails is told in a line and kept with its reason; Tune would print a trace of every process."""
+    return not record.getMessage().startswith(("Trial task failed", "Trials did not complete"))
+
+
+def _all_ended(plan: TrialPlan, seeds: Sequence[Setting]) -> list[tuple[Trial, TrialRecords, TrialResult]]:
+    """The trials of a search of which every one has ended, in the order they came; none while one is to run."""
+    trials = announced(plan)
+    if plan.tune.searcher == "optuna":
+        wanted = plan.tune.trials or 1
+        trials = trials[:wanted]
+    else:
+        keys = {plan.trial(point).key for point in listed_points(plan.config, seeds)}
+        wanted = len(keys)
+        trials = [trial for trial in trials if trial.key in keys]
+    ended = []
+    for trial in trials:
+        records = TrialRecords.open(trial.folder)
+        if records.result is not None:
+            ended.append((trial, records, records.result))
+    return ended if len(ended) == wanted else []
+
+
+def _tell_again(ended: Sequence[tuple[Trial, TrialRecords, TrialResult]], listener: Listener) -> None:
+    """What Tune's loop would tell of trials that only replay."""
+    for trial, records, result in ended:
+        listener.started(trial)
+        for step, metrics in records.history:
+            listener.validated(trial, step, metrics)
+        listener.ended(trial, result)
 
 
 def _scheduler(plan: TrialPlan) -> TrialScheduler:

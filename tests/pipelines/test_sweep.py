@@ -167,7 +167,7 @@ def test_a_probe_is_in_mlflow_and_its_plots_are_where_the_output_says(probed):
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory, manifests: dict[str, str]) -> tuple[Workplace, str]:
-    """A probe of two settings and four trials of two workers on two CPUs, killed in the first trial."""
+    """A probe of two settings and four trials of two workers on two CPUs, killed in the last trial."""
     folder = tmp_path_factory.mktemp("tune")
     small = {"backbone_channels": [8, 8, 8], "feature_channels": 16, "num_layers": 1}
     setting = {"attn_splits": [1, 2], "corr_radius": [-1, 2]}
@@ -211,16 +211,28 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, manifests: dict[str, str]) -
     workplace = Workplace(folder, config)
     trials = folder / "storage" / "tune" / "trials"
     process = start(workplace)
-    wait_until(process, lambda: list(trials.glob("*/checkpoints/*.json")))
+    wait_until(process, lambda: len(ended_trials(trials)) == 3 and interrupted_trial(trials))
     process.kill()
-    told, _ = process.communicate()
+    told, errors = process.communicate()
     assert "resumes" not in told
-    assert not list(trials.glob("*/result.json"))
-    for history in trials.glob("*/history.json"):
-        history.unlink()  # as if it had been killed right after the checkpoint
+    assert "Traceback" not in told + errors, "a trial that fails is a line, not a trace"
+    # As if it had been killed right after the checkpoint, unless it was.
+    (interrupted_trial(trials) / "history.json").unlink(missing_ok=True)
+    kept = {path: path.stat().st_mtime_ns for folder in ended_trials(trials) for path in folder.rglob("*.*")}
     output = run(workplace)
-    assert "resumes" in output, "the interrupted trial did not go on from its checkpoint"
+    assert output.count("resumes") == 1, "the interrupted trial did not go on from its checkpoint"
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "a trial that had ended was trained again"
     return workplace, output
+
+
+def ended_trials(folder: Path) -> list[Path]:
+    return [path.parent for path in folder.glob("*/result.json")]
+
+
+def interrupted_trial(folder: Path) -> Path | None:
+    """The one that has a checkpoint and no end."""
+    begun = {path.parents[1] for path in folder.glob("*/checkpoints/*.json")} - set(ended_trials(folder))
+    return next(iter(begun), None)
 
 
 def trials_of(workplace: Workplace) -> dict[tuple[int, float], dict[str, str]]:
