@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -18,7 +17,6 @@ from gmflow.execution import ExecutionConfig, prepare_model
 from gmflow.geometry import forward_backward_occlusion
 from gmflow.loss import sequence_loss
 from gmflow.metrics import FlowMetrics
-from gmflow.predict import padded_flow
 from gmflow.weights import published_name
 
 TOLERANCE = 1e-3  # pixels
@@ -145,68 +143,3 @@ def test_occlusion_is_that_of_the_reference(reference_outputs: dict[str, np.ndar
     forward, backward = forward_backward_occlusion(flows[:1], flows[1:])
     np.testing.assert_array_equal(forward.numpy(), reference_outputs["occ_fwd"])
     np.testing.assert_array_equal(backward.numpy(), reference_outputs["occ_bwd"])
-
-
-CHAIRS = [(f"{index:05}", epe) for index, epe in enumerate((1.977, 1.329, 0.880, 1.050, 1.358, 1.210), start=1)]
-SINTEL = [
-    ("clean", "alley_1", 0.328),
-    ("final", "alley_1", 0.357),
-    ("clean", "market_5", 1.225),
-    ("final", "market_5", 1.597),
-]
-
-
-def evaluate(
-    reference: Path, frames: list[np.ndarray], target: Tensor, valid: Tensor, padding: Any
-) -> dict[str, float]:
-    model = load_model(reference / WEIGHTS["refine"])
-    image0, image1 = (torch.from_numpy(frame).permute(2, 0, 1).unsqueeze(0).float() for frame in frames)
-    with torch.inference_mode():
-        flow = padded_flow(model, image0, image1, padding=padding)
-    metrics = FlowMetrics()
-    metrics.update(flow, target, valid)
-    return metrics.compute()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "epe"), CHAIRS)
-def test_chairs(
-    name: str, epe: float, reference: Path, samples: Path, read_image: Callable, read_flo: Callable
-) -> None:
-    data = samples / "FlyingChairs_release" / "data"
-    frames = [read_image(data / f"{name}_img{index}.ppm") for index in (1, 2)]
-    target = torch.from_numpy(read_flo(data / f"{name}_flow.flo")).permute(2, 0, 1).unsqueeze(0)
-    figures = evaluate(reference, frames, target, torch.ones_like(target[:, 0]).bool(), "sintel")
-    assert figures["epe"] == pytest.approx(epe, abs=1.1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("render", "scene", "epe"), SINTEL)
-def test_sintel(
-    render: str,
-    scene: str,
-    epe: float,
-    reference: Path,
-    samples: Path,
-    read_image: Callable,
-    read_flo: Callable,
-) -> None:
-    training = samples / "Sintel" / "training"
-    frames = [read_image(training / render / scene / f"frame_000{index}.png") for index in (2, 3)]
-    target = torch.from_numpy(read_flo(training / "flow" / scene / "frame_0002.flo")).permute(2, 0, 1)[None]
-    figures = evaluate(reference, frames, target, torch.ones_like(target[:, 0]).bool(), "sintel")
-    assert figures["epe"] == pytest.approx(epe, abs=1.1e-3)
-
-
-@pytest.mark.slow
-def test_kitti(reference: Path, samples: Path, read_image: Callable) -> None:
-    training = samples / "KITTI" / "training"
-    frames = [read_image(training / "image_2" / f"000000_1{index}.png") for index in (0, 1)]
-    raw = cv2.imread(str(training / "flow_occ" / "000000_10.png"), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR)
-    assert raw is not None
-    raw = raw[..., ::-1].astype(np.float32)  # u, v, valid
-    target = torch.from_numpy((raw[..., :2] - 2**15) / 64).permute(2, 0, 1).unsqueeze(0)
-    valid = torch.from_numpy(raw[..., 2] > 0).unsqueeze(0)
-    figures = evaluate(reference, frames, target, valid, "kitti")
-    assert figures["epe"] == pytest.approx(1.860, abs=1.1e-3)
-    assert figures["f1_all"] == pytest.approx(5.585, abs=2e-3)

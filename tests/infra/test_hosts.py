@@ -27,7 +27,7 @@ from tests.infra.hosts import Host, connected_hosts, possible
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # clusters of many processes, on machines at work
 
 BIN = Path(sys.executable).parent
-STEPS = 60
+STEPS = 30
 
 
 def wait_until(happened, what: str, host: Host) -> None:

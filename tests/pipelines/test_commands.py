@@ -230,26 +230,37 @@ class TestEvaluate:
         assert_one_line(result, "x.safetensors")
 
 
+PUBLISHED_EPE = {
+    ("chairs", "FlyingChairs_release"): {
+        "train_00001": 1.977,
+        "train_00002": 1.329,
+        "train_00003": 0.880,
+        "train_00004": 1.050,
+        "val_00005": 1.358,
+        "val_00006": 1.210,
+    },
+    ("sintel", "Sintel"): {
+        "training-clean_alley_1_frame_0002": 0.328,
+        "training-clean_market_5_frame_0002": 1.225,
+        "training-final_alley_1_frame_0002": 0.357,
+        "training-final_market_5_frame_0002": 1.597,
+    },
+    ("kitti", "KITTI"): {"training_000000_10": 1.860},
+}
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize(
-    ("dataset", "folder", "subset", "epe"),
-    [
-        ("chairs", "FlyingChairs_release", "val", {"val_00005": 1.358, "val_00006": 1.210}),
-        ("kitti", "KITTI", "training", {"training_000000_10": 1.860}),
-    ],
-)
-def test_published_weights_score_as_published_on_shards(
-    call, samples, reference, tmp_path, dataset, folder, subset, epe
-):
+@pytest.mark.parametrize(("dataset", "folder"), PUBLISHED_EPE)
+def test_published_weights_score_as_published(call, samples, reference, tmp_path, dataset, folder):
+    """From the official layouts through shards, padding and metrics."""
     manifest = run_etl(dataset, str(samples / folder), str(tmp_path)).manifest_url
     weights = reference / "gmflow_refine_published.pth"
-    code, _, _ = call(
-        pipelines.evaluate, "--model", weights, "--data", manifest, "--subset", subset, "--output", tmp_path / "scores"
-    )
+    code, _, _ = call(pipelines.evaluate, "--model", weights, "--data", manifest, "--output", tmp_path / "scores")
     assert code == 0
     scores = json.loads((tmp_path / "scores" / "metrics.json").read_text())
-    assert {key: metrics["epe"] for key, metrics in scores["images"].items()} == pytest.approx(epe, abs=1e-3)
+    epe = {key: metrics["epe"] for key, metrics in scores["images"].items()}
+    assert epe == pytest.approx(PUBLISHED_EPE[dataset, folder], abs=1e-3)
     if dataset == "kitti":
         assert scores["pooled"]["f1_all"] == pytest.approx(5.585, abs=1e-3)
 

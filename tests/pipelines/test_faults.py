@@ -223,7 +223,7 @@ def test_a_lost_machine_without_a_spare_is_gone_on_without(
             RAY_ADDRESS=machines.address,
             RAY_health_check_period_ms="500",
             # How long Ray Train tries to get as many workers as before.
-            RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="15",
+            RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="8",
         )
     )
     job.wait_for(r"step=9/.* loss=")
@@ -251,12 +251,12 @@ def test_a_worker_that_hangs_and_servers_that_are_away_change_no_bit(
         manifest, errors = etl.communicate(timeout=WAIT_SECONDS)
         assert etl.returncode == 0, errors
         overrides = [*SLOW, f"data.chairs={manifest.splitlines()[-1]}", "storage=s3://data/runs"]
-        overrides += ["machine.hang_timeout_s=16", "machine.storage_patience_s=15"]
+        overrides += ["machine.hang_timeout_s=13", "machine.storage_patience_s=12"]
         settings = {**storage.settings, "MLFLOW_TRACKING_URI": tracking.url}
         job = Job(workplace.start("curriculum.py", "--config", str(workplace.write()), *overrides, **settings))
         job.wait_for(r"step=6/.* loss=")
         os.kill(train_workers(job.process.pid)[0], signal.SIGSTOP)
-        hung = job.wait_for(r"hangs: no progress for 16 s while (computing|waiting).*; ended, to resume")
+        hung = job.wait_for(r"hangs: no progress for 13 s while (computing|waiting).*; ended, to resume")
         resumed = job.wait_for(r"resumes", after=hung)
         job.wait_for(r" loss=", after=resumed)
         tracking.kill()
