@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
@@ -44,6 +43,7 @@ from pipelines.cluster import connected, free_port
 from pipelines.curriculum import run_curriculum
 from pipelines.training.config import CurriculumConfig, load_config
 from pipelines.training.state import TrainingState
+from tests.pipelines.conftest import train_workers
 
 ROOT = Path(__file__).parents[1]
 # Steps at a run's beginning that count for nothing: caches, allocator, and the other workers' start.
@@ -296,7 +296,7 @@ def _recovery_s(bench: Bench) -> float:
             match = re.search(r"step=(\d+)/.* loss=", line)
             step = int(match[1]) if match else 0
             if not killed_at and step >= 25:
-                os.kill(_a_worker_of(process.pid), signal.SIGKILL)
+                os.kill(train_workers(process.pid)[0], signal.SIGKILL)
                 killed_at = time.monotonic()
             resumed = resumed or (killed_at > 0 and "resumes" in line)
             if resumed and step > newest:
@@ -307,11 +307,6 @@ def _recovery_s(bench: Bench) -> float:
     finally:
         process.terminate()
         process.wait()
-
-
-def _a_worker_of(driver: int) -> int:
-    below = psutil.Process(driver).children(recursive=True)
-    return next(process.pid for process in below if " ".join(process.cmdline()).startswith("ray::RayTrainWorker"))
 
 
 ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {"overhead": overhead, "scaling": scaling, "recovery": recovery}

@@ -110,20 +110,27 @@ def _read_for_ever(folder: Path) -> None:
         assert cache.read(SHARD, entry(number % 97), lambda n=number: content(n % 97)) == content(number % 97)
 
 
+def kept_samples(folder: Path) -> int:
+    """How many there are; folders come and go meanwhile, which `rglob` would raise."""
+    return sum(name.endswith(".val") for _, _, names in os.walk(folder) for name in names)
+
+
 def test_processes_share_it_and_a_kill_leaves_it_whole(tmp_path: Path):
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_read_for_ever, args=(tmp_path,)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.rglob("*.val"))) < 10:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    time.sleep(1)
-    assert all(process.is_alive() for process in processes)
-    for process in processes:
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+    try:
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + 60
+        while kept_samples(tmp_path) < 10:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(1)
+        assert all(process.is_alive() for process in processes)
+    finally:
+        for process in processes:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
     for part in tmp_path.glob("0*/cache.db"):
         assert sqlite3.connect(part).execute("PRAGMA integrity_check").fetchone() == ("ok",)
     asked: list[int] = []
