@@ -57,7 +57,7 @@ def s3(s3_server: S3Server) -> Iterator[S3Server]:
 @pytest.fixture
 def fresh_client() -> Iterator[None]:
     """S3 settings are read when a process makes its client: a test that changes them wants a client of its own."""
-    kept = (storage._s3_of_process, storage._signed_url, storage._http)
+    kept = (storage._s3_of_process, storage._signed_url, storage._range_reader)
     for made in kept:
         made.cache_clear()
     yield

@@ -12,6 +12,7 @@ from datasets_etl import storage
 from datasets_etl.errors import DamagedError, DataError
 from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
+from datasets_etl.range_reads import RangeReader
 from datasets_etl.storage import ObjectStore, open_store
 from tests.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.seaweedfs import S3Server, running
@@ -123,6 +124,22 @@ class TestServerKilled:
             proxy.faults = ["cut", reborn]
             assert open_store("s3://data/a").read("x") == content
             assert not proxy.faults
+
+    def test_while_a_connection_to_it_lies_idle(self, mortal):
+        content = os.urandom(1 << 16)
+        open_store("s3://data/idle").write("x", content)
+        url = storage._signed_url("data", "idle/x", 0)
+        reader = RangeReader(None, connect_timeout_s=5, read_timeout_s=5)
+        assert reader.read(url, 100, 1000) == content[100:1100]
+        mortal.kill()
+        with pytest.raises(ConnectionError, match=r"^http://127\.0\.0\.1"):
+            reader.read(url, 100, 1000)
+        mortal.start()
+        assert reader.read(url, 100, 1000) == content[100:1100]
+        mortal.kill()
+        mortal.start()
+        assert reader.read(url, 200, 1000) == content[200:1200], "the idle connection counts for nothing"
+        assert reader.read(url.replace("idle/x", "idle/y"), 0, 10) is None
 
     def test_in_the_middle_of_a_write_in_parts(self, mortal, tmp_path, monkeypatch):
         large = tmp_path / "large"
