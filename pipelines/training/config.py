@@ -161,6 +161,7 @@ class MachineConfig(_Frozen):
     Attributes:
         num_workers: data-parallel workers.
         min_workers: go on with as few as this many while machines are missing; None: wait for all of them.
+        grow_interval_s: how often to look whether more fit again, once it went on with fewer.
         cpus_per_worker, use_gpu: what each worker takes of the cluster.
         placement: pack workers on as few nodes as hold them, spread them over as many as there are, or insist on a node
             for each.
@@ -176,6 +177,7 @@ class MachineConfig(_Frozen):
 
     num_workers: PositiveInt = 1
     min_workers: PositiveInt | None = None
+    grow_interval_s: PositiveFloat = 60.0
     use_gpu: bool = False
     cpus_per_worker: PositiveInt = 1
     placement: Literal["pack", "spread", "strict_spread"] = "pack"

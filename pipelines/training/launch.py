@@ -95,6 +95,7 @@ def _fit(job: StageJob, name: str, callbacks: Sequence[UserCallback]) -> None:
             use_gpu=machine.use_gpu,
             resources_per_worker={"CPU": machine.cpus_per_worker, **({"GPU": 1} if machine.use_gpu else {})},
             placement_strategy=machine.placement.upper(),
+            elastic_resize_monitor_interval_s=machine.grow_interval_s,
         ),
         run_config=RunConfig(
             name=name,

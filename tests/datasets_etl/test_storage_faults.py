@@ -68,8 +68,8 @@ def test_a_listing_outlives_faults(store, proxy):
     assert [info.key for info in store.walk()] == ["x"]
 
 
-@pytest.mark.slow
-def test_a_network_that_stays_broken_is_one_line_not_damage(store, proxy):
+def test_a_network_that_stays_broken_is_one_line_not_damage(store, proxy, monkeypatch):
+    monkeypatch.setenv(storage.PATIENCE_VARIABLE, "2")
     proxy.faults = ["drop"] * 200
     with pytest.raises(DataError, match=r"s3://data/.*/x: .*object store up") as caught:
         store.read("x")
@@ -83,8 +83,8 @@ def test_an_object_that_is_too_short_is_damage_at_once(store, proxy):
     assert len(proxy.seen) <= 2, "not waited for"
 
 
-@pytest.mark.slow
-def test_a_short_answer_that_stays_short_is_not_mistaken_for_the_sample(store, proxy):
+def test_a_short_answer_that_stays_short_is_not_mistaken_for_the_sample(store, proxy, monkeypatch):
+    monkeypatch.setenv(storage.PATIENCE_VARIABLE, "2")
     proxy.faults = ["short"] * 200
     with pytest.raises(DamagedError, match="2500 bytes at offset 0 instead of 5000"):
         store.read_range("x", 0, 5000)

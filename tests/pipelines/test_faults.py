@@ -3,6 +3,7 @@
 Kills of a worker and of the driver are in test_curriculum.py.
 """
 
+import contextlib
 import os
 import re
 import signal
@@ -147,6 +148,16 @@ class Machines:
             if Path(f"/proc/{victim}").exists():
                 os.kill(victim, signal.SIGKILL)
 
+    @contextlib.contextmanager
+    def standing_still(self, machine: object) -> Iterator[None]:
+        """No worker of a machine makes a step for the length of a `with`."""
+        workers = train_workers(self._raylet(machine))
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)
+        yield
+        for worker in workers:
+            os.kill(worker, signal.SIGCONT)
+
     @staticmethod
     def _raylet(machine: object) -> int:
         return machine.all_processes["raylet"][0].process.pid
@@ -213,13 +224,14 @@ def test_a_machine_that_is_to_go_is_left_in_time_and_nothing_is_lost(machines, e
     assert_same_to_the_bit(expected, final_weights(workplace))
 
 
-def test_a_lost_machine_without_a_spare_is_gone_on_without(
+def test_a_lost_machine_is_gone_on_without_until_there_is_another(
     machines, undisturbed: Workplace, expected, workplace: Workplace
 ):
     hosts = [machines.add() for _ in range(2)]
     job = Job(
         workplace.start(
-            *("curriculum.py", "--config", str(workplace.write()), *SLOW, "machine.min_workers=1"),
+            *("curriculum.py", "--config", str(workplace.write()), *SLOW),
+            *("machine.min_workers=1", "machine.grow_interval_s=1"),
             RAY_ADDRESS=machines.address,
             RAY_health_check_period_ms="500",
             # How long Ray Train tries to get as many workers as before.
@@ -227,10 +239,15 @@ def test_a_lost_machine_without_a_spare_is_gone_on_without(
         )
     )
     job.wait_for(r"step=9/.* loss=")
-    machines.lose(machines.at_work(hosts)[-1])
-    job.wait_for(r"resumes: .* on 1 workers")
-    job.finish()
+    lost = machines.at_work(hosts)[-1]
+    machines.lose(lost)
+    hosts.remove(lost)
+    alone = job.wait_for(r"resumes: .* on 1 workers")
     assert job.step_of("resumes") >= 4, "at most the steps since the newest stored checkpoint are done again"
+    with machines.standing_still(machines.at_work(hosts)[0]):  # it would be done before the other has started
+        machines.add()
+    job.wait_for(r"resumes: .* on 2 workers", after=alone)
+    job.finish()
     assert told_losses(workplace.tracking_uri) == pytest.approx(told_losses(undisturbed.tracking_uri), rel=1e-5)
     found = final_weights(workplace)
     for name, tensor in expected.items():
