@@ -11,6 +11,8 @@ from collections.abc import Iterator
 # Read when Ray is imported: a local Ray listens on loopback only. A job's driver is a part of its cluster's network.
 if not os.environ.get("RAY_ADDRESS"):
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Drivers of trials and queues take no CPU; on a small machine Ray would warn that they are more than its CPUs.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, os.cpu_count() or 1)))
 # Ray would otherwise warn about a change of defaults for workers without a GPU.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Ray Train notices a finished or lost worker after this long; its default of 2 s adds up over four stages.
