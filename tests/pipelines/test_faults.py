@@ -33,6 +33,7 @@ from tests.seaweedfs import S3Server, running
 pytestmark = pytest.mark.slow
 
 WAIT_SECONDS = 300
+RAY_LOOKS_EVERY_S = 20  # for machines that came, whatever the interval asked for
 
 # Steps long enough for something to happen in the middle of a stage. Few and at a low rate, because another number of
 # workers rounds differently, and training makes more of any difference with every step.
@@ -244,8 +245,9 @@ def test_a_lost_machine_is_gone_on_without_until_there_is_another(
     hosts.remove(lost)
     alone = job.wait_for(r"resumes: .* on 1 workers")
     assert job.step_of("resumes") >= 4, "at most the steps since the newest stored checkpoint are done again"
-    with machines.standing_still(machines.at_work(hosts)[0]):  # it would be done before the other has started
+    with machines.standing_still(machines.at_work(hosts)[0]):  # it would be done before Ray has seen the other
         machines.add()
+        time.sleep(RAY_LOOKS_EVERY_S + 1)
     job.wait_for(r"resumes: .* on 2 workers", after=alone)
     job.finish()
     assert told_losses(workplace.tracking_uri) == pytest.approx(told_losses(undisturbed.tracking_uri), rel=1e-5)
