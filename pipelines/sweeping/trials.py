@@ -215,9 +215,15 @@ class TrialRecords:
         content: dict[str, Any] | None = json.loads(self.store.read(_RESULT))
         return None if content is None else TrialResult(**content)
 
-    def end(self, result: TrialResult | None) -> None:
-        """None takes an earlier end back."""
-        self.store.write(_RESULT, json.dumps(result and asdict(result)).encode())
+    def end(self, result: TrialResult) -> TrialResult:
+        """Keep how it ended, and return it: an end that is there stays, as when the driver of a stopped trial fails."""
+        if (earlier := self.result) is not None:
+            return earlier
+        self.store.write(_RESULT, json.dumps(asdict(result)).encode())
+        return result
+
+    def take_back_end(self) -> None:
+        self.store.write(_RESULT, b"null")
 
 
 def announce(trial: Trial, number: int) -> None:
@@ -247,4 +253,4 @@ def retry_failed(plan: TrialPlan) -> None:
     for trial in announced(plan):
         records = TrialRecords.open(trial.folder)
         if records.result is not None and records.result.status == "failed":
-            records.end(None)
+            records.take_back_end()

@@ -20,6 +20,7 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 
 import ray
 from ray import tune
+from ray.exceptions import RayActorError
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -145,8 +146,8 @@ def _all_ended(plan: TrialPlan, seeds: Sequence[Setting]) -> list[tuple[Trial, T
     ended = []
     for trial in trials:
         records = TrialRecords.open(trial.folder)
-        if records.result is not None:
-            ended.append((trial, records, records.result))
+        if (result := records.result) is not None:
+            ended.append((trial, records, result))
     return ended if len(ended) == wanted else []
 
 
@@ -237,6 +238,8 @@ def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
     if ended is None:
         try:
             _train(trial, plan)
+        except RayActorError:
+            raise  # its controller is lost, stopped by Tune or with its machine: that says nothing of the trial
         except Exception as error:
             told = error if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {error}"
             records.end(TrialResult("failed", " ".join(str(told).split())[:500], records.last_step))
@@ -347,11 +350,9 @@ class _Bookkeeping(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ended = self._trial(trial)
         records = TrialRecords.open(ended.folder)
-        result = records.result
-        if result is None:
-            step = int(trial.last_result[_STEP])
-            result = TrialResult("stopped", f"behind the others at step {step}", step)
-            records.end(result)
+        step = int(trial.last_result[_STEP])
+        # Unless it told its end itself.
+        result = records.end(TrialResult("stopped", f"behind the others at step {step}", step))
         self.listener.ended(ended, result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -14,13 +14,14 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.exceptions import ActorDiedError
 from ray.tune.search import Searcher
 
 from gmflow import GMFlow, GMFlowConfig
 from gmflow.errors import GMFlowError
 from gmflow.predict import padded_flow
 from pipelines.errors import PipelineError
-from pipelines.sweeping import plots
+from pipelines.sweeping import plots, tuning
 from pipelines.sweeping.accuracy import SharedFeatures
 from pipelines.sweeping.config import SweepConfig
 from pipelines.sweeping.cost import Cost, _allocated_on_cpu
@@ -28,6 +29,7 @@ from pipelines.sweeping.room import check_room, concurrent_trials
 from pipelines.sweeping.settings import Setting, check_crop, check_size, grid_settings, padded_size
 from pipelines.sweeping.table import Row, best_settings, mark_front, to_csv, to_json
 from pipelines.sweeping.trials import (
+    Trial,
     TrialPlan,
     TrialRecords,
     TrialResult,
@@ -268,8 +270,45 @@ def test_storage_remembers_trials_in_order_and_only_those_of_the_config(tree, lo
     assert (again.history, again.result) == ([(10, {METRIC: 3.0})], TrialResult("failed", "no luck", 10))
     TrialRecords.open(plan.trial(points[1]).folder).end(TrialResult("finished", "", 30))
     retry_failed(plan)
-    assert TrialRecords.open(plan.trial(points[0]).folder).result is None
+    retried = TrialRecords.open(plan.trial(points[0]).folder)
+    assert retried.result is None
+    assert retried.end(TrialResult("finished", "", 30)) == retried.result == TrialResult("finished", "", 30)
     assert TrialRecords.open(plan.trial(points[1]).folder).result == TrialResult("finished", "", 30)
+
+
+@pytest.mark.parametrize(
+    ("died_of", "kept"),
+    [
+        (ActorDiedError(), None),  # its controller: tried again by the same command
+        (PipelineError("no luck"), TrialResult("failed", "no luck")),
+    ],
+)
+def test_a_trial_fails_only_by_its_own_fault(tree, load, monkeypatch, died_of, kept):
+    def die(trial: Trial, plan: TrialPlan) -> None:
+        raise died_of
+
+    monkeypatch.setattr(tuning, "_train", die)
+    plan = plan_of(load(tree))
+    point = listed_points(plan.config, [])[0]
+    with pytest.raises(type(died_of)):
+        tuning.run_trial({"point": point}, plan)
+    assert TrialRecords.open(plan.trial(point).folder).result == kept
+
+
+def test_a_trial_that_was_stopped_stays_so_whatever_its_driver_still_meets(tree, load, monkeypatch):
+    """Tune decides, and only then ends the processes, of which the driver is not the first."""
+    plan = plan_of(load(tree))
+    point = listed_points(plan.config, [])[0]
+    stopped = TrialResult("stopped", "behind the others at step 20", 20)
+
+    def stop(trial: Trial, plan: TrialPlan) -> None:
+        TrialRecords.open(trial.folder).end(stopped)
+        raise PipelineError("ended without a new checkpoint")
+
+    monkeypatch.setattr(tuning, "_train", stop)
+    with pytest.raises(PipelineError):
+        tuning.run_trial({"point": point}, plan)
+    assert TrialRecords.open(plan.trial(point).folder).result == stopped
 
 
 def test_no_more_trials_run_at_once_than_the_cluster_holds(tree, load):
