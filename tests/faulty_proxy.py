@@ -23,7 +23,7 @@ class FaultyProxy:
         self.upstream = urlparse(upstream).netloc
         self.faults: list[Fault] = []
         self.applies: Callable[[str, str], bool] = lambda method, path: True
-        self.seen: list[tuple[str, Fault]] = []
+        self.seen: list[tuple[str, str, Fault]] = []
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -33,7 +33,7 @@ class FaultyProxy:
     def next_fault(self, method: str, path: str) -> Fault:
         with self._lock:
             fault = self.faults.pop(0) if self.faults and self.applies(method, path) else None
-            self.seen.append((method, fault))
+            self.seen.append((method, path, fault))
             return fault
 
     def close(self) -> None:

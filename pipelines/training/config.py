@@ -161,7 +161,8 @@ class MachineConfig(_Frozen):
     Attributes:
         num_workers: data-parallel workers.
         min_workers: go on with as few as this many while machines are missing; None: wait for all of them.
-        grow_interval_s: how often to look whether more fit again, once it went on with fewer.
+        grow_interval_s: how often to look whether more fit again, once it went on with fewer; Ray itself sees a machine
+            that came within 20 s.
         cpus_per_worker, use_gpu: what each worker takes of the cluster.
         placement: pack workers on as few nodes as hold them, spread them over as many as there are, or insist on a node
             for each.

@@ -96,8 +96,7 @@ class TrackedRun:
         self.client = client
         self.run_id: str = run.info.run_id
         self._patience = patience
-        self._told: dict[str, int] = {}  # metric → newest step MLflow has
-        self._met: set[str] | None = None  # metrics that it has any of, once asked
+        self._told: dict[str, int] | None = None  # metric → newest step MLflow has; None: to be asked
 
     def log(self, record: Record) -> None:
         """Metrics against the step; what an earlier attempt already told is left out: a replay is exact.
@@ -109,17 +108,19 @@ class TrackedRun:
             self._patience(self._log_picture, name, png)
 
     def _log_metrics(self, record: Record) -> None:
-        news = {name: value for name, value in record.metrics.items() if record.step > self._last_told(name)}
+        if self._told is None:
+            self._told = self._ask_what_was_told()
+        told = self._told
+        news = {name: value for name, value in record.metrics.items() if record.step > told.get(name, -1)}
         if not news:
             return
         entries = [Metric(name, value, record.time_ms, record.step) for name, value in news.items()]
         try:
             self.client.log_batch(self.run_id, entries)
         except Exception:
-            self._told.clear()  # it may have come through nevertheless: ask before it is told again
-            self._met = None
+            self._told = None  # it may have come through nevertheless: ask before it is told again
             raise
-        self._told |= dict.fromkeys(news, record.step)
+        told |= dict.fromkeys(news, record.step)
 
     def _log_picture(self, name: str, png: bytes) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -127,13 +128,9 @@ class TrackedRun:
             path.write_bytes(png)
             self.client.log_artifact(self.run_id, str(path), "pictures")
 
-    def _last_told(self, name: str) -> int:
-        if self._met is None:
-            self._met = set(self.client.get_run(self.run_id).data.metrics)
-        if name not in self._told:
-            history = self.client.get_metric_history(self.run_id, name) if name in self._met else []
-            self._told[name] = max((metric.step for metric in history), default=-1)
-        return self._told[name]
+    def _ask_what_was_told(self) -> dict[str, int]:
+        known = self.client.get_run(self.run_id).data.metrics
+        return {name: max(entry.step for entry in self.client.get_metric_history(self.run_id, name)) for name in known}
 
     def log_json(self, content: Mapping[str, Any], name: str) -> None:
         self._patience(self.client.log_dict, self.run_id, dict(content), name)

@@ -41,14 +41,14 @@ def store(proxy: FaultyProxy, tmp_path: Path) -> ObjectStore:
 def test_a_read_outlives_faults(store, proxy, fault):
     proxy.faults = [fault, fault]
     assert store.read_range("x", 1000, 5000) == CONTENT[1000:6000]
-    assert [met for _, met in proxy.seen] == [fault, fault, None]
+    assert [met for *_, met in proxy.seen] == [fault, fault, None]
 
 
 @pytest.mark.parametrize("fault", ["503", "drop"])
 def test_a_write_outlives_faults(store, proxy, fault):
     proxy.faults = [fault, fault]
     store.write("y", CONTENT)
-    assert [met for _, met in proxy.seen] == [fault, fault, None]
+    assert [met for *_, met in proxy.seen] == [fault, fault, None]
     assert store.read("y") == CONTENT
 
 

@@ -1,5 +1,6 @@
 """The cluster files: each valid by its own tool's rules, and all agreeing with each other and with the project."""
 
+import configparser
 import copy
 import json
 import os
@@ -247,6 +248,14 @@ class TestAgreement:
         assert compose["ray-worker"]["environment"]["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
         assert "--port=5000" in compose["mlflow"]["command"]
         assert "--allowed-hosts=mlflow:5000,localhost:5000,127.0.0.1:5000" in compose["mlflow"]["command"]
+
+    def test_no_password_is_hashed_for_every_request(self):
+        """MLflow would: tenths of a second each."""
+        _, server = documents("secrets.example.yaml")
+        for text in (COMPOSE["configs"]["mlflow_auth"]["content"], server["stringData"]["mlflow_auth.ini"]):
+            accounts = configparser.ConfigParser(interpolation=None)
+            accounts.read_string(text)
+            assert accounts["mlflow"].getint("auth_cache_ttl_seconds") == 60
 
     def test_databases_are_reached_by_the_driver_that_is_installed(self):
         """SQLAlchemy 2.1 takes psycopg 3 where a URL names no driver."""

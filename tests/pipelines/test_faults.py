@@ -155,9 +155,11 @@ class Machines:
         workers = train_workers(self._raylet(machine))
         for worker in workers:
             os.kill(worker, signal.SIGSTOP)
-        yield
-        for worker in workers:
-            os.kill(worker, signal.SIGCONT)
+        try:
+            yield
+        finally:
+            for worker in workers:
+                os.kill(worker, signal.SIGCONT)
 
     @staticmethod
     def _raylet(machine: object) -> int:

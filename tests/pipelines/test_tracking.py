@@ -137,6 +137,24 @@ def test_a_server_that_is_away_for_a_while_gets_everything_in_order_and_once(mlf
     assert "kept and sent when it answers" in line
 
 
+def test_a_run_is_asked_for_the_history_only_of_what_it_was_told(server):
+    with faulty_proxy(server) as proxy:
+
+        def histories() -> int:
+            return sum("get-history" in path for _, path, _ in proxy.seen)
+
+        run = curriculum_run(proxy.endpoint, "fresh", tell=lambda line: None).stage("chairs", key="fresh")
+        for step in (2, 4):
+            run.log(Record(step, {f"train/{number}": 1.0 for number in range(20)}))
+        assert proxy.seen
+        assert histories() == 0
+        resumed = curriculum_run(proxy.endpoint, "fresh", tell=lambda line: None).stage("chairs", key="fresh")
+        resumed.log(Record(4, {"train/0": 1.0, "val/epe": 1.0}))
+        assert histories() == 20
+        assert history(run, "train/0") == [(2, 1.0), (4, 1.0)]
+        assert history(run, "val/epe") == [(4, 1.0)]
+
+
 def test_what_was_heard_but_not_answered_is_not_told_twice(server):
     with faulty_proxy(server) as proxy:
         proxy.applies = lambda method, path: path.endswith("log-batch")
