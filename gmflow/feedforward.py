@@ -1,7 +1,8 @@
-"""W2 · GELU(W1 · [source, message]) over chunks of tokens.
+"""source + LayerNorm(W2 · GELU(W1 · [source, message])) over chunks of tokens.
 
 The hidden layer is eight times as wide as a token. A chunk of it stays in the processor's cache; as one tensor it is
-what would dominate time (memory traffic) and memory. For the backward pass only its values before the GELU are kept.
+what would dominate time (memory traffic) and memory. For the backward pass its
+values before the GELU and those before the LayerNorm are kept.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gmflow.eager import outside_graphs
+from gmflow.layer_norm import layer_norm_backward
 
 CPU_CHUNK = 1 << 20
 """Hidden values computed at a time on a CPU: 4 MiB of float32, measured best (docs/performance.md)."""
@@ -23,21 +25,26 @@ ACCELERATOR_CHUNK = 1 << 27
 
 
 @outside_graphs
-def feed_forward(source: Tensor, message: Tensor, expand: Tensor, contract: Tensor) -> Tensor:
-    """Tokens `[T, C]` and messages `[T, C]` → updates `[T, C]`.
+def feed_forward(
+    source: Tensor, message: Tensor, expand: Tensor, contract: Tensor, scale: Tensor, shift: Tensor
+) -> Tensor:
+    """Tokens `[T, C]` and messages to them `[T, C]` → updated tokens `[T, C]`.
 
     Args:
         source: `[T, C]`.
         message: `[T, C]`.
         expand: W1, `[H, 2C]`.
         contract: W2, `[C, H]`.
+        scale: of the LayerNorm, `[C]`.
+        shift: of the LayerNorm, `[C]`.
     """
     if torch.compiler.is_exporting():  # one graph for all sizes holds no loop over chunks
-        return F.linear(F.gelu(F.linear(torch.cat([source, message], dim=1), expand)), contract)
+        update = F.linear(F.gelu(F.linear(torch.cat([source, message], dim=1), expand)), contract)
+        return source + F.layer_norm(update, scale.shape, scale, shift)
     device = source.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else source.dtype
     out: Tensor = _FeedForward.apply(  # type: ignore[no-untyped-call]
-        source, message.to(dtype), expand.to(dtype), contract.to(dtype), torch.is_grad_enabled()
+        source, message.to(dtype), expand.to(dtype), contract.to(dtype), scale, shift, torch.is_grad_enabled()
     )
     return out
 
@@ -47,40 +54,60 @@ def _chunk_length(source: Tensor, hidden: int) -> int:
 
 
 class _FeedForward(torch.autograd.Function):
-    """Computes in the dtype of `message`, `expand` and `contract`."""
+    """Multiplies in the dtype of `message`, `expand` and `contract`; normalises and adds in that of `source`."""
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, message: Tensor, expand: Tensor, contract: Tensor, keep: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        source: Tensor,
+        message: Tensor,
+        expand: Tensor,
+        contract: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        keep: bool,
+    ) -> Tensor:
         length = _chunk_length(source, len(expand))
-        out = torch.empty_like(message)
-        hidden = message.new_empty(len(message) if keep else min(length, len(message)), len(expand))
+        out = torch.empty_like(source)
+        kept = len(message) if keep else min(length, len(message))
+        hidden, update = message.new_empty(kept, len(expand)), message.new_empty(kept, len(contract))
         for start in range(0, len(message), length):
             chunk = slice(start, start + length)
             pair = torch.cat([source[chunk].to(message.dtype), message[chunk]], dim=1)
-            kept = hidden[chunk] if keep else hidden[: len(pair)]
-            torch.mm(pair, expand.T, out=kept)
-            torch.mm(F.gelu(kept), contract.T, out=out[chunk])
+            place = chunk if keep else slice(len(pair))
+            before = torch.mm(pair, expand.T, out=hidden[place])
+            after = torch.mm(F.gelu(before), contract.T, out=update[place])
+            torch.add(source[chunk], F.layer_norm(after.to(scale.dtype), scale.shape, scale, shift), out=out[chunk])
         if keep:
-            ctx.save_for_backward(source, message, expand, contract, hidden)
+            ctx.save_for_backward(source, message, expand, contract, scale, shift, hidden, update)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        source, message, expand, contract, hidden = ctx.saved_tensors
+        source, message, expand, contract, scale, shift, hidden, update = ctx.saved_tensors
         length = _chunk_length(source, len(expand))
         to_source, to_message = torch.empty_like(source), torch.empty_like(message)
         # Summed over chunks in float32 (or better), whatever the precision of the products.
         wide = torch.promote_types(expand.dtype, torch.float32)
         to_expand = torch.zeros_like(expand, dtype=wide)
         to_contract = torch.zeros_like(contract, dtype=wide)
+        to_scale, to_shift = torch.zeros_like(scale), torch.zeros_like(shift)
         for start in range(0, len(message), length):
             chunk = slice(start, start + length)
             pair = torch.cat([source[chunk].to(message.dtype), message[chunk]], dim=1)
-            before, upper = hidden[chunk], gradient[chunk]
+            before = hidden[chunk]
+            to_update, more_scale, more_shift = layer_norm_backward(
+                gradient[chunk], update[chunk].to(scale.dtype), scale, shift
+            )
+            to_scale += more_scale
+            to_shift += more_shift
+            upper = to_update.to(message.dtype)
             to_contract += upper.T @ F.gelu(before)
             to_hidden = torch.ops.aten.gelu_backward(upper @ contract, before)
             to_expand += to_hidden.T @ pair
             to_pair = to_hidden @ expand
-            to_source[chunk], to_message[chunk] = to_pair.chunk(2, dim=1)
-        return to_source, to_message, to_expand.to(expand.dtype), to_contract.to(contract.dtype), None
+            own, to_message[chunk] = to_pair.chunk(2, dim=1)
+            torch.add(gradient[chunk], own, out=to_source[chunk])
+        for_matrices = to_expand.to(expand.dtype), to_contract.to(contract.dtype)
+        return to_source, to_message, *for_matrices, to_scale, to_shift, None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gmflow.config import GMFlowConfig
 from gmflow.feedforward import feed_forward
 from gmflow.position import position_encoding
-from gmflow.window_attention import Pairing, window_attention
+from gmflow.window_attention import AttentionWeights, Pairing, window_attention
 from gmflow.windows import WindowGrid, WindowGroup, permute_tokens, window_grid
 
 
@@ -70,8 +70,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, tokens: Tensor, groups: tuple[WindowGroup, ...]) -> Tensor:
         """Tokens `[T, C]` in window order → the same; `groups` are those of their `WindowGrid`."""
-        source = tokens + self.self_attention(tokens, tokens, groups, cross=False)
-        message = self.cross_attention(source, tokens, groups, cross=True)
+        source = self.self_attention(tokens, tokens, groups, cross=False, onto_source=True)
+        message = self.cross_attention(source, tokens, groups, cross=True, onto_source=False)
         updated: Tensor = self.feed_forward(source, message)
         return updated
 
@@ -88,14 +88,17 @@ class AttentionLayer(nn.Module):
         self.norm = nn.LayerNorm(channels)
         _xavier(self)
 
-    def forward(self, source: Tensor, target: Tensor, groups: tuple[WindowGroup, ...], *, cross: bool) -> Tensor:
+    def forward(
+        self, source: Tensor, target: Tensor, groups: tuple[WindowGroup, ...], *, cross: bool, onto_source: bool
+    ) -> Tensor:
         """Messages `[T, C]` to `source` `[T, C]` from the same windows of `target` `[T, C]`.
 
-        With `cross`, from those of the other image.
+        With `cross`, from those of the other image; with `onto_source`, added to `source`.
         """
-        projections = (self.query.weight, self.key.weight, self.value.weight, self.merge.weight)
-        message: Tensor = self.norm(window_attention(source, target, *projections, _pairings(groups, cross=cross)))
-        return message
+        weights = AttentionWeights(
+            self.query.weight, self.key.weight, self.value.weight, self.merge.weight, self.norm.weight, self.norm.bias
+        )
+        return window_attention(source, target, weights, _pairings(groups, cross=cross), onto_source=onto_source)
 
 
 def _pairings(groups: tuple[WindowGroup, ...], *, cross: bool) -> list[Pairing]:
@@ -125,8 +128,7 @@ class FeedForward(nn.Module):
         _xavier(self)
 
     def forward(self, source: Tensor, message: Tensor) -> Tensor:
-        update: Tensor = self.norm(feed_forward(source, message, self.expand.weight, self.contract.weight))
-        return source + update
+        return feed_forward(source, message, self.expand.weight, self.contract.weight, self.norm.weight, self.norm.bias)
 
 
 def _xavier(module: nn.Module) -> None:
