@@ -1,8 +1,8 @@
 """source + LayerNorm(W2 · GELU(W1 · [source, message])) over chunks of tokens.
 
 The hidden layer is eight times as wide as a token. A chunk of it stays in the processor's cache; as one tensor it is
-what would dominate time (memory traffic) and memory. For the backward pass its
-values before the GELU and those before the LayerNorm are kept.
+what would dominate time (memory traffic) and memory. For the backward pass its values before the GELU and the updates
+before the LayerNorm are kept.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _chunk_length(source: Tensor, hidden: int) -> int:
 
 
 class _FeedForward(torch.autograd.Function):
-    """Multiplies in the dtype of `message`, `expand` and `contract`; normalises and adds in that of `source`."""
+    """Multiplies in the dtype of `message`, `expand` and `contract`; normalises in that of `scale`."""
 
     @staticmethod
     def forward(

@@ -69,8 +69,6 @@ def window_attention(
     if computes_exactly(source):
         out: Tensor = _chunked_window_attention(source, target, *weights, pairings, onto_source)
         return out
-    if source.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_exporting():
-        return _fused_in_chunks(source, target, weights, pairings, onto_source)
     return _fused(source, target, weights, pairings, onto_source)
 
 
@@ -89,19 +87,6 @@ def _fused(
     merged = F.linear(torch.cat([part.flatten(0, 1) for part in parts]), weights.merge)
     message = F.layer_norm(merged, merged.shape[1:], weights.scale, weights.shift)
     return source + message if onto_source else message
-
-
-@outside_graphs
-def _fused_in_chunks(
-    source: Tensor, target: Tensor, weights: AttentionWeights, pairings: list[Pairing], onto_source: bool
-) -> Tensor:
-    """`_fused` a few windows at a time, which a processor's cache holds."""
-    out = torch.empty_like(source)
-    for chunk in _chunks(pairings):
-        own = slice(chunk.sources[0][0].start, chunk.sources[-1][0].stop)
-        alone = Pairing(0, 0, chunk.windows, chunk.length, chunk.regions)
-        out[own] = _fused(source[own], target[chunk.target], weights, [alone], onto_source)
-    return out
 
 
 @dataclass(frozen=True)
