@@ -10,6 +10,7 @@ core: OpenCV's, zstd's and torch's own threads are off.
 
 import argparse
 import io
+import multiprocessing
 import os
 import statistics
 import tempfile
@@ -22,6 +23,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import numpy.typing as npt
+import psutil
 import ray
 import torch
 import zstandard
@@ -396,6 +398,10 @@ def s3(manifest: Manifest, rounds: int) -> None:
     """The same stream with one loader process, from a folder and from an S3 server on this machine."""
     from tests.seaweedfs import running  # the server that the tests start
 
+    cores = sorted(os.sched_getaffinity(0))
+    table = Table(title="The stream with one loader process that reads ahead, samples a second")
+    for heading in ("", "folder", "S3", "S3 / folder", "to reach"):
+        table.add_column(heading, justify="right")
     with tempfile.TemporaryDirectory() as folder, running(Path(folder)) as server:
         os.environ.update(server.settings)
         remote = open_store("s3://data/bench")
@@ -407,19 +413,32 @@ def s3(manifest: Manifest, rounds: int) -> None:
             "folder": _warm_stream(manifest),
             "S3": _warm_stream(Manifest.load(f"{remote.url}/{name}")),
         }
-        steps = 30
-
-        def draw(stream: Iterator[object]) -> None:
-            for _ in range(steps):
-                next(stream)
-
-        spent = taking_turns({place: partial(draw, stream) for place, stream in streams.items()}, rounds)
-    rates = {place: steps * BATCH / each for place, each in spent.items()}
-    table = Table(title="The stream with one loader process that reads ahead, samples a second")
-    for heading in ("folder", "S3", "S3 / folder", "to reach"):
-        table.add_column(heading, justify="right")
-    table.add_row(f"{rates['folder']:.1f}", f"{rates['S3']:.1f}", f"{rates['S3'] / rates['folder']:.2f}", "0.9")
+        places = {"loader on a core, server and consumer on the others": cores[:1], "all on all cores": cores}
+        for how, loaders in places.items():
+            _place(loaders, [core for core in cores if core not in loaders] or cores)
+            rates = _rates(streams, rounds)
+            ratio = rates["S3"] / rates["folder"]
+            table.add_row(how, f"{rates['folder']:.1f}", f"{rates['S3']:.1f}", f"{ratio:.2f}", "0.9")
     console.print(table)
+
+
+def _place(loaders: Sequence[int], others: Sequence[int]) -> None:
+    """Run this process's loader processes on some cores and everything else of it, servers too, on others."""
+    loading = {process.pid for process in multiprocessing.active_children()}
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        for thread in process.threads():
+            os.sched_setaffinity(thread.id, loaders if process.pid in loading else others)
+
+
+def _rates(streams: dict[str, Iterator[object]], rounds: int) -> dict[str, float]:
+    steps = 30
+
+    def draw(stream: Iterator[object]) -> None:
+        for _ in range(steps):
+            next(stream)
+
+    spent = taking_turns({place: partial(draw, stream) for place, stream in streams.items()}, rounds)
+    return {place: steps * BATCH / each for place, each in spent.items()}
 
 
 def _warm_stream(manifest: Manifest) -> Iterator[object]:
