@@ -71,10 +71,23 @@ def _crossing_bias(rows: Tensor, columns: Tensor) -> Tensor:
     return (rows[:, None] != columns[None, :]).float() * CROSSING_PENALTY
 
 
+def chunk_size(queries: int, keys: int) -> tuple[int, int]:
+    """How many windows, and how many queries of each, are attended at a time: at most `CHUNK` scores, or one query.
+
+    Whole windows are as many as the threads can share evenly: a product of five takes two threads as long as of six.
+    Parts of a window are of one size, as far as they go, rather than full ones and a rest.
+    """
+    many = CHUNK // (queries * keys)
+    if many > 1:
+        threads = torch.get_num_threads()
+        return max(many - many % threads, min(many, threads)), queries
+    parts = -(-queries // max(1, CHUNK // keys))
+    return 1, -(-queries // parts)
+
+
 def _chunks(windows: int, queries: int, keys: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of windows and of their queries that need at most `CHUNK` scores, or those of a single query."""
-    many = max(1, CHUNK // (queries * keys))
-    rows = queries if many > 1 else max(1, min(queries, CHUNK // keys))
+    """Slices of windows and of their queries, to be attended in turn."""
+    many, rows = chunk_size(queries, keys)
     for window in range(0, windows, many):
         for row in range(0, queries, rows):
             yield slice(window, min(window + many, windows)), slice(row, min(row + rows, queries))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gmflow.attention import CHUNK, attention, computes_exactly, scratch_scores, softmax_weights
+from gmflow.attention import attention, chunk_size, computes_exactly, scratch_scores, softmax_weights
 from gmflow.eager import outside_graphs
 from gmflow.layer_norm import layer_norm_backward
 
@@ -104,8 +104,7 @@ class _Chunk:
 def _chunks(pairings: list[Pairing]) -> Iterator[_Chunk]:
     for pairing in pairings:
         length = pairing.length
-        many = max(1, CHUNK // length**2)
-        rows = length if many > 1 else max(1, min(length, CHUNK // length))
+        many, rows = chunk_size(length, length)
         for first in range(0, pairing.windows, many):
             windows = min(many, pairing.windows - first)
             start, other = pairing.source + first * length, pairing.target + first * length

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gmflow import GMFlow, GMFlowConfig
-from gmflow.attention import attention, neighbourhood_attention
+from gmflow.attention import CHUNK, attention, chunk_size, neighbourhood_attention
 from gmflow.execution import ExecutionConfig, prepare_model
 from gmflow.feedforward import feed_forward
 from gmflow.geometry import pixel_grid
@@ -80,10 +80,26 @@ def test_attention_over_more_scores_than_a_chunk(monkeypatch: pytest.MonkeyPatch
         assert_same(attention(query, key, value), theirs, [query, key, value])
 
 
+@given(queries=st.integers(1, 5000), keys=st.integers(1, 5000), threads=st.sampled_from([1, 2, 3, 16]))
+@settings(deadline=None)
+def test_chunks_of_attention_are_bounded_and_of_even_size(queries: int, keys: int, threads: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        windows, rows = chunk_size(queries, keys)
+    assert windows * rows * keys <= CHUNK
+    if rows < queries:
+        assert windows == 1
+        parts = -(-queries // rows)
+        assert rows * parts - queries < parts  # the last part lacks less than a row for each part
+        assert -(-queries // (parts - 1)) * keys > CHUNK  # one part less would be too much
+    else:
+        assert windows < threads or windows % threads == 0
+        assert windows > CHUNK // (queries * keys) - threads  # no more left out than evenness takes
+
+
 @pytest.mark.parametrize("chunk", [1, 30, 100, 1 << 20])
 def test_window_attention_in_chunks_of_any_size(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gmflow.attention.CHUNK", chunk)
-    monkeypatch.setattr("gmflow.window_attention.CHUNK", chunk)
     test_window_attention.hypothesis.inner_test(2, (2, 3), 4, True, True, True)  # type: ignore[attr-defined]
 
 
