@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import cv2
@@ -25,6 +26,9 @@ from datasets_etl.manifest import Manifest
 from datasets_etl.order import Order, rank_positions, sample_generator
 from datasets_etl.samples import FlowSample, decode_sample
 from datasets_etl.shards import read_sample_bytes
+
+# Of a sample with its ground truth: two images, flow and mask.
+_PIXEL_BYTES = 3 + 3 + 8 + 1
 
 # Samples a process reads ahead of the one it decodes: enough to hide a bucket's latency.
 _READS_AHEAD = 4
@@ -43,6 +47,18 @@ class FlowBatch(NamedTuple):
     image1: torch.Tensor
     flow: torch.Tensor
     valid: torch.Tensor
+
+
+class _Packed(NamedTuple):
+    """A batch in one piece: a loader process hands tensors over one by one, at a millisecond each.
+
+    Attributes:
+        data: uint8, the tensors of a `FlowBatch` one after the other; flow first, where float32 is aligned.
+        shape: B, H, W.
+    """
+
+    data: torch.Tensor
+    shape: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -212,7 +228,7 @@ class TrainingStream:
         self._loader = DataLoader(
             dataset,
             batch_sampler=self._batches,  # type: ignore[arg-type]  # it may yield whatever __getitems__ takes
-            collate_fn=collate,
+            collate_fn=_pack,
             num_workers=workers,
             # A fork of a process that already runs threads (Ray's, OpenMP's) can deadlock.
             multiprocessing_context="spawn" if workers else None,
@@ -227,7 +243,7 @@ class TrainingStream:
         batches = iter(self._loader)
         for step in self.steps:
             count = len(self._batches.of_step(step))
-            yield step, (next(batches) for _ in range(count))
+            yield step, (_unpack(next(batches)) for _ in range(count))
 
 
 def to_tensors(sample: FlowSample) -> FlowBatch:
@@ -252,7 +268,28 @@ def _channels_first(pixels: npt.NDArray[Any]) -> torch.Tensor:
 
 def collate(samples: Sequence[FlowBatch]) -> FlowBatch:
     """Stack samples of one size into a batch."""
-    return FlowBatch(*(torch.stack(tensors) for tensors in zip(*samples, strict=True)))
+    return _unpack(_pack(samples))
+
+
+def _pack(samples: Sequence[FlowBatch]) -> _Packed:
+    shape = (len(samples), *samples[0].valid.shape)
+    packed = _Packed(torch.empty(prod(shape) * _PIXEL_BYTES, dtype=torch.uint8), shape)
+    for tensors, together in zip(zip(*samples, strict=True), _unpack(packed), strict=True):
+        torch.stack(tensors, out=together)
+    return packed
+
+
+def _unpack(packed: _Packed) -> FlowBatch:
+    """Views of the one piece."""
+    batch, height, width = packed.shape
+    pixels = prod(packed.shape)
+    flow, image0, image1, valid = packed.data.split_with_sizes([8 * pixels, 3 * pixels, 3 * pixels, pixels])
+    return FlowBatch(
+        image0=image0.view(batch, 3, height, width),
+        image1=image1.view(batch, 3, height, width),
+        flow=flow.view(torch.float32).view(batch, 2, height, width),
+        valid=valid.view(torch.bool).view(batch, height, width),
+    )
 
 
 def _one_thread(worker: int) -> None:

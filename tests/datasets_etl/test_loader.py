@@ -21,6 +21,7 @@ from datasets_etl.loader import (
     _read_stored,
 )
 from datasets_etl.manifest import Manifest
+from datasets_etl.order import rank_positions
 
 AUGMENTATION = AugmentConfig(crop=(32, 48), min_log2_scale=-0.1, max_log2_scale=0.4, hflip=0.5, vflip=0.1)
 
@@ -57,6 +58,19 @@ def stream(dataset: PositionDataset, steps: range, world_size: int, micro_batch:
 
 def same(one: FlowBatch, other: FlowBatch) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_micro_batch_holds_its_samples_in_order(dataset, workers):
+    rank1 = TrainingStream(dataset, range(1), global_batch=6, micro_batch=2, rank=1, world_size=2, workers=workers)
+    batches = [batch for _, batches in rank1 for batch in batches]
+    positions = [*rank_positions(0, 6, rank=1, world_size=2)]
+    assert [len(batch.valid) for batch in batches] == [2, 1]
+    for name in FlowBatch._fields:
+        together = torch.cat([getattr(batch, name) for batch in batches])
+        single = torch.stack([getattr(dataset[position], name) for position in positions])
+        assert torch.equal(together, single), name
+        assert together.dtype == single.dtype, name
 
 
 def test_an_epoch_mixes_the_parts_as_often_as_they_are_repeated(dataset):
