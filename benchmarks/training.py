@@ -5,9 +5,9 @@ worker is back.
     python -m benchmarks.training --model base         # the same with the base model of the paper
     python -m benchmarks.training --only overhead --rounds 5
 
-What is compared takes turns, and each figure is the median of its rounds. A machine that others use at the same time
-tells the overhead all the same, but hardly the scaling: that needs two idle cores. Two processes that have nothing to
-do with each other tell how far the machine itself scales.
+What is compared takes turns of a few seconds, so a machine that others use at the same time tells the overhead all the
+same, but hardly the scaling: that needs two idle cores. Two loops that have nothing to do with each other tell how far
+the machine itself scales.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from rich.table import Table
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.turns import Mark, Program, take_turns, warmed_up
 from datasets_etl.etl import run_etl
 from datasets_etl.loader import MixturePart, PositionDataset, TrainingStream
 from datasets_etl.manifest import Manifest
@@ -40,7 +42,6 @@ from datasets_etl.synthetic import write_dataset
 from gmflow import GMFlow
 from gmflow.loss import sequence_loss
 from pipelines.cluster import connected, free_port
-from pipelines.curriculum import run_curriculum
 from pipelines.training.config import CurriculumConfig, load_config
 from pipelines.training.state import TrainingState
 from tests.pipelines.conftest import train_workers
@@ -48,6 +49,12 @@ from tests.pipelines.conftest import train_workers
 ROOT = Path(__file__).parents[1]
 # Steps at a run's beginning that count for nothing: caches, allocator, and the other workers' start.
 WARM_UP = 10
+# Long enough for some steps of every model, short enough that the machine is as fast in a turn as in the next.
+TURN_S = 4.0
+TURNS = 5
+"""Turns of each program a round."""
+ENDLESS = 100_000
+"""Steps: more than are done until the benchmark ends what it compares."""
 # Ray runs a local cluster's workers at this niceness; what is compared with them has to run so too.
 RAY_NICENESS = 15
 
@@ -62,7 +69,6 @@ class Size:
     crop: tuple[int, int]
     global_batch: int
     micro_batch: int
-    steps: int
 
 
 SIZES = {
@@ -71,9 +77,8 @@ SIZES = {
         crop=(64, 96),
         global_batch=8,
         micro_batch=4,
-        steps=60,
     ),
-    "base": Size({}, crop=(128, 192), global_batch=2, micro_batch=1, steps=40),
+    "base": Size({}, crop=(128, 192), global_batch=2, micro_batch=1),
 }
 
 
@@ -134,7 +139,7 @@ class Bench:
             "stages": [
                 {
                     "name": "chairs",
-                    "steps": self.size.steps,
+                    "steps": ENDLESS,
                     "global_batch": self.size.global_batch,
                     "peak_lr": 1.0e-4,
                     "crop": list(self.size.crop),
@@ -150,72 +155,111 @@ class Bench:
         return path
 
 
-def trained(config_path: Path) -> dict[str, list[tuple[int, int, float]]]:
-    """Run a curriculum; every tracked metric as (step, milliseconds, value)."""
-    config = load_config(CurriculumConfig, str(config_path), [])
-    with connected(2):
-        (result,) = run_curriculum(config)
-    client = MlflowClient(str(config.mlflow.tracking_uri))
-    names = client.get_run(result.mlflow_run).data.metrics
-    return {
-        name: [(m.step, m.timestamp, m.value) for m in client.get_metric_history(result.mlflow_run, name)]
-        for name in names
-    }
-
-
-def whole_step_s(metrics: dict[str, list[tuple[int, int, float]]]) -> float:
-    """Seconds a step from one record to the next, with all that lies between, checkpoints and reports included."""
-    told = [(step, ms) for step, ms, _ in metrics["train/loss"] if step >= WARM_UP]
-    (first, since), (last, until) = told[0], told[-1]
-    return (until - since) / 1000 / (last - first)
-
-
 def overhead(bench: Bench) -> Iterator[Row]:
-    """A stage on Ray against a bare DDP loop: with a core left for Ray's own processes, and with none on two cores."""
-    for workers in (1, 2):
-        ratios, steps, waits = [], [], []
-        for _ in range(bench.rounds):
-            bare = max(bare_step_s(bench, [workers]))
-            metrics = trained(bench.config(workers))
-            steps.append(whole_step_s(metrics))
-            ratios.append(steps[-1] / bare)
-            waits.append(statistics.median(value for step, _, value in metrics["time/data_wait"] if step >= WARM_UP))
-        ratio, waited = statistics.median(ratios), statistics.median(waits)
-        found = (
-            f"{ratio:.3f} ({', '.join(f'{r:.3f}' for r in ratios)}); {1000 * statistics.median(steps):.0f} ms a step"
-        )
-        who = "one worker" if workers == 1 else "two workers"
-        yield Row(f"{who}: step on Ray with tracking and checkpoints / bare DDP loop", found, "<= 1.02", ratio <= 1.02)
+    """A stage on Ray against a bare DDP loop, one worker and two, and what the second worker brings.
+
+    All of them take turns: Ray's own processes, loaders and tracking run in a stage's turn and are stopped in others'.
+    """
+    ray = {workers: stage_on_ray(bench, workers) for workers in (1, 2)}
+    programs = {f"ray {workers}": stage.program for workers, stage in ray.items()}
+    programs |= {f"bare {'+'.join(map(str, groups))}": bare_loop(bench, groups) for groups in ([1], [2], [1, 1])}
+    try:
+        warmed_up(list(programs.values()), WARM_UP)
+        for done in take_turns(list(programs.values()), TURNS * bench.rounds, TURN_S):
+            console.print(f"turn {done} of {TURNS * bench.rounds}")
+    finally:
+        for program in programs.values():
+            program.end()
+
+    def ratio(one: str, other: str, times: float = 1.0) -> tuple[float, str]:
+        """Of the seconds a step, over all turns, and for each round of turns."""
+        parts = [slice(TURNS * number, TURNS * (number + 1)) for number in range(bench.rounds)]
+        whole, *each = (times * programs[one].step_s(p) / programs[other].step_s(p) for p in [slice(None), *parts])
+        return whole, f"{whole:.3f} ({', '.join(f'{part:.3f}' for part in each)})"
+
+    for workers, who in ((1, "one worker"), (2, "two workers")):
+        value, told = ratio(f"ray {workers}", f"bare {workers}")
+        told += f"; {1000 * programs[f'ray {workers}'].step_s():.0f} ms a step"
+        yield Row(f"{who}: step on Ray with tracking and checkpoints / bare DDP loop", told, "<= 1.02", value <= 1.02)
+        waited = ray[workers].data_wait()
         yield Row(f"{who}: share of a step spent waiting for data", f"{waited:.1%}", "<= 3%", waited <= 0.03)
+    value, told = ratio("ray 1", "ray 2")
+    yield Row("samples a second, two workers / one", told, ">= 1.9", value >= 1.9)
+    value, told = ratio("bare 1", "bare 2")
+    yield Row("the same of the bare DDP loop", told, "", True)
+    _, told = ratio("bare 1", "bare 1+1", times=2)
+    yield Row("the same of two bare loops without any communication", told, "the machine's limit", True)
 
 
-def bare_step_s(bench: Bench, groups: list[int]) -> list[float]:
-    """Seconds a step of the plainest loop over the same model, stream, loss and optimiser.
+@dataclass(frozen=True)
+class StageOnRay:
+    """A curriculum of one stage, under way as a program of its own."""
+
+    program: Program
+    metrics: Callable[[str], list[tuple[int, int, float]]]
+
+    def data_wait(self) -> float:
+        """Median share of a step, of the records that were made without a pause."""
+        told = self.metrics("time/data_wait")
+        whole = [
+            value
+            for (_, since, _), (_, until, value) in pairwise(told)
+            if self.program.within_a_turn(since / 1000, until / 1000)
+        ]
+        return statistics.median(whole)
+
+
+def stage_on_ray(bench: Bench, workers: int) -> StageOnRay:
+    path = bench.config(workers)
+    command = [sys.executable, str(ROOT / "pipelines" / "curriculum.py"), "--config", str(path)]
+    log = path.parent / "log.txt"
+    with log.open("w") as told:
+        process = subprocess.Popen(command, cwd=path.parent, stdout=told, stderr=told)
+
+    def metrics(name: str) -> list[tuple[int, int, float]]:
+        """Every tracked value as (step, milliseconds, value)."""
+        if not (path.parent / "mlflow.db").exists():
+            return []
+        client = MlflowClient(f"sqlite:///{path.parent}/mlflow.db")
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        runs = [run for run in client.search_runs(experiments) if name in run.data.metrics]
+        history = client.get_metric_history(runs[0].info.run_id, name) if runs else []
+        return [(metric.step, metric.timestamp, metric.value) for metric in history]
+
+    def marks() -> list[Mark]:
+        return [Mark(step, ms / 1000) for step, ms, _ in metrics("train/loss")]
+
+    return StageOnRay(Program([process.pid], marks), metrics)
+
+
+def bare_loop(bench: Bench, groups: list[int]) -> Program:
+    """The plainest loop over the same model, stream, loss and optimiser.
 
     Args:
         bench: gives model and data.
-        groups: sizes of DDP groups that run at the same time and know nothing of each other.
-
-    Returns one figure a group.
+        groups: sizes of DDP groups that run at the same time and know nothing of each other; the first one's steps
+            are told.
     """
     context = multiprocessing.get_context("spawn")
-    processes, found = [], []
-    for number, workers in enumerate(groups):
-        port, config = free_port(), bench.config(1)
-        found.append(bench.folder / f"bare{number}.txt")
-        processes += [
-            context.Process(target=_bare_worker, args=(rank, workers, port, config, str(found[-1])))
-            for rank in range(workers)
-        ]
+    config = bench.config(1)
+    told = config.parent / "steps.txt"
+    told.touch()
+    processes = [
+        context.Process(target=_bare_worker, args=(rank, workers, port, config, told if number == 0 else None))
+        for number, (workers, port) in enumerate((workers, free_port()) for workers in groups)
+        for rank in range(workers)
+    ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    return [float(path.read_text()) for path in found]
+
+    def marks() -> list[Mark]:
+        lines = [line.split() for line in told.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return [Mark(int(step), float(at)) for step, at in lines]
+
+    return Program([process.pid for process in processes if process.pid is not None], marks)
 
 
-def _bare_worker(rank: int, world_size: int, port: int, config_path: Path, found: str) -> None:
+def _bare_worker(rank: int, world_size: int, port: int, config_path: Path, told: Path | None) -> None:
     os.nice(max(0, RAY_NICENESS - os.nice(0)))
     torch.set_num_threads(1)
     config = load_config(CurriculumConfig, str(config_path), [])
@@ -238,10 +282,7 @@ def _bare_worker(rank: int, world_size: int, port: int, config_path: Path, found
         world_size=world_size,
         workers=config.machine.loader_workers,
     )
-    since = 0.0
     for step, batches in stream:
-        if step == WARM_UP:
-            since = time.perf_counter()
         for batch in batches:  # one a step with two ranks; alone, what accumulates needs no synchronisation
             loss = sequence_loss(
                 prepared(batch.image0.float(), batch.image1.float()).predictions,
@@ -256,25 +297,9 @@ def _bare_worker(rank: int, world_size: int, port: int, config_path: Path, found
         state.optimizer.step()
         state.schedule.step()
         state.optimizer.zero_grad(set_to_none=True)
-    if rank == 0:
-        Path(found).write_text(str((time.perf_counter() - since) / (stage.steps - WARM_UP)))
-    dist.destroy_process_group()
-
-
-def scaling(bench: Bench) -> Iterator[Row]:
-    """One worker against two, one thread each, and what the machine gives two loops that do not know of each other."""
-    ratios, limits = [], []
-    for _ in range(bench.rounds):
-        (alone,) = bare_step_s(bench, [1])
-        limits.append(2 * alone / max(bare_step_s(bench, [1, 1])))
-        one = whole_step_s(trained(bench.config(workers=1)))
-        ratios.append(one / whole_step_s(trained(bench.config(workers=2))))
-    ratio, limit = statistics.median(ratios), statistics.median(limits)
-    found = f"{ratio:.2f} ({', '.join(f'{r:.2f}' for r in ratios)})"
-    yield Row("samples a second, two workers / one", found, ">= 1.9", ratio >= 1.9)
-    found = f"{limit:.2f} ({', '.join(f'{r:.2f}' for r in limits)})"
-    yield Row("the same of two bare loops without any communication", found, "the machine's limit", True)
-    yield Row("two workers / one as a fraction of that limit", f"{ratio / limit:.2f}", ">= 0.95", ratio >= 0.95 * limit)
+        if rank == 0 and told is not None:
+            with told.open("a") as file:
+                file.write(f"{step + 1} {time.time()}\n")
 
 
 def recovery(bench: Bench) -> Iterator[Row]:
@@ -309,7 +334,7 @@ def _recovery_s(bench: Bench) -> float:
         process.wait()
 
 
-ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {"overhead": overhead, "scaling": scaling, "recovery": recovery}
+ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {"overhead": overhead, "recovery": recovery}
 
 
 if __name__ == "__main__":
