@@ -49,7 +49,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, regions: Tensor | None 
     Returns:
         `[N, L, D]`.
     """
-    if computes_exactly(query):
+    if computes_in_chunks(query):
         out: Tensor = _chunked_attention(query, key, value, regions)
         return out
     mask = None if regions is None else _crossing_bias(regions, regions).to(query.dtype)
@@ -59,12 +59,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, regions: Tensor | None 
     return one_head.squeeze(1)[..., : value.shape[-1]]
 
 
-def computes_exactly(tokens: Tensor) -> bool:
-    """Whether attention on these tokens is computed in the reference's order of operations: full precision on a CPU.
+def computes_in_chunks(tokens: Tensor) -> bool:
+    """Whether attention on these tokens is computed chunk by chunk, in the reference's order of operations: on a CPU.
 
     An exported program is one graph for all sizes: it takes the fused operation, not the loop over chunks.
     """
-    return tokens.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_exporting()
+    return tokens.device.type == "cpu" and not torch.compiler.is_exporting()
 
 
 def _crossing_bias(rows: Tensor, columns: Tensor) -> Tensor:
@@ -102,10 +102,13 @@ def scratch_scores(like: Tensor, keys: int) -> Scratch:
     return lambda shape: memory[: prod(shape)].view(shape)
 
 
-def softmax_weights(query: Tensor, key: Tensor, regions: Tensor | None, rows: slice, scratch: Scratch) -> Tensor:
-    """Softmax of the scores of queries `[n, l, C]`, `rows` of their windows, with keys `[n, M, C]`: `[n, l, M]`."""
+def softmax_weights(
+    query: Tensor, key: Tensor, scale: float, regions: Tensor | None, rows: slice, scratch: Scratch
+) -> Tensor:
+    """`[n, l, M]`: softmax of scale · query · key; queries `[n, l, C]` are `rows` of windows, keys `[n, M, C]`."""
     scores = torch.bmm(query, key.transpose(1, 2), out=scratch((*query.shape[:2], key.shape[1])))
-    scores.div_(query.shape[-1] ** 0.5)  # the reference's order: divided after the product
+    if scale != 1.0:
+        scores.div_(1 / scale)  # the reference's order: divided after the product
     if regions is not None:
         scores.add_(_crossing_bias(regions[rows], regions))
     return scores.softmax(dim=-1)
@@ -117,9 +120,10 @@ class _ChunkedAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, regions)
         out = value.new_empty(*query.shape[:2], value.shape[-1])
         scratch = scratch_scores(query, key.shape[1])
+        scale = query.shape[-1] ** -0.5
         for windows, rows in _chunks(len(query), query.shape[1], key.shape[1]):
             part = query[windows, rows]
-            weights = softmax_weights(part, key[windows], regions, rows, scratch)
+            weights = softmax_weights(part, key[windows], scale, regions, rows, scratch)
             out[windows, rows] = torch.bmm(weights, value[windows])
         return out
 
@@ -133,7 +137,7 @@ class _ChunkedAttention(torch.autograd.Function):
         scale = query.shape[-1] ** -0.5
         for windows, rows in _chunks(len(query), query.shape[1], key.shape[1]):
             part, upper = query[windows, rows], gradient[windows, rows]
-            weights = softmax_weights(part, key[windows], regions, rows, scratch)
+            weights = softmax_weights(part, key[windows], scale, regions, rows, scratch)
             if to_value is not None:
                 to_value[windows].baddbmm_(weights.transpose(1, 2), upper)
             to_weights = torch.bmm(upper, value[windows].transpose(1, 2), out=scratch(weights.shape))

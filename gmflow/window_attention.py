@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gmflow.attention import attention, chunk_size, computes_exactly, scratch_scores, softmax_weights
+from gmflow.attention import attention, chunk_size, computes_in_chunks, scratch_scores, softmax_weights
 from gmflow.eager import outside_graphs
 from gmflow.layer_norm import layer_norm_backward
 
@@ -66,8 +66,9 @@ def window_attention(
     Returns:
         `[T, C]`.
     """
-    if computes_exactly(source):
-        out: Tensor = _chunked_window_attention(source, target, *weights, pairings, onto_source)
+    if computes_in_chunks(source):
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else source.dtype
+        out: Tensor = _chunked_window_attention(source, target, *weights, pairings, onto_source, dtype)
         return out
     return _fused(source, target, weights, pairings, onto_source)
 
@@ -116,7 +117,61 @@ def _chunks(pairings: list[Pairing]) -> Iterator[_Chunk]:
             yield _Chunk(slice(other, other + windows * length), windows, length, pairing.regions, sources)
 
 
+class _Factors(NamedTuple):
+    """The layer's matrices in the type they are multiplied in, and where scores are scaled by 1 / √C."""
+
+    to_query: Tensor
+    to_key: Tensor
+    to_value: Tensor
+    merge: Tensor
+    before: float
+    """Of the queries: in 16 bits, so that scores are rounded once."""
+    after: float
+    """Of the scores: in full precision, which is the reference's order."""
+
+    @classmethod
+    def of(cls, to_query: Tensor, to_key: Tensor, to_value: Tensor, merge: Tensor, dtype: torch.dtype) -> _Factors:
+        scale = to_query.shape[1] ** -0.5
+        before, after = (1.0, scale) if dtype == to_query.dtype else (scale, 1.0)
+        scaled = to_query if before == 1.0 else to_query * before
+        return cls(scaled.to(dtype), to_key.to(dtype), to_value.to(dtype), merge.to(dtype), before, after)
+
+
+class _Attended(NamedTuple):
+    """What the queries of some windows meet.
+
+    In 16 bits keys and values are those of the tokens less their window's mean. To a softmax, what all of a query's
+    scores have in common is nothing, nor is what all of their gradients have in common: it would only be rounded.
+    """
+
+    tokens: Tensor
+    """What keys are the product of."""
+    key: Tensor
+    value: Tensor
+    mean_value: Tensor | None
+
+    @classmethod
+    def of(cls, tokens: Tensor, windows: int, factors: _Factors) -> _Attended:
+        tokens = tokens.view(windows, -1, tokens.shape[1])  # [n, L, C]
+        dtype = factors.merge.dtype
+        if dtype == tokens.dtype:
+            return cls(tokens, F.linear(tokens, factors.to_key), F.linear(tokens, factors.to_value), None)
+        mean = tokens.mean(dim=1, keepdim=True)  # [n, 1, C]
+        relative = (tokens - mean).to(dtype)
+        mean_value = F.linear(mean.to(dtype), factors.to_value)
+        return cls(relative, F.linear(relative, factors.to_key), F.linear(relative, factors.to_value), mean_value)
+
+    def attended_with(self, weights: Tensor) -> Tensor:
+        """Weights `[n, l, L]` → `[n*l, C]`."""
+        found = torch.bmm(weights, self.value)
+        if self.mean_value is not None:
+            found += self.mean_value
+        return found.flatten(0, 1)
+
+
 class _WindowAttention(torch.autograd.Function):
+    """Multiplies in `dtype`; sums over chunks, normalises and adds in that of `source`."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -130,20 +185,21 @@ class _WindowAttention(torch.autograd.Function):
         shift: Tensor,
         pairings: list[Pairing],
         onto_source: bool,
+        dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(source, target, to_query, to_key, to_value, merge, scale, shift)
-        ctx.pairings, ctx.onto_source = pairings, onto_source
+        ctx.pairings, ctx.onto_source, ctx.dtype = pairings, onto_source, dtype
+        factors = _Factors.of(to_query, to_key, to_value, merge, dtype)
         out = torch.empty_like(source)
-        scratch = scratch_scores(source, max(pairing.length for pairing in pairings))
+        scratch = scratch_scores(factors.merge, max(pairing.length for pairing in pairings))
         for chunk in _chunks(pairings):
             shape = (chunk.windows, -1, source.shape[1])
-            key = (target[chunk.target] @ to_key.T).view(shape)
-            value = (target[chunk.target] @ to_value.T).view(shape)
+            attended = _Attended.of(target[chunk.target], chunk.windows, factors)
             for tokens, rows in chunk.sources:
-                query = (source[tokens] @ to_query.T).view(shape)
-                weights = softmax_weights(query, key, chunk.regions, rows, scratch)
-                merged = torch.bmm(weights, value).flatten(0, 1) @ merge.T
-                message = F.layer_norm(merged, scale.shape, scale, shift)
+                query = (source[tokens].to(dtype) @ factors.to_query.T).view(shape)
+                weights = softmax_weights(query, attended.key, factors.after, chunk.regions, rows, scratch)
+                merged = attended.attended_with(weights) @ factors.merge.T
+                message = F.layer_norm(merged.to(source.dtype), scale.shape, scale, shift)
                 if onto_source:
                     torch.add(source[tokens], message, out=out[tokens])
                 else:
@@ -155,41 +211,47 @@ class _WindowAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         source, target, *parameters = ctx.saved_tensors
         to_query, to_key, to_value, merge, scale, shift = parameters
+        dtype, wide = ctx.dtype, source.dtype
+        factors = _Factors.of(to_query, to_key, to_value, merge, dtype)
         for_source, for_target = torch.empty_like(source), torch.empty_like(target)
         for_query, for_key, for_value, for_merge, for_scale, for_shift = map(torch.zeros_like, parameters)
-        scratch = scratch_scores(source, max(pairing.length for pairing in ctx.pairings))
-        scaling = source.shape[1] ** -0.5
+        scratch = scratch_scores(factors.merge, max(pairing.length for pairing in ctx.pairings))
         for chunk in _chunks(ctx.pairings):
             shape = (chunk.windows, -1, source.shape[1])
-            part = target[chunk.target]
-            key, value = (part @ to_key.T).view(shape), (part @ to_value.T).view(shape)
-            upper_key, upper_value = torch.zeros_like(key), torch.zeros_like(value)
+            part = target[chunk.target].to(dtype)
+            attended = _Attended.of(target[chunk.target], chunk.windows, factors)
+            upper_key, upper_value = (torch.zeros_like(attended.key, dtype=wide) for _ in range(2))
             for tokens, rows in chunk.sources:
-                query = (source[tokens] @ to_query.T).view(shape)
-                weights = softmax_weights(query, key, chunk.regions, rows, scratch)
-                attended = torch.bmm(weights, value).flatten(0, 1)
+                own = source[tokens].to(dtype)
+                query = (own @ factors.to_query.T).view(shape)
+                weights = softmax_weights(query, attended.key, factors.after, chunk.regions, rows, scratch)
+                values = attended.attended_with(weights)
                 upper_merged, more_scale, more_shift = layer_norm_backward(
-                    gradient[tokens], attended @ merge.T, scale, shift
+                    gradient[tokens], (values @ factors.merge.T).to(wide), scale, shift
                 )
                 for_scale += more_scale
                 for_shift += more_shift
-                for_merge.addmm_(upper_merged.T, attended)
-                upper = (upper_merged @ merge).view(shape)
-                upper_value.baddbmm_(weights.transpose(1, 2), upper)
-                upper_weights = torch.bmm(upper, value.transpose(1, 2), out=scratch(weights.shape))
-                upper_scores = torch._softmax_backward_data(upper_weights, weights, -1, weights.dtype)
-                upper_query = torch.bmm(upper_scores, key).mul_(scaling).flatten(0, 1)
-                upper_key.baddbmm_(upper_scores.transpose(1, 2), query, alpha=scaling)
-                for_query.addmm_(upper_query.T, source[tokens])
-                torch.mm(upper_query, to_query, out=for_source[tokens])
+                upper_merged = upper_merged.to(dtype)
+                for_merge += upper_merged.T @ values
+                upper = (upper_merged @ factors.merge).view(shape)
+                upper_value += torch.bmm(weights.transpose(1, 2), upper)
+                upper_weights = torch.bmm(upper, attended.value.transpose(1, 2), out=scratch(weights.shape))
+                upper_scores = torch._softmax_backward_data(upper_weights, weights, -1, dtype)
+                upper_key += torch.bmm(upper_scores.transpose(1, 2), query)
+                upper_query = torch.bmm(upper_scores, attended.key).mul_(factors.after).flatten(0, 1)
+                for_query += upper_query.T @ own
+                for_source[tokens] = upper_query @ factors.to_query
                 if ctx.onto_source:
                     for_source[tokens] += gradient[tokens]
-            flat_key, flat_value = upper_key.flatten(0, 1), upper_value.flatten(0, 1)
-            for_key.addmm_(flat_key.T, part)
-            for_value.addmm_(flat_value.T, part)
-            torch.mm(flat_key, to_key, out=for_target[chunk.target]).addmm_(flat_value, to_value)
+            flat_key = upper_key.mul_(factors.after).flatten(0, 1).to(dtype)
+            flat_value = upper_value.flatten(0, 1).to(dtype)
+            for_key += flat_key.T @ attended.tokens.flatten(0, 1)
+            for_value += flat_value.T @ part
+            for_target[chunk.target] = flat_key @ factors.to_key
+            for_target[chunk.target] += flat_value @ factors.to_value
+        for_query *= factors.before
         for_parameters = (for_query, for_key, for_value, for_merge, for_scale, for_shift)
-        return for_source, for_target, *for_parameters, None, None
+        return for_source, for_target, *for_parameters, None, None, None
 
 
 _chunked_window_attention = outside_graphs(_WindowAttention.apply)

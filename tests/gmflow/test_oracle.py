@@ -229,7 +229,7 @@ def test_same_input_same_bits() -> None:
 def accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path that accelerators take, through the fused kernels, here on the CPU."""
     for module in ("attention", "window_attention"):
-        monkeypatch.setattr(f"gmflow.{module}.computes_exactly", lambda tokens: False)
+        monkeypatch.setattr(f"gmflow.{module}.computes_in_chunks", lambda tokens: False)
 
 
 @pytest.mark.usefixtures("accelerated")
@@ -243,3 +243,29 @@ def test_the_accelerators_path_computes_the_same(config: GMFlowConfig) -> None:
 @pytest.mark.parametrize("cross", [False, True])
 def test_the_accelerators_window_attention_is_the_oracles(shifted: bool, cross: bool) -> None:
     test_window_attention.hypothesis.inner_test(3, (2, 5), 4, shifted, cross, not cross)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("rows", [None, 5], ids=["whole windows", "parts of a window"])
+@pytest.mark.parametrize("onto_source", [False, True])
+def test_window_attention_in_16_bits(rows: int | None, onto_source: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where tokens have much in common: rounding what every key of a window shares would swamp what differs."""
+    grid = window_grid(2, 8, 12, 2, shifted=True, device=torch.device("cpu"))
+    if rows is not None:
+        monkeypatch.setattr("gmflow.attention.CHUNK", rows * 24)
+    torch.manual_seed(0)
+    layer = AttentionLayer(64)
+    source, target = (random(192, 64, seed=seed).detach().float() for seed in (1, 2))
+    inputs = [source.requires_grad_(), (target + 10 * random(64).detach().float()).requires_grad_()]
+    upper = torch.randn(source.shape, generator=torch.Generator().manual_seed(3))
+
+    def run() -> list[Tensor]:
+        out = layer(*inputs, grid.groups, cross=False, onto_source=onto_source)
+        assert out.dtype == torch.float32
+        return [out, *torch.autograd.grad(out, [*inputs, *layer.parameters()], upper)]
+
+    wanted = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run()
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() < 0.015 * other.norm()
+    assert not torch.equal(found[0], wanted[0])  # it did compute in 16 bits
