@@ -62,9 +62,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, regions: Tensor | None 
 def computes_in_chunks(tokens: Tensor) -> bool:
     """Whether attention on these tokens is computed chunk by chunk, in the reference's order of operations: on a CPU.
 
+    In 16 bits that keeps less for the backward pass, but rounds scores, which the fused operation holds in float32:
+    up to 0.025 px of end-point error (docs/performance.md). So without a backward pass it is the fused operation.
     An exported program is one graph for all sizes: it takes the fused operation, not the loop over chunks.
     """
-    return tokens.device.type == "cpu" and not torch.compiler.is_exporting()
+    if tokens.device.type != "cpu" or torch.compiler.is_exporting():
+        return False
+    return torch.is_grad_enabled() or not torch.is_autocast_enabled("cpu")
 
 
 def _crossing_bias(rows: Tensor, columns: Tensor) -> Tensor:
