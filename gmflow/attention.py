@@ -5,8 +5,7 @@ None of them stores a score matrix of the whole map.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from math import prod
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gmflow.eager import outside_graphs
+from gmflow.scratch import Scratch
 
 EXCLUDED = -1e9
 """Score of a pair that must not match. Finite, so that a query without any partner stays free of NaN."""
@@ -26,8 +26,11 @@ TILE = 8
 STRIP = 1 << 22
 """Scores of `neighbourhood_attention` computed at a time, which bounds its memory at any image size."""
 
-CHUNK = 1 << 20
-"""Scores computed at a time on a CPU: 4 MiB of float32, which stay in the cache (docs/performance.md)."""
+SCORES = 1 << 21
+"""Scores computed at a time on a CPU: 8 MiB of float32, which stay in the cache (docs/performance.md)."""
+
+TOKENS = 1 << 11
+"""Queries of several windows attended at a time on a CPU, for the same reason."""
 
 CROSSING_PENALTY = -100.0
 """Added to the score of two tokens from different regions of a window."""
@@ -76,46 +79,49 @@ def _crossing_bias(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def chunk_size(queries: int, keys: int) -> tuple[int, int]:
-    """How many windows, and how many queries of each, are attended at a time: at most `CHUNK` scores, or one query.
+    """How many windows, and how many queries of each, are attended at a time: at most `SCORES` scores, or one query.
 
     Whole windows are as many as the threads can share evenly: a product of five takes two threads as long as of six.
     Parts of a window are of one size, as far as they go, rather than full ones and a rest.
     """
-    many = CHUNK // (queries * keys)
+    many = min(SCORES // (queries * keys), max(1, TOKENS // queries))
     if many > 1:
         threads = torch.get_num_threads()
         return max(many - many % threads, min(many, threads)), queries
-    parts = -(-queries // max(1, CHUNK // keys))
+    parts = -(-queries // max(1, SCORES // keys))
     return 1, -(-queries // parts)
+
+
+def row_slices(queries: int, rows: int) -> list[slice]:
+    """The queries of a window in parts of `rows`."""
+    return [slice(row, min(row + rows, queries)) for row in range(0, queries, rows)]
 
 
 def _chunks(windows: int, queries: int, keys: int) -> Iterator[tuple[slice, slice]]:
     """Slices of windows and of their queries, to be attended in turn."""
     many, rows = chunk_size(queries, keys)
     for window in range(0, windows, many):
-        for row in range(0, queries, rows):
-            yield slice(window, min(window + many, windows)), slice(row, min(row + rows, queries))
+        for part in row_slices(queries, rows):
+            yield slice(window, min(window + many, windows)), part
 
 
-Scratch = Callable[[tuple[int, ...]], Tensor]
-
-
-def scratch_scores(like: Tensor, keys: int) -> Scratch:
-    """Views of one reused buffer, for the scores of any chunk with this many keys: no fresh memory for each."""
-    memory = like.new_empty(max(CHUNK, keys))
-    return lambda shape: memory[: prod(shape)].view(shape)
+def crossing_penalties(regions: Tensor | None) -> Tensor | None:
+    """What a query of each region adds to its scores with every key: `[4, L]` for the regions `[L]` of a window."""
+    if regions is None:
+        return None
+    return _crossing_bias(torch.arange(4, device=regions.device), regions)
 
 
 def softmax_weights(
-    query: Tensor, key: Tensor, scale: float, regions: Tensor | None, rows: slice, scratch: Scratch
+    query: Tensor, key: Tensor, scale: float, penalties: Tensor | None, regions: Tensor | None, scratch: Scratch
 ) -> Tensor:
-    """`[n, l, M]`: softmax of scale · query · key; queries `[n, l, C]` are `rows` of windows, keys `[n, M, C]`."""
-    scores = torch.bmm(query, key.transpose(1, 2), out=scratch((*query.shape[:2], key.shape[1])))
+    """`[n, l, M]`: softmax of scale · query · key; queries `[n, l, C]`, of these `regions` `[l]`, keys `[n, M, C]`."""
+    scores = torch.bmm(query, key.transpose(1, 2), out=scratch.view(*query.shape[:2], key.shape[1]))
     if scale != 1.0:
         scores.div_(1 / scale)  # the reference's order: divided after the product
-    if regions is not None:
-        scores.add_(_crossing_bias(regions[rows], regions))
-    return scores.softmax(dim=-1)
+    if penalties is not None and regions is not None:
+        scores.add_(penalties[regions])
+    return torch.softmax(scores, dim=-1, out=scores)
 
 
 class _ChunkedAttention(torch.autograd.Function):
@@ -123,11 +129,11 @@ class _ChunkedAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, regions: Tensor | None) -> Tensor:
         ctx.save_for_backward(query, key, value, regions)
         out = value.new_empty(*query.shape[:2], value.shape[-1])
-        scratch = scratch_scores(query, key.shape[1])
+        scratch, penalties = Scratch(query), crossing_penalties(regions)
         scale = query.shape[-1] ** -0.5
         for windows, rows in _chunks(len(query), query.shape[1], key.shape[1]):
-            part = query[windows, rows]
-            weights = softmax_weights(part, key[windows], scale, regions, rows, scratch)
+            own = None if regions is None else regions[rows]
+            weights = softmax_weights(query[windows, rows], key[windows], scale, penalties, own, scratch)
             out[windows, rows] = torch.bmm(weights, value[windows])
         return out
 
@@ -137,18 +143,25 @@ class _ChunkedAttention(torch.autograd.Function):
         query, key, value, regions = ctx.saved_tensors
         to_query, to_key = torch.empty_like(query), torch.zeros_like(key)
         to_value = torch.zeros_like(value) if ctx.needs_input_grad[2] else None
-        scratch = scratch_scores(query, key.shape[1])
+        scratch, upper_scratch, penalties = Scratch(query), Scratch(query), crossing_penalties(regions)
         scale = query.shape[-1] ** -0.5
         for windows, rows in _chunks(len(query), query.shape[1], key.shape[1]):
             part, upper = query[windows, rows], gradient[windows, rows]
-            weights = softmax_weights(part, key[windows], scale, regions, rows, scratch)
+            own = None if regions is None else regions[rows]
+            weights = softmax_weights(part, key[windows], scale, penalties, own, scratch)
             if to_value is not None:
                 to_value[windows].baddbmm_(weights.transpose(1, 2), upper)
-            to_weights = torch.bmm(upper, value[windows].transpose(1, 2), out=scratch(weights.shape))
-            to_scores = torch._softmax_backward_data(to_weights, weights, -1, weights.dtype)
+            to_weights = torch.bmm(upper, value[windows].transpose(1, 2), out=upper_scratch.view(*weights.shape))
+            to_scores = softmax_backward(to_weights, weights)
             to_query[windows, rows] = torch.bmm(to_scores, key[windows]).mul_(scale)
             to_key[windows].baddbmm_(to_scores.transpose(1, 2), part, alpha=scale)
         return to_query, to_key, to_value, None
+
+
+def softmax_backward(to_weights: Tensor, weights: Tensor) -> Tensor:
+    """Gradient of the scores from that of their softmax `weights`, in the memory of the latter."""
+    found: Tensor = torch._softmax_backward_data(to_weights, weights, -1, weights.dtype, grad_input=to_weights)
+    return found
 
 
 _chunked_attention = outside_graphs(_ChunkedAttention.apply)

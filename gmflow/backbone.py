@@ -48,8 +48,8 @@ class Backbone(nn.Module):
         x = self.projection(self.stages(x))  # [N, C, H/8, W/8] or, with two scales, [N, C, H/4, W/4]
         if self.shared is None:
             return [x]
-        coarse = F.conv2d(x, self.shared.weight, stride=2, padding=1)
-        return [coarse, self.shared(x)]
+        fine = self.shared(x)
+        return [fine[:, :, ::2, ::2], fine]  # with stride 2 the convolution gives every second of the same values
 
 
 class ResidualBlock(nn.Module):

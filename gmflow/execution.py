@@ -5,6 +5,8 @@ The model says what is computed and knows none of this; here is the one place th
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +31,8 @@ _RECOMPUTED: dict[str, tuple[type[nn.Module], ...]] = {
     "selective": (FeedForward, ResidualBlock),
     "full": (TransformerBlock, ResidualBlock),
 }
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 # What 16-bit rounding in these does to gradients is out of proportion (docs/performance.md): not in training.
 _WIDE_IN_TRAINING = (Backbone, FeedForward)
 
@@ -86,6 +90,8 @@ def prepare_model(model: GMFlow, config: ExecutionConfig, device: torch.device |
             # No random numbers are drawn in the model, so there is no generator state to bring back.
             module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
     place = next(model.parameters()).device
+    if place.type == "cpu":
+        _keep_freed_memory()
     if place.type == "cuda":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the layout of cuDNN's fast convolutions
         # Settings of the process, not of a model; PyTorch's own defaults round in convolutions only.
@@ -104,6 +110,18 @@ def prepare_model(model: GMFlow, config: ExecutionConfig, device: torch.device |
         broadcast_buffers=False,  # the only buffers are constants
         gradient_as_bucket_view=True,
     )
+
+
+def _keep_freed_memory() -> None:
+    """Settings of the process: glibc's allocator gives freed memory to the next tensor, not back to the system.
+
+    By default large tensors are fresh pages each time, which the system zeroes one by one: a sixth of the time of
+    inference (docs/performance.md). The process then keeps as much as it needed at its peak.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # other C libraries have none
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def _wide_in_training(forward: Callable[..., Any], *tensors: Tensor) -> Any:

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from gmflow.eager import outside_graphs
 from gmflow.layer_norm import layer_norm_backward
+from gmflow.scratch import Scratch, add_product
 
 CPU_CHUNK = 1 << 20
 """Hidden values computed at a time on a CPU: 4 MiB of float32, measured best (docs/performance.md)."""
@@ -71,12 +72,13 @@ class _FeedForward(torch.autograd.Function):
         out = torch.empty_like(source)
         kept = len(message) if keep else min(length, len(message))
         hidden, update = message.new_empty(kept, len(expand)), message.new_empty(kept, len(contract))
+        pairs, activated = Scratch(message), Scratch(message)
         for start in range(0, len(message), length):
             chunk = slice(start, start + length)
-            pair = torch.cat([source[chunk].to(message.dtype), message[chunk]], dim=1)
+            pair = _pair(source[chunk], message[chunk], pairs)
             place = chunk if keep else slice(len(pair))
             before = torch.mm(pair, expand.T, out=hidden[place])
-            after = torch.mm(F.gelu(before), contract.T, out=update[place])
+            after = torch.mm(_gelu(before, activated), contract.T, out=update[place])
             torch.add(source[chunk], F.layer_norm(after.to(scale.dtype), scale.shape, scale, shift), out=out[chunk])
         if keep:
             ctx.save_for_backward(source, message, expand, contract, scale, shift, hidden, update)
@@ -93,9 +95,10 @@ class _FeedForward(torch.autograd.Function):
         to_expand = torch.zeros_like(expand, dtype=wide)
         to_contract = torch.zeros_like(contract, dtype=wide)
         to_scale, to_shift = torch.zeros_like(scale), torch.zeros_like(shift)
+        pairs, activated, upper_hidden = (Scratch(message) for _ in range(3))
         for start in range(0, len(message), length):
             chunk = slice(start, start + length)
-            pair = torch.cat([source[chunk].to(message.dtype), message[chunk]], dim=1)
+            pair = _pair(source[chunk], message[chunk], pairs)
             before = hidden[chunk]
             to_update, more_scale, more_shift = layer_norm_backward(
                 gradient[chunk], update[chunk].to(scale.dtype), scale, shift
@@ -103,11 +106,23 @@ class _FeedForward(torch.autograd.Function):
             to_scale += more_scale
             to_shift += more_shift
             upper = to_update.to(message.dtype)
-            to_contract += upper.T @ F.gelu(before)
-            to_hidden = torch.ops.aten.gelu_backward(upper @ contract, before)
-            to_expand += to_hidden.T @ pair
+            add_product(to_contract, upper.T, _gelu(before, activated))
+            to_hidden = torch.mm(upper, contract, out=upper_hidden.view(*before.shape))
+            torch.ops.aten.gelu_backward.grad_input(to_hidden, before, grad_input=to_hidden)
+            add_product(to_expand, to_hidden.T, pair)
             to_pair = to_hidden @ expand
             own, to_message[chunk] = to_pair.chunk(2, dim=1)
             torch.add(gradient[chunk], own, out=to_source[chunk])
         for_matrices = to_expand.to(expand.dtype), to_contract.to(contract.dtype)
         return to_source, to_message, *for_matrices, to_scale, to_shift, None
+
+
+def _pair(source: Tensor, message: Tensor, scratch: Scratch) -> Tensor:
+    """`[n, C]` each → `[n, 2C]`, in the type of the message."""
+    pair = scratch.view(len(source), 2 * source.shape[1])
+    return torch.cat([source.to(message.dtype), message], dim=1, out=pair)
+
+
+def _gelu(before: Tensor, scratch: Scratch) -> Tensor:
+    activated: Tensor = torch.ops.aten.gelu.out(before, out=scratch.view(*before.shape))
+    return activated

@@ -16,9 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gmflow.attention import attention, chunk_size, computes_in_chunks, scratch_scores, softmax_weights
+from gmflow.attention import (
+    attention,
+    chunk_size,
+    computes_in_chunks,
+    crossing_penalties,
+    row_slices,
+    softmax_backward,
+    softmax_weights,
+)
 from gmflow.eager import outside_graphs
 from gmflow.layer_norm import layer_norm_backward
+from gmflow.scratch import Scratch, add_product
 
 
 class AttentionWeights(NamedTuple):
@@ -92,37 +101,36 @@ def _fused(
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some windows of a pairing, as slices of tokens, and the slices of them that are attended in turn."""
+    """Some windows of a pairing, as slices of tokens, and the rows of them that are attended in turn."""
 
+    source: slice
     target: slice
     windows: int
-    length: int
+    rows: list[slice]
+    """Of each window: all of them where there are several windows."""
     regions: Tensor | None
-    sources: list[tuple[slice, slice]]
-    """Tokens of the source, and which rows of a window they are (all rows where there are several windows)."""
+    penalties: Tensor | None
 
 
 def _chunks(pairings: list[Pairing]) -> Iterator[_Chunk]:
     for pairing in pairings:
-        length = pairing.length
+        length, penalties = pairing.length, crossing_penalties(pairing.regions)
         many, rows = chunk_size(length, length)
         for first in range(0, pairing.windows, many):
             windows = min(many, pairing.windows - first)
-            start, other = pairing.source + first * length, pairing.target + first * length
-            sources = []
-            for row in range(0, length, rows):
-                stop = min(row + rows, length)
-                tokens = slice(start + row, start + (windows - 1) * length + stop)
-                sources.append((tokens, slice(row, stop)))
-            yield _Chunk(slice(other, other + windows * length), windows, length, pairing.regions, sources)
+            source, target = (
+                slice(start + first * length, start + (first + windows) * length)
+                for start in (pairing.source, pairing.target)
+            )
+            yield _Chunk(source, target, windows, row_slices(length, rows), pairing.regions, penalties)
 
 
 class _Factors(NamedTuple):
     """The layer's matrices in the type they are multiplied in, and where scores are scaled by 1 / √C."""
 
     to_query: Tensor
-    to_key: Tensor
-    to_value: Tensor
+    to_key_and_value: Tensor
+    """`[2C, C]`: one product gives both."""
     merge: Tensor
     before: float
     """Of the queries: in 16 bits, so that scores are rounded once."""
@@ -134,39 +142,55 @@ class _Factors(NamedTuple):
         scale = to_query.shape[1] ** -0.5
         before, after = (1.0, scale) if dtype == to_query.dtype else (scale, 1.0)
         scaled = to_query if before == 1.0 else to_query * before
-        return cls(scaled.to(dtype), to_key.to(dtype), to_value.to(dtype), merge.to(dtype), before, after)
+        return cls(scaled.to(dtype), torch.cat([to_key, to_value]).to(dtype), merge.to(dtype), before, after)
 
 
-class _Attended(NamedTuple):
-    """What the queries of some windows meet.
+class _Meeting(NamedTuple):
+    """The queries of some windows, and the keys and values they meet.
 
     In 16 bits keys and values are those of the tokens less their window's mean. To a softmax, what all of a query's
     scores have in common is nothing, nor is what all of their gradients have in common: it would only be rounded.
     """
 
-    tokens: Tensor
-    """What keys are the product of."""
+    source: Tensor
+    """What queries are the product of: `[n*L, C]`."""
+    target: Tensor
+    """What keys are the product of: `[n*L, C]`."""
+    query: Tensor
+    """`[n, L, C]`, as key and value are."""
     key: Tensor
     value: Tensor
     mean_value: Tensor | None
+    """`[n, 1, C]`"""
 
     @classmethod
-    def of(cls, tokens: Tensor, windows: int, factors: _Factors) -> _Attended:
-        tokens = tokens.view(windows, -1, tokens.shape[1])  # [n, L, C]
-        dtype = factors.merge.dtype
-        if dtype == tokens.dtype:
-            return cls(tokens, F.linear(tokens, factors.to_key), F.linear(tokens, factors.to_value), None)
-        mean = tokens.mean(dim=1, keepdim=True)  # [n, 1, C]
-        relative = (tokens - mean).to(dtype)
-        mean_value = F.linear(mean.to(dtype), factors.to_value)
-        return cls(relative, F.linear(relative, factors.to_key), F.linear(relative, factors.to_value), mean_value)
+    def of(cls, source: Tensor, target: Tensor, windows: int, factors: _Factors, projected: Scratch) -> _Meeting:
+        """Of tokens `[n*L, C]` of the source and of the target."""
+        dtype, channels = factors.merge.dtype, source.shape[1]
+        mean_value = None
+        if dtype != source.dtype:
+            apart = target.view(windows, -1, channels)
+            mean = apart.mean(dim=1, keepdim=True)  # [n, 1, C]
+            mean_value = mean.to(dtype) @ factors.to_key_and_value[channels:].T
+            source, target = source.to(dtype), (apart - mean).to(dtype).flatten(0, 1)
+        projections = projected.view(3 * len(source), channels)
+        query, key_and_value = projections[: len(source)], projections[len(source) :].view(-1, 2 * channels)
+        torch.mm(source, factors.to_query.T, out=query)
+        torch.mm(target, factors.to_key_and_value.T, out=key_and_value)
+        key, value = key_and_value.view(windows, -1, 2, channels).unbind(2)
+        return cls(source, target, query.view(windows, -1, channels), key, value, mean_value)
 
-    def attended_with(self, weights: Tensor) -> Tensor:
-        """Weights `[n, l, L]` → `[n*l, C]`."""
-        found = torch.bmm(weights, self.value)
+    def weights(self, rows: slice, chunk: _Chunk, scale: float, scratch: Scratch) -> Tensor:
+        """Of every key for these rows of the windows: `[n, l, L]`."""
+        regions = None if chunk.regions is None else chunk.regions[rows]
+        return softmax_weights(self.query[:, rows], self.key, scale, chunk.penalties, regions, scratch)
+
+    def attended(self, weights: Tensor, out: Tensor) -> Tensor:
+        """Weights `[n, l, L]` → `[n, l, C]`."""
+        torch.bmm(weights, self.value, out=out)
         if self.mean_value is not None:
-            found += self.mean_value
-        return found.flatten(0, 1)
+            out += self.mean_value
+        return out
 
 
 class _WindowAttention(torch.autograd.Function):
@@ -191,67 +215,93 @@ class _WindowAttention(torch.autograd.Function):
         ctx.pairings, ctx.onto_source, ctx.dtype = pairings, onto_source, dtype
         factors = _Factors.of(to_query, to_key, to_value, merge, dtype)
         out = torch.empty_like(source)
-        scratch = scratch_scores(factors.merge, max(pairing.length for pairing in pairings))
+        projected, scores, attended, merged = (Scratch(factors.merge) for _ in range(4))
         for chunk in _chunks(pairings):
-            shape = (chunk.windows, -1, source.shape[1])
-            attended = _Attended.of(target[chunk.target], chunk.windows, factors)
-            for tokens, rows in chunk.sources:
-                query = (source[tokens].to(dtype) @ factors.to_query.T).view(shape)
-                weights = softmax_weights(query, attended.key, factors.after, chunk.regions, rows, scratch)
-                merged = attended.attended_with(weights) @ factors.merge.T
-                message = F.layer_norm(merged.to(source.dtype), scale.shape, scale, shift)
-                if onto_source:
-                    torch.add(source[tokens], message, out=out[tokens])
-                else:
-                    out[tokens] = message
+            own = source[chunk.source]
+            meeting = _Meeting.of(own, target[chunk.target], chunk.windows, factors, projected)
+            values = attended.view(*meeting.query.shape)
+            for rows in chunk.rows:
+                meeting.attended(meeting.weights(rows, chunk, factors.after, scores), values[:, rows])
+            update = torch.mm(values.flatten(0, 1), factors.merge.T, out=merged.view(*own.shape))
+            message = F.layer_norm(update.to(source.dtype), scale.shape, scale, shift)
+            if onto_source:
+                torch.add(own, message, out=out[chunk.source])
+            else:
+                out[chunk.source] = message
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        source, target, *parameters = ctx.saved_tensors
-        to_query, to_key, to_value, merge, scale, shift = parameters
-        dtype, wide = ctx.dtype, source.dtype
-        factors = _Factors.of(to_query, to_key, to_value, merge, dtype)
+        source, target, to_query, to_key, to_value, merge, scale, shift = ctx.saved_tensors
+        factors = _Factors.of(to_query, to_key, to_value, merge, ctx.dtype)
+        gradients = _Gradients(factors, scale, shift)
         for_source, for_target = torch.empty_like(source), torch.empty_like(target)
-        for_query, for_key, for_value, for_merge, for_scale, for_shift = map(torch.zeros_like, parameters)
-        scratch = scratch_scores(factors.merge, max(pairing.length for pairing in ctx.pairings))
+        projected = Scratch(factors.merge)
         for chunk in _chunks(ctx.pairings):
-            shape = (chunk.windows, -1, source.shape[1])
-            part = target[chunk.target].to(dtype)
-            attended = _Attended.of(target[chunk.target], chunk.windows, factors)
-            upper_key, upper_value = (torch.zeros_like(attended.key, dtype=wide) for _ in range(2))
-            for tokens, rows in chunk.sources:
-                own = source[tokens].to(dtype)
-                query = (own @ factors.to_query.T).view(shape)
-                weights = softmax_weights(query, attended.key, factors.after, chunk.regions, rows, scratch)
-                values = attended.attended_with(weights)
-                upper_merged, more_scale, more_shift = layer_norm_backward(
-                    gradient[tokens], (values @ factors.merge.T).to(wide), scale, shift
-                )
-                for_scale += more_scale
-                for_shift += more_shift
-                upper_merged = upper_merged.to(dtype)
-                for_merge += upper_merged.T @ values
-                upper = (upper_merged @ factors.merge).view(shape)
-                upper_value += torch.bmm(weights.transpose(1, 2), upper)
-                upper_weights = torch.bmm(upper, attended.value.transpose(1, 2), out=scratch(weights.shape))
-                upper_scores = torch._softmax_backward_data(upper_weights, weights, -1, dtype)
-                upper_key += torch.bmm(upper_scores.transpose(1, 2), query)
-                upper_query = torch.bmm(upper_scores, attended.key).mul_(factors.after).flatten(0, 1)
-                for_query += upper_query.T @ own
-                for_source[tokens] = upper_query @ factors.to_query
-                if ctx.onto_source:
-                    for_source[tokens] += gradient[tokens]
-            flat_key = upper_key.mul_(factors.after).flatten(0, 1).to(dtype)
-            flat_value = upper_value.flatten(0, 1).to(dtype)
-            for_key += flat_key.T @ attended.tokens.flatten(0, 1)
-            for_value += flat_value.T @ part
-            for_target[chunk.target] = flat_key @ factors.to_key
-            for_target[chunk.target] += flat_value @ factors.to_value
-        for_query *= factors.before
-        for_parameters = (for_query, for_key, for_value, for_merge, for_scale, for_shift)
-        return for_source, for_target, *for_parameters, None, None, None
+            own, other, upper = source[chunk.source], target[chunk.target], gradient[chunk.source]
+            meeting = _Meeting.of(own, other, chunk.windows, factors, projected)
+            for_query, for_key, for_value = gradients.through_attention(upper, meeting, chunk)
+            gradients.of_projections(for_query, for_key, for_value, meeting, other)
+            for_source[chunk.source] = for_query @ factors.to_query
+            if ctx.onto_source:
+                for_source[chunk.source] += upper
+            for_target[chunk.target] = torch.cat([for_key, for_value], dim=1) @ factors.to_key_and_value
+        return for_source, for_target, *gradients.of_parameters(), None, None, None
+
+
+class _Gradients:
+    """The way back through the chunks of a layer, and the sums over them of its parameters' gradients."""
+
+    def __init__(self, factors: _Factors, scale: Tensor, shift: Tensor) -> None:
+        self._factors, self._scale, self._shift = factors, scale, shift
+        self._to_query, self._to_key, self._to_value, self._merge = (
+            torch.zeros_like(factors.merge, dtype=scale.dtype) for _ in range(4)
+        )
+        self._of_scale, self._of_shift = torch.zeros_like(scale), torch.zeros_like(shift)
+        self._scores, self._for_scores, self._values = (Scratch(factors.merge) for _ in range(3))
+        self._sums = Scratch(scale)
+
+    def through_attention(self, gradient: Tensor, meeting: _Meeting, chunk: _Chunk) -> list[Tensor]:
+        """From the gradient of the messages to those of query, key and value: `[n*L, C]` each."""
+        factors, shape = self._factors, meeting.query.shape
+        gradient = gradient.view(shape)
+        for_query, for_key, for_value = sums = self._sums.view(3, *shape).zero_()
+        for rows in chunk.rows:
+            weights = meeting.weights(rows, chunk, factors.after, self._scores)
+            values = meeting.attended(weights, self._values.view(*gradient[:, rows].shape))
+            for_values = self._through_merge(gradient[:, rows].flatten(0, 1), values.flatten(0, 1)).view(values.shape)
+            add_product(for_value, weights.transpose(1, 2), for_values)
+            for_weights = self._for_scores.view(*weights.shape)
+            torch.bmm(for_values, meeting.value.transpose(1, 2), out=for_weights)
+            for_scores = softmax_backward(for_weights, weights)
+            add_product(for_key, for_scores.transpose(1, 2), meeting.query[:, rows])
+            add_product(for_query[:, rows], for_scores, meeting.key)
+        sums[:2] *= factors.after
+        return [one.flatten(0, 1).to(factors.merge.dtype) for one in sums]
+
+    def _through_merge(self, gradient: Tensor, values: Tensor) -> Tensor:
+        """From the gradient of messages to that of the attended values: `[n*l, C]` each."""
+        merged = (values @ self._factors.merge.T).to(gradient.dtype)
+        for_merged, for_scale, for_shift = layer_norm_backward(gradient, merged, self._scale, self._shift)
+        self._of_scale += for_scale
+        self._of_shift += for_shift
+        for_merged = for_merged.to(values.dtype)
+        add_product(self._merge, for_merged.T, values)
+        return for_merged @ self._factors.merge
+
+    def of_projections(
+        self, for_query: Tensor, for_key: Tensor, for_value: Tensor, meeting: _Meeting, target: Tensor
+    ) -> None:
+        """Adds what these gradients of a chunk `[n*L, C]` say of the matrices; values are of the whole `target`."""
+        add_product(self._to_query, for_query.T, meeting.source)
+        add_product(self._to_key, for_key.T, meeting.target)
+        add_product(self._to_value, for_value.T, target.to(for_value.dtype))
+
+    def of_parameters(self) -> tuple[Tensor, ...]:
+        """The sums, in the order of `AttentionWeights`."""
+        for_query = self._to_query * self._factors.before
+        return for_query, self._to_key, self._to_value, self._merge, self._of_scale, self._of_shift
 
 
 _chunked_window_attention = outside_graphs(_WindowAttention.apply)

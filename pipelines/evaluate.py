@@ -23,6 +23,7 @@ from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
 from datasets_etl.storage import ObjectStore, open_store
 from gmflow import GMFlow
+from gmflow.execution import ExecutionConfig, prepare_model
 from gmflow.weights import weights_digest
 from pipelines import report
 from pipelines.arguments import device, not_negative, positive
@@ -198,7 +199,8 @@ def track(experiment: str, reference: str, scores: Scores, content: dict[str, An
 def main() -> None:
     arguments = parse_arguments()
     sets = chosen_sets(arguments.data, arguments.subset, arguments.limit)
-    model = resolve_model(arguments.model).to(arguments.device)
+    model = resolve_model(arguments.model)
+    prepare_model(model, ExecutionConfig(), arguments.device)
     output = open_store(arguments.output) if arguments.output else None
     scores = score_sets(model, sets, arguments, output)
     show(scores)

@@ -20,7 +20,7 @@ from datasets_etl import formats
 from datasets_etl.samples import check_size
 from datasets_etl.storage import ObjectStore, open_store
 from gmflow import GMFlow, Prediction, Tiling, predict_batch
-from gmflow.execution import Precision
+from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import PaddingMode
 from gmflow.weights import weights_digest
 from pipelines.arguments import device, positive, positive_number, size
@@ -225,7 +225,8 @@ def main() -> None:
     clips = find_clips(arguments.frames)
     output = open_store(arguments.output)
     _check_inputs_survive(clips, output, options)
-    model = resolve_model(arguments.model).to(arguments.device)
+    model = resolve_model(arguments.model)
+    prepare_model(model, ExecutionConfig(), arguments.device)
     kept = claim_output(output, options.job(model), overwrite=arguments.overwrite)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:

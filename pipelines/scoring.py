@@ -16,6 +16,7 @@ import torch
 from datasets_etl.loader import EvaluationSet, read_sample
 from datasets_etl.manifest import Manifest
 from gmflow import GMFlow
+from gmflow.execution import ExecutionConfig, prepare_model
 from gmflow.metrics import FlowMetrics
 from gmflow.weights import decode_weights, encode_weights
 from pipelines.gallery import Card, Gallery
@@ -167,7 +168,7 @@ def _score_part(
     """A Ray task: the samples with these `indices` of the manifest, which are `numbers` in the set."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if use_gpu else "cpu")
-    model = _model_of(weights).to(device)
+    model = _model_of(weights, device)
     part = _Part(gallery)
     samples = (read_sample(manifest, int(index)) for index in indices)
     for number, scored in zip(numbers, score(model, samples, device, bidirectional=options.bidirectional), strict=True):
@@ -177,8 +178,10 @@ def _score_part(
 
 
 @functools.lru_cache(maxsize=1)
-def _model_of(weights: bytes) -> GMFlow:
-    return decode_weights(weights)
+def _model_of(weights: bytes, device: torch.device) -> GMFlow:
+    model = decode_weights(weights)
+    prepare_model(model, ExecutionConfig(), device)
+    return model
 
 
 def _add(part: _Part, number: int, scored: Scored, options: ScoringOptions) -> None:

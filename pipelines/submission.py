@@ -23,7 +23,7 @@ from datasets_etl.manifest import Manifest
 from datasets_etl.samples import FlowSample
 from datasets_etl.storage import FileStore
 from gmflow import GMFlow, Prediction, predict_batch
-from gmflow.execution import Precision
+from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import PaddingMode
 from gmflow.weights import weights_digest
 from pipelines.arguments import device
@@ -144,7 +144,8 @@ def main() -> None:
     arguments = parse_arguments()
     manifest = Manifest.load(arguments.data)
     benchmark_of(manifest)
-    model = resolve_model(arguments.model).to(arguments.device)
+    model = resolve_model(arguments.model)
+    prepare_model(model, ExecutionConfig(), arguments.device)
     folder = arguments.output.absolute()
     paths = predict_submission(model, manifest, folder, arguments.precision, overwrite=arguments.overwrite)
     console.print(f"{len(paths)} files, ready to upload:", end=" ")

@@ -6,8 +6,10 @@ import copy
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -466,3 +468,25 @@ def test_what_loops_over_chunks_stays_out_of_compiled_graphs() -> None:
         torch.testing.assert_close(compiled(*images).flow, wanted, rtol=0, atol=1e-4)
     assert graphs
     assert not [graph for graph in graphs if any("new_empty" in name or "gelu" in name for name in graph)]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is set up, no other")
+def test_a_prepared_model_gets_memory_that_was_freed_not_fresh_pages() -> None:
+    script = """
+        import resource
+        import torch
+        from gmflow import GMFlow, GMFlowConfig
+        from gmflow.execution import ExecutionConfig, prepare_model
+
+        prepare_model(GMFlow(GMFlowConfig(num_layers=1)), ExecutionConfig())
+        faults = []
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.zeros(2**24)  # 64 MiB, 16,384 pages
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        print(*faults)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    first, *later = map(int, run.stdout.split())
+    assert first > 1000
+    assert max(later) < first / 20

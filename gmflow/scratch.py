@@ -1,0 +1,35 @@
+"""What layers that are computed chunk by chunk have in common: memory that all chunks use, and sums over them."""
+
+from __future__ import annotations
+
+from math import prod
+
+from torch import Tensor
+
+
+class Scratch:
+    """Memory that is written anew for every chunk: it stays in the cache, and no fresh pages are asked for.
+
+    Args:
+        like: a tensor of the type and on the device it should have.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._memory = like.new_empty(0)
+
+    def view(self, *shape: int) -> Tensor:
+        """Uninitialised memory of this shape; what was viewed before is overwritten."""
+        size = prod(shape)
+        if self._memory.numel() < size:
+            self._memory = self._memory.new_empty(size)
+        return self._memory[:size].view(shape)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left` · `right`, of matrices or of batches of them, to a total of the same or a wider type."""
+    if total.dtype != left.dtype:
+        total += left @ right
+    elif total.dim() == 2:
+        total.addmm_(left, right)
+    else:
+        total.baddbmm_(left, right)
