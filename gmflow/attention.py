@@ -65,13 +65,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, regions: Tensor | None 
 def computes_in_chunks(tokens: Tensor) -> bool:
     """Whether attention on these tokens is computed chunk by chunk, in the reference's order of operations: on a CPU.
 
-    In 16 bits that keeps less for the backward pass, but rounds scores, which the fused operation holds in float32:
-    up to 0.025 px of end-point error (docs/performance.md). So without a backward pass it is the fused operation.
     An exported program is one graph for all sizes: it takes the fused operation, not the loop over chunks.
     """
-    if tokens.device.type != "cpu" or torch.compiler.is_exporting():
-        return False
-    return torch.is_grad_enabled() or not torch.is_autocast_enabled("cpu")
+    return tokens.device.type == "cpu" and not torch.compiler.is_exporting()
 
 
 def _crossing_bias(rows: Tensor, columns: Tensor) -> Tensor:
@@ -134,7 +130,9 @@ class _ChunkedAttention(torch.autograd.Function):
         for windows, rows in _chunks(len(query), query.shape[1], key.shape[1]):
             own = None if regions is None else regions[rows]
             weights = softmax_weights(query[windows, rows], key[windows], scale, penalties, own, scratch)
-            out[windows, rows] = torch.bmm(weights, value[windows])
+            # Transposed: values of two columns, flow or positions, are a slow product as a right-hand side.
+            mixed = torch.bmm(value[windows].transpose(1, 2), weights.transpose(1, 2))  # [n, D, l]
+            out[windows, rows] = mixed.transpose(1, 2)
         return out
 
     @staticmethod

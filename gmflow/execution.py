@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from gmflow.backbone import Backbone, ResidualBlock
+from gmflow.convolution import narrow_way_back
 from gmflow.errors import GMFlowError
 from gmflow.model import GMFlow
 from gmflow.transformer import FeedForward, TransformerBlock
@@ -33,8 +34,6 @@ _RECOMPUTED: dict[str, tuple[type[nn.Module], ...]] = {
 }
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-# What 16-bit rounding in these does to gradients is out of proportion (docs/performance.md): not in training.
-_WIDE_IN_TRAINING = (Backbone, FeedForward)
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,8 @@ class ExecutionConfig:
         precision: "fp32"; "tf32" is the same but for products on NVIDIA GPUs, which round their factors to 10 bits;
             "bf16" or "fp16" compute convolutions, attention and feed-forward in that type, while
             parameters, residual stream, matching, propagation and flow stay in float32; so do, where gradients are
-            wanted, the backbone and the feed-forward. "fp16" needs a gradient scaler in training.
+            wanted, the backbone and the feed-forward, but for their way back. "fp16" needs a gradient scaler in
+            training.
         checkpointing: what is recomputed in the backward pass instead of kept. "selective": the feed-forward's hidden
             layer and the residual blocks; "full": whole transformer blocks and the residual blocks.
         compile: run through `torch.compile`.
@@ -84,8 +84,10 @@ def prepare_model(model: GMFlow, config: ExecutionConfig, device: torch.device |
     if device is not None:
         model.to(device)
     for module in model.modules():
-        if config.precision in _DTYPES and isinstance(module, _WIDE_IN_TRAINING):
+        if config.precision in _DTYPES and isinstance(module, Backbone):
             module.forward = partial(_wide_in_training, module.forward)  # type: ignore[method-assign]
+            for convolution in (part for part in module.modules() if isinstance(part, nn.Conv2d)):
+                narrow_way_back(convolution, _DTYPES[config.precision])
         if isinstance(module, _RECOMPUTED[config.checkpointing]):
             # No random numbers are drawn in the model, so there is no generator state to bring back.
             module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
@@ -125,6 +127,7 @@ def _keep_freed_memory() -> None:
 
 
 def _wide_in_training(forward: Callable[..., Any], *tensors: Tensor) -> Any:
+    """Rounding on the way to the loss turns gradients out of proportion (docs/performance.md)."""
     if not torch.is_grad_enabled():
         return forward(*tensors)
     with torch.autocast(tensors[0].device.type, enabled=False):

@@ -43,9 +43,12 @@ def feed_forward(
         update = F.linear(F.gelu(F.linear(torch.cat([source, message], dim=1), expand)), contract)
         return source + F.layer_norm(update, scale.shape, scale, shift)
     device = source.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else source.dtype
+    narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else source.dtype
+    # What a step learns from is where it stands: rounding on the way there turns gradients, rounding on the way back
+    # hardly does (docs/performance.md).
+    dtype = source.dtype if torch.is_grad_enabled() else narrow
     out: Tensor = _FeedForward.apply(  # type: ignore[no-untyped-call]
-        source, message.to(dtype), expand.to(dtype), contract.to(dtype), scale, shift, torch.is_grad_enabled()
+        source, message.to(dtype), expand, contract, scale, shift, narrow if torch.is_grad_enabled() else None
     )
     return out
 
@@ -55,7 +58,7 @@ def _chunk_length(source: Tensor, hidden: int) -> int:
 
 
 class _FeedForward(torch.autograd.Function):
-    """Multiplies in the dtype of `message`, `expand` and `contract`; normalises in that of `scale`."""
+    """Multiplies in the type of `message`, on the way back in `narrow`; sums and normalises in that of `source`."""
 
     @staticmethod
     def forward(
@@ -66,61 +69,62 @@ class _FeedForward(torch.autograd.Function):
         contract: Tensor,
         scale: Tensor,
         shift: Tensor,
-        keep: bool,
+        narrow: torch.dtype | None,
     ) -> Tensor:
         length = _chunk_length(source, len(expand))
         out = torch.empty_like(source)
-        kept = len(message) if keep else min(length, len(message))
-        hidden, update = message.new_empty(kept, len(expand)), message.new_empty(kept, len(contract))
-        pairs, activated = Scratch(message), Scratch(message)
+        kept = _kept_for_backward(message, expand, narrow)
+        factors = expand.T.to(message.dtype), contract.T.to(message.dtype)
+        pairs, hidden, activated, update = (Scratch(message) for _ in range(4))
         for start in range(0, len(message), length):
             chunk = slice(start, start + length)
             pair = _pair(source[chunk], message[chunk], pairs)
-            place = chunk if keep else slice(len(pair))
-            before = torch.mm(pair, expand.T, out=hidden[place])
-            after = torch.mm(_gelu(before, activated), contract.T, out=update[place])
+            before = torch.mm(pair, factors[0], out=hidden.view(len(pair), len(expand)))
+            after = torch.mm(_gelu(before, activated), factors[1], out=update.view(len(pair), len(contract)))
+            for whole, part in zip(kept, (before, after), strict=False):
+                whole[chunk] = part
             torch.add(source[chunk], F.layer_norm(after.to(scale.dtype), scale.shape, scale, shift), out=out[chunk])
-        if keep:
-            ctx.save_for_backward(source, message, expand, contract, scale, shift, hidden, update)
+        ctx.narrow = narrow
+        ctx.save_for_backward(source, message, expand, contract, scale, shift, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         source, message, expand, contract, scale, shift, hidden, update = ctx.saved_tensors
-        length = _chunk_length(source, len(expand))
+        length, dtype = _chunk_length(source, len(expand)), ctx.narrow
         to_source, to_message = torch.empty_like(source), torch.empty_like(message)
-        # Summed over chunks in float32 (or better), whatever the precision of the products.
-        wide = torch.promote_types(expand.dtype, torch.float32)
-        to_expand = torch.zeros_like(expand, dtype=wide)
-        to_contract = torch.zeros_like(contract, dtype=wide)
-        to_scale, to_shift = torch.zeros_like(scale), torch.zeros_like(shift)
-        pairs, activated, upper_hidden = (Scratch(message) for _ in range(3))
+        to_expand, to_contract, to_scale, to_shift = map(torch.zeros_like, (expand, contract, scale, shift))
+        factors = expand.to(dtype), contract.to(dtype)
+        pairs, activated, upper_hidden = (Scratch(hidden) for _ in range(3))
         for start in range(0, len(message), length):
             chunk = slice(start, start + length)
             pair = _pair(source[chunk], message[chunk], pairs)
             before = hidden[chunk]
-            to_update, more_scale, more_shift = layer_norm_backward(
-                gradient[chunk], update[chunk].to(scale.dtype), scale, shift
-            )
+            to_update, more_scale, more_shift = layer_norm_backward(gradient[chunk], update[chunk], scale, shift)
             to_scale += more_scale
             to_shift += more_shift
-            upper = to_update.to(message.dtype)
+            upper = to_update.to(dtype)
             add_product(to_contract, upper.T, _gelu(before, activated))
-            to_hidden = torch.mm(upper, contract, out=upper_hidden.view(*before.shape))
+            to_hidden = torch.mm(upper, factors[1], out=upper_hidden.view(*before.shape))
             torch.ops.aten.gelu_backward.grad_input(to_hidden, before, grad_input=to_hidden)
             add_product(to_expand, to_hidden.T, pair)
-            to_pair = to_hidden @ expand
-            own, to_message[chunk] = to_pair.chunk(2, dim=1)
+            own, to_message[chunk] = (to_hidden @ factors[0]).chunk(2, dim=1)
             torch.add(gradient[chunk], own, out=to_source[chunk])
-        for_matrices = to_expand.to(expand.dtype), to_contract.to(contract.dtype)
-        return to_source, to_message, *for_matrices, to_scale, to_shift, None
+        return to_source, to_message, to_expand, to_contract, to_scale, to_shift, None
+
+
+def _kept_for_backward(message: Tensor, expand: Tensor, narrow: torch.dtype | None) -> tuple[Tensor, ...]:
+    """Memory for the values before the GELU, in the type of the way back, and before the LayerNorm; none for none."""
+    if narrow is None:
+        return ()
+    return message.new_empty(len(message), len(expand), dtype=narrow), torch.empty_like(message)
 
 
 def _pair(source: Tensor, message: Tensor, scratch: Scratch) -> Tensor:
-    """`[n, C]` each → `[n, 2C]`, in the type of the message."""
+    """`[n, C]` each → `[n, 2C]`, in the type of the scratch."""
     pair = scratch.view(len(source), 2 * source.shape[1])
-    return torch.cat([source.to(message.dtype), message], dim=1, out=pair)
+    return torch.cat([source.to(pair.dtype), message.to(pair.dtype)], dim=1, out=pair)
 
 
 def _gelu(before: Tensor, scratch: Scratch) -> Tensor:

@@ -77,7 +77,9 @@ def window_attention(
     """
     if computes_in_chunks(source):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else source.dtype
-        out: Tensor = _chunked_window_attention(source, target, *weights, pairings, onto_source, dtype)
+        # Rounding scores to 16 bits costs up to 0.025 px; a training step bears it, for half the time and memory.
+        scores = dtype if torch.is_grad_enabled() else source.dtype
+        out: Tensor = _chunked_window_attention(source, target, *weights, pairings, onto_source, dtype, scores)
         return out
     return _fused(source, target, weights, pairings, onto_source)
 
@@ -126,30 +128,42 @@ def _chunks(pairings: list[Pairing]) -> Iterator[_Chunk]:
 
 
 class _Factors(NamedTuple):
-    """The layer's matrices in the type they are multiplied in, and where scores are scaled by 1 / √C."""
+    """The layer's matrices in the type they are multiplied in, and how scores come about."""
 
     to_query: Tensor
     to_key_and_value: Tensor
     """`[2C, C]`: one product gives both."""
     merge: Tensor
+    scores: torch.dtype
+    """Of the scores: that of the matrices or a wider one."""
     before: float
-    """Of the queries: in 16 bits, so that scores are rounded once."""
+    """Scale of the queries: in 16 bits, so that scores need not be rounded twice."""
     after: float
-    """Of the scores: in full precision, which is the reference's order."""
+    """Scale of the scores: in full precision, which is the reference's order."""
 
     @classmethod
-    def of(cls, to_query: Tensor, to_key: Tensor, to_value: Tensor, merge: Tensor, dtype: torch.dtype) -> _Factors:
+    def of(
+        cls,
+        to_query: Tensor,
+        to_key: Tensor,
+        to_value: Tensor,
+        merge: Tensor,
+        dtype: torch.dtype,
+        scores: torch.dtype,
+    ) -> _Factors:
         scale = to_query.shape[1] ** -0.5
         before, after = (1.0, scale) if dtype == to_query.dtype else (scale, 1.0)
         scaled = to_query if before == 1.0 else to_query * before
-        return cls(scaled.to(dtype), torch.cat([to_key, to_value]).to(dtype), merge.to(dtype), before, after)
+        both = torch.cat([to_key, to_value]).to(dtype)
+        return cls(scaled.to(dtype), both, merge.to(dtype), scores, before, after)
 
 
 class _Meeting(NamedTuple):
     """The queries of some windows, and the keys and values they meet.
 
-    In 16 bits keys and values are those of the tokens less their window's mean. To a softmax, what all of a query's
-    scores have in common is nothing, nor is what all of their gradients have in common: it would only be rounded.
+    Where scores have 16 bits, keys and values are those of the tokens less their window's mean. To a softmax, what all
+    of a query's scores have in common is nothing, nor is what all of their gradients have in common: it would only be
+    rounded.
     """
 
     source: Tensor
@@ -168,7 +182,9 @@ class _Meeting(NamedTuple):
         """Of tokens `[n*L, C]` of the source and of the target."""
         dtype, channels = factors.merge.dtype, source.shape[1]
         mean_value = None
-        if dtype != source.dtype:
+        if dtype != source.dtype and factors.scores == source.dtype:
+            source, target = source.to(dtype), target.to(dtype)
+        elif dtype != source.dtype:
             apart = target.view(windows, -1, channels)
             mean = apart.mean(dim=1, keepdim=True)  # [n, 1, C]
             mean_value = mean.to(dtype) @ factors.to_key_and_value[channels:].T
@@ -178,7 +194,8 @@ class _Meeting(NamedTuple):
         torch.mm(source, factors.to_query.T, out=query)
         torch.mm(target, factors.to_key_and_value.T, out=key_and_value)
         key, value = key_and_value.view(windows, -1, 2, channels).unbind(2)
-        return cls(source, target, query.view(windows, -1, channels), key, value, mean_value)
+        query = query.view(windows, -1, channels)
+        return cls(source, target, query.to(factors.scores), key.to(factors.scores), value, mean_value)
 
     def weights(self, rows: slice, chunk: _Chunk, scale: float, scratch: Scratch) -> Tensor:
         """Of every key for these rows of the windows: `[n, l, L]`."""
@@ -210,18 +227,23 @@ class _WindowAttention(torch.autograd.Function):
         pairings: list[Pairing],
         onto_source: bool,
         dtype: torch.dtype,
+        scores_dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(source, target, to_query, to_key, to_value, merge, scale, shift)
-        ctx.pairings, ctx.onto_source, ctx.dtype = pairings, onto_source, dtype
-        factors = _Factors.of(to_query, to_key, to_value, merge, dtype)
+        ctx.pairings, ctx.onto_source, ctx.dtype, ctx.scores_dtype = pairings, onto_source, dtype, scores_dtype
+        factors = _Factors.of(to_query, to_key, to_value, merge, dtype, scores_dtype)
         out = torch.empty_like(source)
-        projected, scores, attended, merged = (Scratch(factors.merge) for _ in range(4))
+        projected, attended, merged, rounded = (Scratch(factors.merge) for _ in range(4))
+        scores = Scratch(source.new_empty(0, dtype=scores_dtype))
         for chunk in _chunks(pairings):
             own = source[chunk.source]
             meeting = _Meeting.of(own, target[chunk.target], chunk.windows, factors, projected)
             values = attended.view(*meeting.query.shape)
             for rows in chunk.rows:
-                meeting.attended(meeting.weights(rows, chunk, factors.after, scores), values[:, rows])
+                weights = meeting.weights(rows, chunk, factors.after, scores)
+                if weights.dtype != dtype:
+                    weights = rounded.view(*weights.shape).copy_(weights)
+                meeting.attended(weights, values[:, rows])
             update = torch.mm(values.flatten(0, 1), factors.merge.T, out=merged.view(*own.shape))
             message = F.layer_norm(update.to(source.dtype), scale.shape, scale, shift)
             if onto_source:
@@ -234,7 +256,7 @@ class _WindowAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         source, target, to_query, to_key, to_value, merge, scale, shift = ctx.saved_tensors
-        factors = _Factors.of(to_query, to_key, to_value, merge, ctx.dtype)
+        factors = _Factors.of(to_query, to_key, to_value, merge, ctx.dtype, ctx.scores_dtype)
         gradients = _Gradients(factors, scale, shift)
         for_source, for_target = torch.empty_like(source), torch.empty_like(target)
         projected = Scratch(factors.merge)
@@ -247,7 +269,7 @@ class _WindowAttention(torch.autograd.Function):
             if ctx.onto_source:
                 for_source[chunk.source] += upper
             for_target[chunk.target] = torch.cat([for_key, for_value], dim=1) @ factors.to_key_and_value
-        return for_source, for_target, *gradients.of_parameters(), None, None, None
+        return for_source, for_target, *gradients.of_parameters(), None, None, None, None
 
 
 class _Gradients:

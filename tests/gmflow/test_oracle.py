@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from gmflow import GMFlow, GMFlowConfig
 from gmflow.attention import SCORES, TOKENS, attention, chunk_size, neighbourhood_attention
+from gmflow.convolution import narrow_way_back
 from gmflow.execution import ExecutionConfig, prepare_model
 from gmflow.feedforward import feed_forward
 from gmflow.geometry import pixel_grid
 from gmflow.matching import match
 from gmflow.position import position_encoding
-from gmflow.transformer import AttentionLayer
+from gmflow.transformer import AttentionLayer, FeedForward
 from gmflow.upsampling import convex_upsample
 from gmflow.windows import permute_tokens, window_grid
 from tests.gmflow import oracle
@@ -272,3 +273,49 @@ def test_window_attention_in_16_bits(rows: int | None, onto_source: bool, monkey
     for one, other in zip(found, wanted, strict=True):
         assert (one - other).norm() < 0.015 * other.norm()
     assert not torch.equal(found[0], wanted[0])  # it did compute in 16 bits
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolutions_way_back_in_16_bits(biased: bool, stride: int) -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(16, 24, 3, stride=stride, padding=1, bias=biased)
+    x = torch.randn(2, 16, 11, 14, requires_grad=True)
+    upper = torch.randn(convolution(x).shape)
+
+    def run() -> list[Tensor]:
+        out = convolution(x)
+        return [out, *torch.autograd.grad(out, [x, *convolution.parameters()], upper)]
+
+    wanted = run()
+    narrow_way_back(convolution, torch.bfloat16)
+    found = run()
+    torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=0)
+    for one, other in zip(found[1:], wanted[1:], strict=True):
+        assert one.dtype == torch.float32
+        assert 0 < (one - other).norm() < 0.01 * other.norm()
+    with torch.no_grad():
+        torch.testing.assert_close(convolution(x), wanted[0], rtol=0, atol=0)
+
+
+def test_the_feed_forwards_way_back_in_16_bits() -> None:
+    """In training the way to the loss is that of float32, to the bit; only what comes back is rounded."""
+    torch.manual_seed(0)
+    layer = FeedForward(16, expansion=4)
+    inputs = [random(50, 16, seed=seed).detach().float().requires_grad_() for seed in (1, 2)]
+    upper = torch.randn(50, 16, generator=torch.Generator().manual_seed(3))
+
+    def run() -> list[Tensor]:
+        out = layer(*inputs)
+        return [out, *torch.autograd.grad(out, [*inputs, *layer.parameters()], upper)]
+
+    wanted = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run()
+        with torch.no_grad():
+            inferred = layer(*inputs)
+    torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=0)
+    for one, other in zip(found[1:-1], wanted[1:-1], strict=True):
+        assert one.dtype == torch.float32
+        assert 0 < (one - other).norm() < 0.01 * other.norm()
+    assert 0 < (inferred - wanted[0]).norm() < 0.01 * wanted[0].norm()
