@@ -45,6 +45,7 @@ class Case:
     checkpointing: str = "none"
     compile: bool = False
     repetitions: int = 3
+    warm_up: bool = True
 
 
 def matrix_gflop(config: GMFlowConfig, height: int, width: int, training: bool) -> float:
@@ -87,7 +88,8 @@ def measure(case: Case, device: str, threads: int, clock: str) -> dict[str, Any]
     image0, image1 = torch.rand(2, 1, 3, case.height, case.width, device=device) * 255
     step = _training_step(model, image0, image1) if training else _inference(model, image0, image1)
     now = _clock(clock, device)
-    step()
+    if case.warm_up:
+        step()
     seconds, peaks = [], [_peak(DTYPES[case.precision], device, now)]
     for _ in range(case.repetitions):
         start = now()
@@ -186,7 +188,8 @@ def cases(quick: bool, compiled: bool) -> list[Case]:
     rows += [Case(v, "train", 384, 512, p) for v in VARIANTS for p in ("fp32", "bf16")]
     rows += [Case("refine", "train", 384, 512, checkpointing=c) for c in ("selective", "full")]
     growth = [(1088, 1920), (1440, 2560), (2176, 3840)]
-    return rows + [Case("refine", "inference", *size, repetitions=1) for size in growth]
+    # Minutes each: once, and cold.
+    return rows + [Case("refine", "inference", *size, repetitions=1, warm_up=False) for size in growth]
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ from datasets_etl.loader import MixturePart, PositionDataset, TrainingStream
 from datasets_etl.manifest import Manifest
 from datasets_etl.synthetic import write_dataset
 from gmflow import GMFlow
+from gmflow.execution import ExecutionConfig, prepare_model
 from gmflow.loss import sequence_loss
 from pipelines.cluster import connected, free_port
 from pipelines.training.config import CurriculumConfig, load_config
@@ -267,6 +268,7 @@ def _bare_worker(rank: int, world_size: int, port: int, config_path: Path, told:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     torch.manual_seed(config.seed)
     model = GMFlow(config.model.build())
+    prepare_model(model, ExecutionConfig())  # the same settings of the process
     prepared: nn.Module = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     state = TrainingState.fresh(model, stage)
     parts = [

@@ -49,30 +49,33 @@ class FlowMetrics:
         _check_shapes(flow, target, valid, occluded)
         valid = valid.bool() & target.isfinite().all(dim=1)
         target = torch.where(valid.unsqueeze(1), target, 0.0).double()
-        error = vector_length(flow.double() - target)  # [B, H, W]
+        # Without an error or a speed where there is no truth: no sum need ask for valid pixels again.
+        error = torch.where(valid, vector_length(flow.double() - target), 0.0)  # [B, H, W]
         speed = vector_length(target)
-
-        def total(values: Tensor, where: Tensor = valid) -> Tensor:
-            return torch.where(where, values.double(), 0.0).sum()
+        flat = error.flatten()
 
         def count_and_total(where: Tensor) -> list[Tensor]:
-            return [where.sum().double(), total(error, where)]
+            mask = where.flatten().double()
+            return [mask.sum(), torch.dot(mask, flat)]
 
         pixels = valid.flatten(1).sum(dim=1)  # [B]
-        per_image = torch.where(valid, error, 0.0).flatten(1).sum(dim=1) / pixels.clamp(min=1)
-        nothing = pixels.new_zeros((), dtype=torch.float64)
-        sums = [*count_and_total(valid), *(total(error > limit) for limit in (1, 3, 5))]
-        sums += [total((error > 3) & (error > 0.05 * speed))]
-        sums += count_and_total(valid & (speed < 10))
-        sums += count_and_total(valid & (speed >= 10) & (speed <= 40))
-        sums += count_and_total(valid & (speed > 40))
+        per_image = error.flatten(1).sum(dim=1) / pixels.clamp(min=1)
+        nothing = flat.new_zeros(())
+        slow, fast = valid & (speed < 10), speed > 40
+        sums = [pixels.sum().double(), flat.sum(), *((error > limit).sum().double() for limit in (1, 3, 5))]
+        sums += [((error > 3) & (error > 0.05 * speed)).sum().double()]
+        for where in (slow, valid & ~slow & ~fast, fast):
+            sums += count_and_total(where)
         if occluded is None:
             sums += [nothing] * 4
         else:
             unmatched = occluded.bool() | _leaves_image(target)
             sums += [*count_and_total(valid & ~unmatched), *count_and_total(valid & unmatched)]
         sums += [(pixels > 0).sum().double(), per_image.sum()]
-        sums += [nothing if occluded is None else nothing + len(flow), total(_passed_weight(error))]
+        sums += [
+            nothing if occluded is None else nothing + len(flow),
+            torch.dot(valid.flatten().double(), _passed_weight(flat)),
+        ]
         self._sums = self._sums.to(flow.device) + torch.stack(sums)
 
     def state(self) -> Tensor:
@@ -127,9 +130,9 @@ def _ratio(total: float, count: float) -> float:
 
 def _passed_weight(error: Tensor) -> Tensor:
     """Of every pixel, the summed weights of the WAUC thresholds its error passes, in hundredths: whole numbers."""
-    thresholds = torch.arange(1, _WAUC_THRESHOLDS + 1, dtype=error.dtype, device=error.device) / 20
-    passed = _WAUC_THRESHOLDS - torch.bucketize(error, thresholds)  # thresholds of at least the error
-    return (passed * (passed + 1)).double() / 2
+    missed = (20 * error).ceil_().sub_(1).clamp_(0, _WAUC_THRESHOLDS)  # thresholds below the error
+    passed = _WAUC_THRESHOLDS - missed
+    return passed * (passed + 1) / 2
 
 
 def _leaves_image(flow: Tensor) -> Tensor:
