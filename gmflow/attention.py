@@ -29,6 +29,9 @@ STRIP = 1 << 22
 SCORES = 1 << 21
 """Scores computed at a time on a CPU: 8 MiB of float32, which stay in the cache (docs/performance.md)."""
 
+ROWS = 1 << 9
+"""Queries attended at a time where a map is so large that fewer would fit: of fewer, a product is slow."""
+
 TOKENS = 1 << 11
 """Queries of several windows attended at a time on a CPU, for the same reason."""
 
@@ -75,7 +78,7 @@ def _crossing_bias(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def chunk_size(queries: int, keys: int) -> tuple[int, int]:
-    """How many windows, and how many queries of each, are attended at a time: at most `SCORES` scores, or one query.
+    """How many windows, and how many queries of each, are attended at a time: at most `SCORES` scores or `ROWS` rows.
 
     Whole windows are as many as the threads can share evenly: a product of five takes two threads as long as of six.
     Parts of a window are of one size, as far as they go, rather than full ones and a rest.
@@ -84,7 +87,7 @@ def chunk_size(queries: int, keys: int) -> tuple[int, int]:
     if many > 1:
         threads = torch.get_num_threads()
         return max(many - many % threads, min(many, threads)), queries
-    parts = -(-queries // max(1, SCORES // keys))
+    parts = -(-queries // max(ROWS, SCORES // keys))
     return 1, -(-queries // parts)
 
 

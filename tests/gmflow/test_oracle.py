@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gmflow import GMFlow, GMFlowConfig
-from gmflow.attention import SCORES, TOKENS, attention, chunk_size, neighbourhood_attention
+from gmflow.attention import ROWS, SCORES, TOKENS, attention, chunk_size, neighbourhood_attention
 from gmflow.convolution import narrow_way_back
 from gmflow.execution import ExecutionConfig, prepare_model
 from gmflow.feedforward import feed_forward
@@ -75,6 +75,7 @@ def test_window_attention(
 
 def test_attention_over_more_scores_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = random(3, 7, CHANNELS), random(3, 11, CHANNELS), random(3, 11, 2)
+    monkeypatch.setattr("gmflow.attention.ROWS", 1)
     for chunk in (1, 20, 80, 200, 1 << 20):
         monkeypatch.setattr("gmflow.attention.SCORES", chunk)
         theirs = (query @ key.transpose(1, 2) / CHANNELS**0.5).softmax(-1) @ value
@@ -87,13 +88,13 @@ def test_chunks_of_attention_are_bounded_and_of_even_size(queries: int, keys: in
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: threads)
         windows, rows = chunk_size(queries, keys)
-    assert windows * rows * keys <= SCORES
+    assert windows * rows * keys <= SCORES or (windows == 1 and rows <= ROWS)
     assert windows == 1 or windows * queries <= TOKENS
     if rows < queries:
         assert windows == 1
         parts = -(-queries // rows)
         assert rows * parts - queries < parts  # the last part lacks less than a row for each part
-        assert -(-queries // (parts - 1)) * keys > SCORES  # one part less would be too much
+        assert -(-queries // (parts - 1)) > max(ROWS, SCORES // keys)  # one part less would be too much
     else:
         assert windows < threads or windows % threads == 0
         assert (
@@ -103,6 +104,7 @@ def test_chunks_of_attention_are_bounded_and_of_even_size(queries: int, keys: in
 
 @pytest.mark.parametrize("chunk", [1, 30, 100, 1 << 20])
 def test_window_attention_in_chunks_of_any_size(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gmflow.attention.ROWS", 1)
     monkeypatch.setattr("gmflow.attention.SCORES", chunk)
     test_window_attention.hypothesis.inner_test(2, (2, 3), 4, True, True, True)  # type: ignore[attr-defined]
 
@@ -255,6 +257,7 @@ def test_window_attention_in_16_bits(rows: int | None, onto_source: bool, monkey
     """Also where tokens have much in common: rounding what every key of a window shares would swamp what differs."""
     grid = window_grid(2, 8, 12, 2, shifted=True, device=torch.device("cpu"))
     if rows is not None:
+        monkeypatch.setattr("gmflow.attention.ROWS", 1)
         monkeypatch.setattr("gmflow.attention.SCORES", rows * 24)
     torch.manual_seed(0)
     layer = AttentionLayer(64)
