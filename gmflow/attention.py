@@ -160,7 +160,7 @@ class _ChunkedAttention(torch.autograd.Function):
 
 
 def softmax_backward(to_weights: Tensor, weights: Tensor) -> Tensor:
-    """Gradient of the scores from that of their softmax `weights`, in the memory of the latter."""
+    """Gradient of the scores from that of their softmax `weights`, in the memory of that."""
     found: Tensor = torch._softmax_backward_data(to_weights, weights, -1, weights.dtype, grad_input=to_weights)
     return found
 
