@@ -6,7 +6,7 @@ None of them stores a score matrix of the whole map.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +33,16 @@ ROWS = 1 << 9
 """Queries attended at a time where a map is so large that fewer would fit: of fewer, a product is slow."""
 
 TOKENS = 1 << 11
-"""Queries of several windows attended at a time on a CPU, for the same reason."""
+"""Queries of several windows attended at a time on a CPU: their projections stay in the cache beside the scores."""
+
+ALL = slice(None)
+"""Every row."""
 
 CROSSING_PENALTY = -100.0
 """Added to the score of two tokens from different regions of a window."""
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, regions: Tensor | None = None) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Every query attends to every key.
 
     On accelerators this is the fused kernel. That of the CPU takes a cheaper exponential and other partial sums:
@@ -50,14 +53,18 @@ def attention(query: Tensor, key: Tensor, value: Tensor, regions: Tensor | None 
         query: `[N, L, C]`.
         key: `[N, M, C]`.
         value: `[N, M, D]` with D ≤ C.
-        regions: `[L]`, with M = L: pairs of different regions get -100 added to their score.
 
     Returns:
         `[N, L, D]`.
     """
     if computes_in_chunks(query):
-        out: Tensor = _chunked_attention(query, key, value, regions)
+        out: Tensor = _chunked_attention(query, key, value)
         return out
+    return fused_attention(query, key, value)
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, regions: Tensor | None = None) -> Tensor:
+    """The same as one operation; with `regions` `[L]`, M = L, pairs of different ones get -100 added to their score."""
     mask = None if regions is None else _crossing_bias(regions, regions).to(query.dtype)
     wide = F.pad(value, (0, query.shape[-1] - value.shape[-1]))  # the fused kernels want values as wide as keys
     # One head: with three dimensions PyTorch takes none of its fused kernels.
@@ -104,35 +111,40 @@ def _chunks(windows: int, queries: int, keys: int) -> Iterator[tuple[slice, slic
             yield slice(window, min(window + many, windows)), part
 
 
-def crossing_penalties(regions: Tensor | None) -> Tensor | None:
-    """What a query of each region adds to its scores with every key: `[4, L]` for the regions `[L]` of a window."""
-    if regions is None:
-        return None
-    return _crossing_bias(torch.arange(4, device=regions.device), regions)
+class Crossing(NamedTuple):
+    """The penalties of windows that the border runs through."""
+
+    regions: Tensor
+    """Of the tokens: `[L]`."""
+    penalties: Tensor
+    """What a query of each region adds to its scores with every key: `[4, L]`."""
+
+    @classmethod
+    def of(cls, regions: Tensor) -> Crossing:
+        return cls(regions, _crossing_bias(torch.arange(4, device=regions.device), regions))
 
 
 def softmax_weights(
-    query: Tensor, key: Tensor, scale: float, penalties: Tensor | None, regions: Tensor | None, scratch: Scratch
+    query: Tensor, key: Tensor, scale: float, scratch: Scratch, crossing: Crossing | None = None, rows: slice = ALL
 ) -> Tensor:
-    """`[n, l, M]`: softmax of scale · query · key; queries `[n, l, C]`, of these `regions` `[l]`, keys `[n, M, C]`."""
+    """`[n, l, M]`: softmax of scale · query · key; queries `[n, l, C]` are `rows` of windows, keys `[n, M, C]`."""
     scores = torch.bmm(query, key.transpose(1, 2), out=scratch.view(*query.shape[:2], key.shape[1]))
     if scale != 1.0:
         scores.div_(1 / scale)  # the reference's order: divided after the product
-    if penalties is not None and regions is not None:
-        scores.add_(penalties[regions])
+    if crossing is not None:
+        scores.add_(crossing.penalties[crossing.regions[rows]])
     return torch.softmax(scores, dim=-1, out=scores)
 
 
 class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, regions: Tensor | None) -> Tensor:
-        ctx.save_for_backward(query, key, value, regions)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key, value)
         out = value.new_empty(*query.shape[:2], value.shape[-1])
-        scratch, penalties = Scratch(query), crossing_penalties(regions)
+        scratch = Scratch(query)
         scale = query.shape[-1] ** -0.5
         for windows, rows in _chunks(len(query), query.shape[1], key.shape[1]):
-            own = None if regions is None else regions[rows]
-            weights = softmax_weights(query[windows, rows], key[windows], scale, penalties, own, scratch)
+            weights = softmax_weights(query[windows, rows], key[windows], scale, scratch)
             # Transposed: values of two columns, flow or positions, are a slow product as a right-hand side.
             mixed = torch.bmm(value[windows].transpose(1, 2), weights.transpose(1, 2))  # [n, D, l]
             out[windows, rows] = mixed.transpose(1, 2)
@@ -141,22 +153,21 @@ class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, regions = ctx.saved_tensors
+        query, key, value = ctx.saved_tensors
         to_query, to_key = torch.empty_like(query), torch.zeros_like(key)
         to_value = torch.zeros_like(value) if ctx.needs_input_grad[2] else None
-        scratch, upper_scratch, penalties = Scratch(query), Scratch(query), crossing_penalties(regions)
+        scratch, upper_scratch = Scratch(query), Scratch(query)
         scale = query.shape[-1] ** -0.5
         for windows, rows in _chunks(len(query), query.shape[1], key.shape[1]):
             part, upper = query[windows, rows], gradient[windows, rows]
-            own = None if regions is None else regions[rows]
-            weights = softmax_weights(part, key[windows], scale, penalties, own, scratch)
+            weights = softmax_weights(part, key[windows], scale, scratch)
             if to_value is not None:
                 to_value[windows].baddbmm_(weights.transpose(1, 2), upper)
             to_weights = torch.bmm(upper, value[windows].transpose(1, 2), out=upper_scratch.view(*weights.shape))
             to_scores = softmax_backward(to_weights, weights)
             to_query[windows, rows] = torch.bmm(to_scores, key[windows]).mul_(scale)
             to_key[windows].baddbmm_(to_scores.transpose(1, 2), part, alpha=scale)
-        return to_query, to_key, to_value, None
+        return to_query, to_key, to_value
 
 
 def softmax_backward(to_weights: Tensor, weights: Tensor) -> Tensor:

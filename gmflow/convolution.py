@@ -15,13 +15,10 @@ def narrow_way_back(convolution: nn.Conv2d, dtype: torch.dtype) -> None:
 
     What it computes stays the same, and its gradients keep the type of what they are gradients of.
     """
-    convolution.forward = partial(_forward, convolution, convolution.forward, dtype)  # type: ignore[method-assign]
+    convolution.forward = partial(_forward, convolution, dtype)  # type: ignore[method-assign]
 
 
-def _forward(convolution: nn.Conv2d, plain: Any, dtype: torch.dtype, x: Tensor) -> Tensor:
-    if x.dtype == dtype or not torch.is_grad_enabled():
-        out: Tensor = plain(x)
-        return out
+def _forward(convolution: nn.Conv2d, dtype: torch.dtype, x: Tensor) -> Tensor:
     found: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
         x, convolution.weight, convolution.bias, convolution.stride, convolution.padding, dtype
     )

@@ -73,19 +73,25 @@ class _FeedForward(torch.autograd.Function):
     ) -> Tensor:
         length = _chunk_length(source, len(expand))
         out = torch.empty_like(source)
-        kept = _kept_for_backward(message, expand, narrow)
+        whole, one_chunk = len(message), min(length, len(message))
+        rounds = narrow not in (None, message.dtype)
+        rounded = message.new_empty(whole, len(expand), dtype=narrow) if rounds else None  # of what is before the GELU
+        hidden = message.new_empty(one_chunk if narrow is None or rounds else whole, len(expand))
+        update = message.new_empty(one_chunk if narrow is None else whole, len(contract))
         factors = expand.T.to(message.dtype), contract.T.to(message.dtype)
-        pairs, hidden, activated, update = (Scratch(message) for _ in range(4))
+        pairs, activated = Scratch(message), Scratch(message)
         for start in range(0, len(message), length):
             chunk = slice(start, start + length)
             pair = _pair(source[chunk], message[chunk], pairs)
-            before = torch.mm(pair, factors[0], out=hidden.view(len(pair), len(expand)))
-            after = torch.mm(_gelu(before, activated), factors[1], out=update.view(len(pair), len(contract)))
-            for whole, part in zip(kept, (before, after), strict=False):
-                whole[chunk] = part
+            before = torch.mm(pair, factors[0], out=_place(hidden, chunk, len(pair)))
+            if rounded is not None:
+                rounded[chunk] = before
+            after = torch.mm(_gelu(before, activated), factors[1], out=_place(update, chunk, len(pair)))
             torch.add(source[chunk], F.layer_norm(after.to(scale.dtype), scale.shape, scale, shift), out=out[chunk])
-        ctx.narrow = narrow
-        ctx.save_for_backward(source, message, expand, contract, scale, shift, *kept)
+        if narrow is not None:
+            ctx.narrow = narrow
+            before_gelu = hidden if rounded is None else rounded
+            ctx.save_for_backward(source, message, expand, contract, scale, shift, before_gelu, update)
         return out
 
     @staticmethod
@@ -114,11 +120,10 @@ class _FeedForward(torch.autograd.Function):
         return to_source, to_message, to_expand, to_contract, to_scale, to_shift, None
 
 
-def _kept_for_backward(message: Tensor, expand: Tensor, narrow: torch.dtype | None) -> tuple[Tensor, ...]:
-    """Memory for the values before the GELU, in the type of the way back, and before the LayerNorm; none for none."""
-    if narrow is None:
-        return ()
-    return message.new_empty(len(message), len(expand), dtype=narrow), torch.empty_like(message)
+def _place(memory: Tensor, chunk: slice, length: int) -> Tensor:
+    """A chunk's own rows of memory for all tokens, or the first ones of memory for a single chunk."""
+    own = memory[chunk]
+    return own if len(own) == length else memory[:length]
 
 
 def _pair(source: Tensor, message: Tensor, scratch: Scratch) -> Tensor:

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gmflow.attention import (
-    attention,
+    Crossing,
     chunk_size,
     computes_in_chunks,
-    crossing_penalties,
+    fused_attention,
     row_slices,
     softmax_backward,
     softmax_weights,
@@ -94,7 +94,7 @@ def _fused(
         size, shape = pairing.windows * pairing.length, (pairing.windows, pairing.length, -1)
         own, other = slice(pairing.source, pairing.source + size), slice(pairing.target, pairing.target + size)
         parts.append(
-            attention(query[own].view(shape), key[other].view(shape), value[other].view(shape), pairing.regions)
+            fused_attention(query[own].view(shape), key[other].view(shape), value[other].view(shape), pairing.regions)
         )
     merged = F.linear(torch.cat([part.flatten(0, 1) for part in parts]), weights.merge)
     message = F.layer_norm(merged, merged.shape[1:], weights.scale, weights.shift)
@@ -110,13 +110,12 @@ class _Chunk:
     windows: int
     rows: list[slice]
     """Of each window: all of them where there are several windows."""
-    regions: Tensor | None
-    penalties: Tensor | None
+    crossing: Crossing | None
 
 
 def _chunks(pairings: list[Pairing]) -> Iterator[_Chunk]:
     for pairing in pairings:
-        length, penalties = pairing.length, crossing_penalties(pairing.regions)
+        length, crossing = pairing.length, None if pairing.regions is None else Crossing.of(pairing.regions)
         many, rows = chunk_size(length, length)
         for first in range(0, pairing.windows, many):
             windows = min(many, pairing.windows - first)
@@ -124,7 +123,7 @@ def _chunks(pairings: list[Pairing]) -> Iterator[_Chunk]:
                 slice(start + first * length, start + (first + windows) * length)
                 for start in (pairing.source, pairing.target)
             )
-            yield _Chunk(source, target, windows, row_slices(length, rows), pairing.regions, penalties)
+            yield _Chunk(source, target, windows, row_slices(length, rows), crossing)
 
 
 class _Factors(NamedTuple):
@@ -199,8 +198,7 @@ class _Meeting(NamedTuple):
 
     def weights(self, rows: slice, chunk: _Chunk, scale: float, scratch: Scratch) -> Tensor:
         """Of every key for these rows of the windows: `[n, l, L]`."""
-        regions = None if chunk.regions is None else chunk.regions[rows]
-        return softmax_weights(self.query[:, rows], self.key, scale, chunk.penalties, regions, scratch)
+        return softmax_weights(self.query[:, rows], self.key, scale, scratch, chunk.crossing, rows)
 
     def attended(self, weights: Tensor, out: Tensor) -> Tensor:
         """Weights `[n, l, L]` → `[n, l, C]`."""
@@ -211,7 +209,10 @@ class _Meeting(NamedTuple):
 
 
 class _WindowAttention(torch.autograd.Function):
-    """Multiplies in `dtype`; sums over chunks, normalises and adds in that of `source`."""
+    """Multiplies in `dtype`; sums over chunks, normalises and adds in that of `source`.
+
+    Scores may be of a wider type only where no gradient is wanted.
+    """
 
     @staticmethod
     def forward(
@@ -230,7 +231,7 @@ class _WindowAttention(torch.autograd.Function):
         scores_dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(source, target, to_query, to_key, to_value, merge, scale, shift)
-        ctx.pairings, ctx.onto_source, ctx.dtype, ctx.scores_dtype = pairings, onto_source, dtype, scores_dtype
+        ctx.pairings, ctx.onto_source, ctx.dtype = pairings, onto_source, dtype
         factors = _Factors.of(to_query, to_key, to_value, merge, dtype, scores_dtype)
         out = torch.empty_like(source)
         projected, attended, merged, rounded = (Scratch(factors.merge) for _ in range(4))
@@ -256,7 +257,7 @@ class _WindowAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         source, target, to_query, to_key, to_value, merge, scale, shift = ctx.saved_tensors
-        factors = _Factors.of(to_query, to_key, to_value, merge, ctx.dtype, ctx.scores_dtype)
+        factors = _Factors.of(to_query, to_key, to_value, merge, ctx.dtype, ctx.dtype)
         gradients = _Gradients(factors, scale, shift)
         for_source, for_target = torch.empty_like(source), torch.empty_like(target)
         projected = Scratch(factors.merge)

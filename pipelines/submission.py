@@ -145,7 +145,7 @@ def main() -> None:
     manifest = Manifest.load(arguments.data)
     benchmark_of(manifest)
     model = resolve_model(arguments.model)
-    prepare_model(model, ExecutionConfig(), arguments.device)
+    prepare_model(model, ExecutionConfig(arguments.precision), arguments.device)
     folder = arguments.output.absolute()
     paths = predict_submission(model, manifest, folder, arguments.precision, overwrite=arguments.overwrite)
     console.print(f"{len(paths)} files, ready to upload:", end=" ")
