@@ -47,6 +47,11 @@ class Case:
     repetitions: int = 3
     warm_up: bool = True
 
+    @property
+    def name(self) -> str:
+        name = f"{self.variant} {self.mode} {self.height}x{self.width} {self.precision}"
+        return name + f" ckpt={self.checkpointing}" * (self.checkpointing != "none") + " compiled" * self.compile
+
 
 def matrix_gflop(config: GMFlowConfig, height: int, width: int, training: bool) -> float:
     """Work of the matrix products and convolutions for one pair of images, 10⁹ operations (a product is 2).
@@ -202,14 +207,14 @@ def main() -> None:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--json", action="store_true", help="one JSON object a row instead of the table")
     arguments = parser.parse_args()
+    every = cases(arguments.quick, arguments.compile)
+    chosen = [case for case in every if arguments.only in case.name]
+    if not chosen:
+        parser.error(f"no row's name holds {arguments.only!r}: {'; '.join(case.name for case in every)}")
     print(f"torch {torch.__version__}, {arguments.device}, {arguments.threads} thread(s), {arguments.clock} time")
     print(f"{'case':52} {'s':>8} {'GFLOP':>8} {'peak':>8} {'of peak':>8} {'saved':>9} {'memory':>9}")
     context = multiprocessing.get_context("spawn")
-    for case in cases(arguments.quick, arguments.compile):
-        name = f"{case.variant} {case.mode} {case.height}×{case.width} {case.precision}"
-        name += f" ckpt={case.checkpointing}" * (case.checkpointing != "none") + " compiled" * case.compile
-        if arguments.only not in name:
-            continue
+    for case in chosen:
         with context.Pool(1) as pool:
             row = pool.apply(measure, (case, arguments.device, arguments.threads, arguments.clock))
         if arguments.json:
@@ -217,7 +222,7 @@ def main() -> None:
             continue
         saved = "–" if row["saved_gib"] is None else f"{row['saved_gib']:.2f} GiB"
         print(
-            f"{name:52} {row['seconds']:8.2f} {row['gflop']:8.0f} {row['peak_gflops']:8.0f} "
+            f"{case.name:52} {row['seconds']:8.2f} {row['gflop']:8.0f} {row['peak_gflops']:8.0f} "
             f"{row['fraction']:8.0%} {saved:>9} {row['peak_gib']:5.2f} GiB",
             flush=True,
         )

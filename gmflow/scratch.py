@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
+import torch
 from torch import Tensor
 
 
@@ -23,6 +24,16 @@ class Scratch:
         if self._memory.numel() < size:
             self._memory = self._memory.new_empty(size)
         return self._memory[:size].view(shape)
+
+
+def put_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Write `left` · `right`, of matrices or of batches of them, to memory of the same or a wider type."""
+    if total.dtype != left.dtype:
+        total.copy_(left @ right)
+    elif total.dim() == 2:
+        torch.mm(left, right, out=total)
+    else:
+        torch.bmm(left, right, out=total)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -1,13 +1,14 @@
 """A whole attention layer inside windows: query, key and value projections, attention, merge, LayerNorm, residual.
 
 Plainly, each of its steps is a tensor of the size of the features, written to fresh memory, read once, and kept for the
-backward pass. Here a few windows at a time go through all steps while they are in the cache; only the layer's inputs
-are kept, which the residual stream keeps anyway.
+backward pass. Here a few windows at a time go through all steps while they are in the cache. Kept are the layer's
+inputs, which the residual stream keeps anyway, the queries and what they attended to; keys, values and the rest are
+computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from gmflow.attention import (
 )
 from gmflow.eager import outside_graphs
 from gmflow.layer_norm import layer_norm_backward
-from gmflow.scratch import Scratch, add_product
+from gmflow.scratch import Scratch, add_product, put_product
 
 
 class AttentionWeights(NamedTuple):
@@ -79,7 +80,8 @@ def window_attention(
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else source.dtype
         # Rounding scores to 16 bits costs up to 0.025 px; a training step bears it, for half the time and memory.
         scores = dtype if torch.is_grad_enabled() else source.dtype
-        out: Tensor = _chunked_window_attention(source, target, *weights, pairings, onto_source, dtype, scores)
+        learns = torch.is_grad_enabled()
+        out: Tensor = _chunked_window_attention(source, target, *weights, pairings, onto_source, dtype, scores, learns)
         return out
     return _fused(source, target, weights, pairings, onto_source)
 
@@ -165,8 +167,6 @@ class _Meeting(NamedTuple):
     rounded.
     """
 
-    source: Tensor
-    """What queries are the product of: `[n*L, C]`."""
     target: Tensor
     """What keys are the product of: `[n*L, C]`."""
     query: Tensor
@@ -177,24 +177,20 @@ class _Meeting(NamedTuple):
     """`[n, 1, C]`"""
 
     @classmethod
-    def of(cls, source: Tensor, target: Tensor, windows: int, factors: _Factors, projected: Scratch) -> _Meeting:
-        """Of tokens `[n*L, C]` of the source and of the target."""
-        dtype, channels = factors.merge.dtype, source.shape[1]
+    def of(cls, query: Tensor, target: Tensor, windows: int, factors: _Factors, projected: Scratch) -> _Meeting:
+        """Of queries and of tokens of the target, `[n*L, C]` each."""
+        dtype, channels = factors.merge.dtype, target.shape[1]
         mean_value = None
-        if dtype != source.dtype and factors.scores == source.dtype:
-            source, target = source.to(dtype), target.to(dtype)
-        elif dtype != source.dtype:
+        if dtype != target.dtype and factors.scores == dtype:
             apart = target.view(windows, -1, channels)
             mean = apart.mean(dim=1, keepdim=True)  # [n, 1, C]
             mean_value = mean.to(dtype) @ factors.to_key_and_value[channels:].T
-            source, target = source.to(dtype), (apart - mean).to(dtype).flatten(0, 1)
-        projections = projected.view(3 * len(source), channels)
-        query, key_and_value = projections[: len(source)], projections[len(source) :].view(-1, 2 * channels)
-        torch.mm(source, factors.to_query.T, out=query)
-        torch.mm(target, factors.to_key_and_value.T, out=key_and_value)
-        key, value = key_and_value.view(windows, -1, 2, channels).unbind(2)
+            target = (apart - mean).flatten(0, 1)
+        target = target.to(dtype)
+        pair = torch.mm(target, factors.to_key_and_value.T, out=projected.view(len(target), 2 * channels))
+        key, value = pair.view(windows, -1, 2, channels).unbind(2)
         query = query.view(windows, -1, channels)
-        return cls(source, target, query.to(factors.scores), key.to(factors.scores), value, mean_value)
+        return cls(target, query.to(factors.scores), key.to(factors.scores), value, mean_value)
 
     def weights(self, rows: slice, chunk: _Chunk, scale: float, scratch: Scratch) -> Tensor:
         """Of every key for these rows of the windows: `[n, l, L]`."""
@@ -211,7 +207,7 @@ class _Meeting(NamedTuple):
 class _WindowAttention(torch.autograd.Function):
     """Multiplies in `dtype`; sums over chunks, normalises and adds in that of `source`.
 
-    Scores may be of a wider type only where no gradient is wanted.
+    Scores may be of a wider type only where nothing is to be learnt: no gradient is wanted.
     """
 
     @staticmethod
@@ -229,17 +225,18 @@ class _WindowAttention(torch.autograd.Function):
         onto_source: bool,
         dtype: torch.dtype,
         scores_dtype: torch.dtype,
+        learns: bool,
     ) -> Tensor:
-        ctx.save_for_backward(source, target, to_query, to_key, to_value, merge, scale, shift)
-        ctx.pairings, ctx.onto_source, ctx.dtype = pairings, onto_source, dtype
         factors = _Factors.of(to_query, to_key, to_value, merge, dtype, scores_dtype)
         out = torch.empty_like(source)
-        projected, attended, merged, rounded = (Scratch(factors.merge) for _ in range(4))
+        queries, attended = _memory(source, dtype, whole=learns), _memory(source, dtype, whole=learns)
+        projected, merged, rounded = (Scratch(factors.merge) for _ in range(3))
         scores = Scratch(source.new_empty(0, dtype=scores_dtype))
         for chunk in _chunks(pairings):
             own = source[chunk.source]
-            meeting = _Meeting.of(own, target[chunk.target], chunk.windows, factors, projected)
-            values = attended.view(*meeting.query.shape)
+            query = torch.mm(own.to(dtype), factors.to_query.T, out=queries(chunk.source))
+            meeting = _Meeting.of(query, target[chunk.target], chunk.windows, factors, projected)
+            values = attended(chunk.source).view(meeting.query.shape)
             for rows in chunk.rows:
                 weights = meeting.weights(rows, chunk, factors.after, scores)
                 if weights.dtype != dtype:
@@ -251,26 +248,45 @@ class _WindowAttention(torch.autograd.Function):
                 torch.add(own, message, out=out[chunk.source])
             else:
                 out[chunk.source] = message
+        if learns:
+            everything = slice(len(source))
+            kept = queries(everything), attended(everything)
+            ctx.save_for_backward(source, target, *kept, to_query, to_key, to_value, merge, scale, shift)
+            ctx.pairings, ctx.onto_source = pairings, onto_source
+            ctx.to_itself = target is source and all(one.source == one.target for one in pairings)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        source, target, to_query, to_key, to_value, merge, scale, shift = ctx.saved_tensors
-        factors = _Factors.of(to_query, to_key, to_value, merge, ctx.dtype, ctx.dtype)
+        source, target, queries, attended, to_query, to_key, to_value, merge, scale, shift = ctx.saved_tensors
+        dtype, channels = queries.dtype, source.shape[1]
+        factors = _Factors.of(to_query, to_key, to_value, merge, dtype, dtype)
         gradients = _Gradients(factors, scale, shift)
-        for_source, for_target = torch.empty_like(source), torch.empty_like(target)
+        for_source = torch.empty_like(source)
+        for_target = for_source if ctx.to_itself else torch.empty_like(target)
         projected = Scratch(factors.merge)
         for chunk in _chunks(ctx.pairings):
             own, other, upper = source[chunk.source], target[chunk.target], gradient[chunk.source]
-            meeting = _Meeting.of(own, other, chunk.windows, factors, projected)
-            for_query, for_key, for_value = gradients.through_attention(upper, meeting, chunk)
-            gradients.of_projections(for_query, for_key, for_value, meeting, other)
-            for_source[chunk.source] = for_query @ factors.to_query
+            meeting = _Meeting.of(queries[chunk.source], other, chunk.windows, factors, projected)
+            for_query, for_key, for_value = gradients.through_attention(upper, meeting, attended[chunk.source], chunk)
+            gradients.of_projections(for_query, for_key, for_value, meeting, own, other)
+            for_own, for_other = for_source[chunk.source], for_target[chunk.target]
+            put_product(for_own, for_query, factors.to_query)
             if ctx.onto_source:
-                for_source[chunk.source] += upper
-            for_target[chunk.target] = torch.cat([for_key, for_value], dim=1) @ factors.to_key_and_value
-        return for_source, for_target, *gradients.of_parameters(), None, None, None, None
+                for_own += upper
+            (add_product if ctx.to_itself else put_product)(for_other, for_key, factors.to_key_and_value[:channels])
+            add_product(for_other, for_value, factors.to_key_and_value[channels:])
+        of_tokens = (for_source, None) if ctx.to_itself else (for_source, for_target)
+        return *of_tokens, *gradients.of_parameters(), None, None, None, None, None
+
+
+def _memory(source: Tensor, dtype: torch.dtype, *, whole: bool) -> Callable[[slice], Tensor]:
+    """Where to put the rows of a chunk: its place in memory for all tokens, or memory that all chunks use."""
+    if whole:
+        return torch.empty_like(source, dtype=dtype).__getitem__
+    scratch = Scratch(source.new_empty(0, dtype=dtype))
+    return lambda chunk: scratch.view(chunk.stop - chunk.start, source.shape[1])
 
 
 class _Gradients:
@@ -282,26 +298,31 @@ class _Gradients:
             torch.zeros_like(factors.merge, dtype=scale.dtype) for _ in range(4)
         )
         self._of_scale, self._of_shift = torch.zeros_like(scale), torch.zeros_like(shift)
-        self._scores, self._for_scores, self._values = (Scratch(factors.merge) for _ in range(3))
+        self._scores, self._for_scores, self._of_queries, self._whole = (Scratch(factors.merge) for _ in range(4))
         self._sums = Scratch(scale)
 
-    def through_attention(self, gradient: Tensor, meeting: _Meeting, chunk: _Chunk) -> list[Tensor]:
+    def through_attention(self, gradient: Tensor, meeting: _Meeting, attended: Tensor, chunk: _Chunk) -> list[Tensor]:
         """From the gradient of the messages to those of query, key and value: `[n*L, C]` each."""
         factors, shape = self._factors, meeting.query.shape
-        gradient = gradient.view(shape)
-        for_query, for_key, for_value = sums = self._sums.view(3, *shape).zero_()
+        gradient, attended = gradient.view(shape), attended.view(shape)
+        for_query = self._of_queries.view(*shape)
+        # Products of parts are summed in full precision; that of a whole window is the sum.
+        for_key, for_value = (self._whole if len(chunk.rows) == 1 else self._sums).view(2, *shape)
         for rows in chunk.rows:
+            gather = put_product if rows is chunk.rows[0] else add_product
             weights = meeting.weights(rows, chunk, factors.after, self._scores)
-            values = meeting.attended(weights, self._values.view(*gradient[:, rows].shape))
+            values = attended[:, rows]
             for_values = self._through_merge(gradient[:, rows].flatten(0, 1), values.flatten(0, 1)).view(values.shape)
-            add_product(for_value, weights.transpose(1, 2), for_values)
             for_weights = self._for_scores.view(*weights.shape)
             torch.bmm(for_values, meeting.value.transpose(1, 2), out=for_weights)
             for_scores = softmax_backward(for_weights, weights)
-            add_product(for_key, for_scores.transpose(1, 2), meeting.query[:, rows])
-            add_product(for_query[:, rows], for_scores, meeting.key)
-        sums[:2] *= factors.after
-        return [one.flatten(0, 1).to(factors.merge.dtype) for one in sums]
+            torch.bmm(for_scores, meeting.key, out=for_query[:, rows])
+            gather(for_key, for_scores.transpose(1, 2), meeting.query[:, rows])
+            gather(for_value, weights.transpose(1, 2), for_values)
+        if factors.after != 1.0:
+            for_query *= factors.after
+            for_key *= factors.after
+        return [one.flatten(0, 1).to(factors.merge.dtype) for one in (for_query, for_key, for_value)]
 
     def _through_merge(self, gradient: Tensor, values: Tensor) -> Tensor:
         """From the gradient of messages to that of the attended values: `[n*l, C]` each."""
@@ -314,12 +335,13 @@ class _Gradients:
         return for_merged @ self._factors.merge
 
     def of_projections(
-        self, for_query: Tensor, for_key: Tensor, for_value: Tensor, meeting: _Meeting, target: Tensor
+        self, for_query: Tensor, for_key: Tensor, for_value: Tensor, meeting: _Meeting, source: Tensor, target: Tensor
     ) -> None:
         """Adds what these gradients of a chunk `[n*L, C]` say of the matrices; values are of the whole `target`."""
-        add_product(self._to_query, for_query.T, meeting.source)
+        dtype = for_query.dtype
+        add_product(self._to_query, for_query.T, source.to(dtype))
         add_product(self._to_key, for_key.T, meeting.target)
-        add_product(self._to_value, for_value.T, target.to(for_value.dtype))
+        add_product(self._to_value, for_value.T, target.to(dtype))
 
     def of_parameters(self) -> tuple[Tensor, ...]:
         """The sums, in the order of `AttentionWeights`."""

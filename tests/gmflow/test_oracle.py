@@ -45,10 +45,11 @@ def assert_same(ours: Tensor, theirs: Tensor, inputs: list[Tensor], tolerance: f
     shifted=st.booleans(),
     cross=st.booleans(),
     onto_source=st.booleans(),
+    to_itself=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_window_attention(
-    splits: int, window: tuple[int, int], maps: int, shifted: bool, cross: bool, onto_source: bool
+    splits: int, window: tuple[int, int], maps: int, shifted: bool, cross: bool, onto_source: bool, to_itself: bool
 ) -> None:
     height, width = splits * window[0], splits * window[1]
     shifted = shifted and splits > 1
@@ -56,6 +57,8 @@ def test_window_attention(
     source, target = (random(maps, height, width, CHANNELS, seed=seed) for seed in (1, 2))
     grid = window_grid(maps, height, width, splits, shifted=shifted, device=source.device)
     ordered = [permute_tokens(x.view(-1, CHANNELS), grid.order, grid.inverse) for x in (source, target)]
+    if to_itself:
+        target, ordered[1] = source, ordered[0]
     nn.init.normal_(layer.norm.weight)
     nn.init.normal_(layer.norm.bias)
 
@@ -68,7 +71,7 @@ def test_window_attention(
     theirs = oracle.attention_layer(parameters, "layer", source, seen, splits, shifted)
     if onto_source:
         theirs = source + theirs
-    assert_same(run(), theirs, [source, target, *layer.parameters()])
+    assert_same(run(), theirs, [source, *([] if to_itself else [target]), *layer.parameters()])
     with torch.no_grad():
         torch.testing.assert_close(run(), theirs, rtol=1e-9, atol=1e-9)
 
@@ -102,11 +105,15 @@ def test_chunks_of_attention_are_bounded_and_of_even_size(queries: int, keys: in
         )  # no more left out than evenness takes
 
 
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("to_itself", [False, True])
 @pytest.mark.parametrize("chunk", [1, 30, 100, 1 << 20])
-def test_window_attention_in_chunks_of_any_size(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_window_attention_in_chunks_of_any_size(
+    chunk: int, to_itself: bool, cross: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("gmflow.attention.ROWS", 1)
     monkeypatch.setattr("gmflow.attention.SCORES", chunk)
-    test_window_attention.hypothesis.inner_test(2, (2, 3), 4, True, True, True)  # type: ignore[attr-defined]
+    test_window_attention.hypothesis.inner_test(2, (2, 3), 4, True, cross, True, to_itself)  # type: ignore[attr-defined]
 
 
 @given(size=st.tuples(st.integers(1, 19), st.integers(1, 19)), radius=st.integers(1, 6), batch=st.integers(1, 2))
@@ -248,7 +255,7 @@ def test_the_accelerators_path_computes_the_same(config: GMFlowConfig) -> None:
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("cross", [False, True])
 def test_the_accelerators_window_attention_is_the_oracles(shifted: bool, cross: bool) -> None:
-    test_window_attention.hypothesis.inner_test(3, (2, 5), 4, shifted, cross, not cross)  # type: ignore[attr-defined]
+    test_window_attention.hypothesis.inner_test(3, (2, 5), 4, shifted, cross, not cross, not cross)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("rows", [None, 5], ids=["whole windows", "parts of a window"])
