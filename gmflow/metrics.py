@@ -2,36 +2,98 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Self
+
 import torch
 from torch import Tensor
 
 from gmflow.errors import GMFlowError
 from gmflow.geometry import vector_length
 
-_SUMS = (
-    *("pixels", "epe", "px1", "px3", "px5", "f1_all"),
-    *("s0_10_pixels", "s0_10", "s10_40_pixels", "s10_40", "s40_plus_pixels", "s40_plus"),
-    *("matched_pixels", "matched", "unmatched_pixels", "unmatched"),
-    *("images", "epe_per_image", "images_with_occlusion", "wauc"),
-)
-
 _WAUC_THRESHOLDS = 100
 """Of the weighted area under the curve (VIPER, Spring): every 0.05 px up to 5 px, weighted 1, 0.99, … 0.01."""
 
 
-class FlowMetrics:
-    """Sums that add up over batches and ranks, and the figures they give.
+class ErrorMetrics:
+    """End-point error and outliers, as sums that add up over batches and ranks: what is worth its time in training.
 
     ```python
-    metrics = FlowMetrics()
+    metrics = ErrorMetrics()
     metrics.update(flow, target, valid)            # every batch
     total = metrics.state(); all_reduce(total)     # sums: any number of ranks
-    print(FlowMetrics.from_state(total).compute())
+    print(ErrorMetrics.from_state(total).compute())
     ```
     """
 
+    SUMS: ClassVar[tuple[str, ...]] = ("pixels", "epe", "px1", "px3", "px5")
+
     def __init__(self) -> None:
-        self._sums = torch.zeros(len(_SUMS), dtype=torch.float64)
+        self._sums = torch.zeros(len(self.SUMS), dtype=torch.float64)
+
+    @torch.no_grad()
+    def update(self, flow: Tensor, target: Tensor, valid: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            flow: prediction `[B, 2, H, W]`, pixels.
+            target: ground truth `[B, 2, H, W]`, pixels; where it is not finite it counts as not valid.
+            valid: bool `[B, H, W]`.
+
+        Raises:
+            GMFlowError: the shapes do not fit together.
+        """
+        _check_shapes(flow, target, valid)
+        self._add(_error_sums(*_errors(flow, target, valid)))
+
+    def _add(self, sums: list[Tensor]) -> None:
+        found = torch.stack(sums)
+        self._sums = self._sums.to(found.device) + found
+
+    def state(self) -> Tensor:
+        """All sums as a 1-D float64 tensor (a copy): states of ranks and of batches may be added up."""
+        return self._sums.clone()
+
+    @classmethod
+    def from_state(cls, state: Tensor) -> Self:
+        """Metrics with these sums.
+
+        Raises:
+            GMFlowError: `state` does not come from `state()`.
+        """
+        if state.shape != (len(cls.SUMS),):
+            raise GMFlowError(f"a metrics state has shape [{len(cls.SUMS)}], not {list(state.shape)}")
+        metrics = cls()
+        metrics._sums = state.detach().to(torch.float64, copy=True)
+        return metrics
+
+    def merge(self, other: Self) -> None:
+        """Add the sums of other metrics to these."""
+        self._sums = self._sums + other._sums.to(self._sums.device)
+
+    def compute(self) -> dict[str, float]:
+        """The figures over everything added so far.
+
+        Returns:
+            `epe`: mean end-point error in pixels; `px1`, `px3`, `px5`: **percent** of pixels with an error over 1, 3
+            and 5 px. A figure without a single pixel is NaN.
+        """
+        sums = self._named()
+        figures = {"epe": _ratio(sums["epe"], sums["pixels"])}
+        return figures | {name: 100 * _ratio(sums[name], sums["pixels"]) for name in ("px1", "px3", "px5")}
+
+    def _named(self) -> dict[str, float]:
+        return dict(zip(self.SUMS, self._sums.tolist(), strict=True))
+
+
+class FlowMetrics(ErrorMetrics):
+    """All the benchmarks' figures, as sums that add up over batches and ranks."""
+
+    SUMS = (
+        *ErrorMetrics.SUMS,
+        *("f1_all", "s0_10_pixels", "s0_10", "s10_40_pixels", "s10_40", "s40_plus_pixels", "s40_plus"),
+        *("matched_pixels", "matched", "unmatched_pixels", "unmatched"),
+        *("images", "epe_per_image", "images_with_occlusion", "wauc"),
+    )
 
     @torch.no_grad()
     def update(self, flow: Tensor, target: Tensor, valid: Tensor, occluded: Tensor | None = None) -> None:
@@ -47,10 +109,8 @@ class FlowMetrics:
             GMFlowError: the shapes do not fit together.
         """
         _check_shapes(flow, target, valid, occluded)
-        valid = valid.bool() & target.isfinite().all(dim=1)
+        error, valid = _errors(flow, target, valid)
         target = torch.where(valid.unsqueeze(1), target, 0.0).double()
-        # Without an error or a speed where there is no truth: no sum need ask for valid pixels again.
-        error = torch.where(valid, vector_length(flow.double() - target), 0.0)  # [B, H, W]
         speed = vector_length(target)
         flat = error.flatten()
 
@@ -62,7 +122,7 @@ class FlowMetrics:
         per_image = error.flatten(1).sum(dim=1) / pixels.clamp(min=1)
         nothing = flat.new_zeros(())
         slow, fast = valid & (speed < 10), speed > 40
-        sums = [pixels.sum().double(), flat.sum(), *((error > limit).sum().double() for limit in (1, 3, 5))]
+        sums = _error_sums(error, valid)
         sums += [((error > 3) & (error > 0.05 * speed)).sum().double()]
         for where in (slow, valid & ~slow & ~fast, fast):
             sums += count_and_total(where)
@@ -76,44 +136,21 @@ class FlowMetrics:
             nothing if occluded is None else nothing + len(flow),
             torch.dot(valid.flatten().double(), _passed_weight(flat)),
         ]
-        self._sums = self._sums.to(flow.device) + torch.stack(sums)
-
-    def state(self) -> Tensor:
-        """All sums as a 1-D float64 tensor (a copy): states of ranks and of batches may be added up."""
-        return self._sums.clone()
-
-    @classmethod
-    def from_state(cls, state: Tensor) -> FlowMetrics:
-        """Metrics with these sums.
-
-        Raises:
-            GMFlowError: `state` does not come from `state()`.
-        """
-        if state.shape != (len(_SUMS),):
-            raise GMFlowError(f"a metrics state has shape [{len(_SUMS)}], not {list(state.shape)}")
-        metrics = cls()
-        metrics._sums = state.detach().to(torch.float64, copy=True)
-        return metrics
-
-    def merge(self, other: FlowMetrics) -> None:
-        """Add the sums of other metrics to these."""
-        self._sums = self._sums + other._sums.to(self._sums.device)
+        self._add(sums)
 
     def compute(self) -> dict[str, float]:
         """The figures over everything added so far.
 
         Returns:
-            `epe`: mean end-point error in pixels; `px1`, `px3`, `px5`: **percent** of pixels with an error over 1, 3
-            and 5 px; `s0_10`, `s10_40`, `s40_plus`: EPE where the true speed is below 10, 10 to 40 and over 40 px;
-            `f1_all`: **percent** of pixels with an error over 3 px and over 5 % of the speed (KITTI);
+            Those of `ErrorMetrics`; `s0_10`, `s10_40`, `s40_plus`: EPE where the true speed is below 10, 10 to 40 and
+            over 40 px; `f1_all`: **percent** of pixels with an error over 3 px and over 5 % of the speed (KITTI);
             `wauc`: **percent**, 100 is perfect: the shares of pixels with an error of at most 0.05, 0.10, … 5 px,
             averaged with weights 1, 0.99, … 0.01 (VIPER, Spring);
             `epe_per_image`: the mean of the images' EPEs; and, if any image came with its occlusion, `matched` and
             `unmatched`: EPE of pixels visible and not visible in image 1. A figure without a single pixel is NaN.
         """
-        sums = dict(zip(_SUMS, self._sums.tolist(), strict=True))
-        figures = {"epe": _ratio(sums["epe"], sums["pixels"])}
-        figures |= {name: 100 * _ratio(sums[name], sums["pixels"]) for name in ("px1", "px3", "px5", "f1_all")}
+        sums = self._named()
+        figures = super().compute() | {"f1_all": 100 * _ratio(sums["f1_all"], sums["pixels"])}
         bins = ["s0_10", "s10_40", "s40_plus"]
         if sums["images_with_occlusion"]:
             bins += ["matched", "unmatched"]
@@ -122,6 +159,21 @@ class FlowMetrics:
         figures["wauc"] = 100 * _ratio(sums["wauc"], sums["pixels"] * whole)
         figures["epe_per_image"] = _ratio(sums["epe_per_image"], sums["images"])
         return figures
+
+
+def _errors(flow: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """End-point errors, 0 where there is no truth, so that no sum need ask for valid pixels; and where there is one.
+
+    float64 `[B, H, W]` and bool `[B, H, W]`.
+    """
+    x, y = target.unbind(1)
+    valid = valid.bool() & (x.isfinite() & y.isfinite())
+    return torch.where(valid, vector_length(flow.double() - target), 0.0), valid
+
+
+def _error_sums(error: Tensor, valid: Tensor) -> list[Tensor]:
+    """In the order of `ErrorMetrics.SUMS`."""
+    return [valid.sum().double(), error.sum(), *((error > limit).sum().double() for limit in (1, 3, 5))]
 
 
 def _ratio(total: float, count: float) -> float:
@@ -143,7 +195,7 @@ def _leaves_image(flow: Tensor) -> Tensor:
     return (x < 0) | (x > width - 1) | (y < 0) | (y > height - 1)
 
 
-def _check_shapes(flow: Tensor, target: Tensor, valid: Tensor, occluded: Tensor | None) -> None:
+def _check_shapes(flow: Tensor, target: Tensor, valid: Tensor, occluded: Tensor | None = None) -> None:
     pixels = (*flow.shape[:1], *flow.shape[2:])
     masks = [valid] if occluded is None else [valid, occluded]
     if flow.dim() != 4 or flow.shape[1] != 2 or target.shape != flow.shape or any(m.shape != pixels for m in masks):

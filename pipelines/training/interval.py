@@ -3,14 +3,14 @@
 import time
 from typing import Any, NamedTuple
 
-from gmflow.metrics import FlowMetrics
+from gmflow.metrics import ErrorMetrics
 
 
 class StepTotals(NamedTuple):
     """One step over all ranks, and where its time went (seconds, this rank)."""
 
     loss: float
-    metrics: FlowMetrics
+    metrics: ErrorMetrics
     grad_norm: float
     data_wait: float
 
@@ -22,7 +22,7 @@ class Interval:
         self.steps = 0
         self.loss = 0.0
         self.grad_norm = 0.0
-        self.scores = FlowMetrics()
+        self.scores = ErrorMetrics()
         # Of this attempt's steps only: what was timed elsewhere says nothing about this machine.
         self.timed_steps = 0
         self.data_wait = 0.0
@@ -67,5 +67,5 @@ class Interval:
     def from_state_dict(cls, saved: dict[str, Any]) -> "Interval":
         interval = cls()
         interval.steps, interval.loss, interval.grad_norm = saved["steps"], saved["loss"], saved["grad_norm"]
-        interval.scores = FlowMetrics.from_state(saved["scores"])
+        interval.scores = ErrorMetrics.from_state(saved["scores"])
         return interval

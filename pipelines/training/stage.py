@@ -24,7 +24,7 @@ from datasets_etl.storage import PATIENCE_VARIABLE, open_store
 from gmflow import GMFlow, load_model
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.loss import sequence_loss
-from gmflow.metrics import FlowMetrics
+from gmflow.metrics import ErrorMetrics
 from pipelines.errors import LASTING_ERRORS, PipelineError
 from pipelines.training.checkpoints import CheckpointStore, CheckpointWriter, KeepPolicy
 from pipelines.training.config import MachineConfig, StageConfig
@@ -104,7 +104,7 @@ class _StepSums(NamedTuple):
     """Of one step over all ranks: the same on each. `data_wait` is this rank's."""
 
     loss: float
-    metrics: FlowMetrics
+    metrics: ErrorMetrics
     look_out: bool
     data_wait: float
 
@@ -186,7 +186,7 @@ class _Worker:
         self.prepared.train()
         self.state.optimizer.zero_grad(set_to_none=True)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        metrics = FlowMetrics()
+        metrics = ErrorMetrics()
         waited = 0.0
         before = self._next_is("waiting for data")
         batch = next(batches, None)
@@ -217,7 +217,7 @@ class _Worker:
             return nullcontext()
         return self.prepared.no_sync()
 
-    def _over_ranks(self, loss_sum: torch.Tensor, metrics: FlowMetrics, waited: float) -> _StepSums:
+    def _over_ranks(self, loss_sum: torch.Tensor, metrics: ErrorMetrics, waited: float) -> _StepSums:
         """The sums, and whether it is time to look out for machines that go: rank 0's clock decides for all."""
         now = self._next_is("waiting for the other workers")
         look_out = self.rank == 0 and now - self.looked_out > _LOOK_OUT_S
@@ -226,7 +226,7 @@ class _Worker:
         if self.world_size > 1:
             dist.all_reduce(sums)
         sums = sums.cpu()
-        return _StepSums(float(sums[0]), FlowMetrics.from_state(sums[2:]), bool(sums[1]), waited)
+        return _StepSums(float(sums[0]), ErrorMetrics.from_state(sums[2:]), bool(sums[1]), waited)
 
     def update(self, sums: _StepSums) -> StepTotals:
         """Clip and step, unless loss or gradients are not finite: all ranks hold the same sums, so they agree."""

@@ -9,7 +9,7 @@ import torch
 
 from gmflow import GMFlowError
 from gmflow.loss import sequence_loss
-from gmflow.metrics import FlowMetrics
+from gmflow.metrics import ErrorMetrics, FlowMetrics
 
 
 def fields(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -77,6 +77,19 @@ def test_metrics_are_pooled_over_pixels() -> None:
     per_image = [(flow - target).norm(dim=1)[i][valid[i]].mean().item() for i in range(3)]
     assert figures["epe_per_image"] == pytest.approx(sum(per_image) / 3, rel=1e-6)
     assert "matched" not in figures
+
+
+def test_what_training_tracks_is_a_part_of_all_figures() -> None:
+    flow, target, valid = fields()
+    target[0, 0, 0, :4] = torch.tensor([math.nan, math.inf, -math.inf, 1e30])
+    few, every = ErrorMetrics(), FlowMetrics()
+    for metrics in (few, every):
+        metrics.update(flow, target, valid)
+        metrics.update(flow, -target, valid)
+    assert set(few.compute()) == {"epe", "px1", "px3", "px5"}
+    assert few.compute().items() <= every.compute().items()
+    with pytest.raises(GMFlowError, match="state"):
+        ErrorMetrics.from_state(every.state())
 
 
 def test_states_of_ranks_add_up() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from gmflow.execution import Precision
-from gmflow.metrics import FlowMetrics
+from gmflow.metrics import ErrorMetrics
 from pipelines.errors import PipelineError
 from pipelines.training.config import StageConfig
 from pipelines.training.interval import StepTotals
@@ -53,7 +53,7 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(precision: Precision, r
     first = fresh(precision=precision, **recipe)
     losses = train(first, 9)
     first.record(9, {"loss": 1.0})
-    first.interval.add(StepTotals(2.0, FlowMetrics(), 3.0, 0.0))
+    first.interval.add(StepTotals(2.0, ErrorMetrics(), 3.0, 0.0))
     snapshot = first.snapshot()
     train(first, 12)  # what comes after a snapshot is not in it
     second = fresh(precision=precision, **recipe)
