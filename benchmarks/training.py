@@ -269,7 +269,7 @@ def _bare_worker(rank: int, world_size: int, port: int, config_path: Path, told:
     torch.manual_seed(config.seed)
     model = GMFlow(config.model.build())
     prepare_model(model, ExecutionConfig())  # the same settings of the process
-    prepared: nn.Module = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    prepared: nn.Module = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
     state = TrainingState.fresh(model, stage)
     parts = [
         MixturePart(Manifest.load(str(config.data[part.data])), part.subset, 1, part.augmentation(stage.crop))

@@ -109,7 +109,7 @@ def prepare_model(model: GMFlow, config: ExecutionConfig, device: torch.device |
     return DistributedDataParallel(
         model,
         device_ids=[place] if place.type == "cuda" else None,
-        broadcast_buffers=False,  # the only buffers are constants
+        forward_sync_buffers=False,  # they are constants
         gradient_as_bucket_view=True,
     )
 
