@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import CodeType
 from typing import ParamSpec, TypeVar
 
-import torch
+import torch._C._dynamo.eval_frame as frames
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -19,12 +20,13 @@ def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
     here it is loaded by who compiles.
     """
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def left_alone(*args: P.args, **kwargs: P.kwargs) -> R:
-        return function(*args, **kwargs)
-
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        return left_alone(*args, **kwargs) if torch.compiler.is_dynamo_compiling() else function(*args, **kwargs)
+        return function(*args, **kwargs)
 
+    # A graph ends before it; its frame, and all below it, are run as they are.
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    skip = frames._FrameAction.SKIP
+    code: CodeType = call.__code__  # type: ignore[attr-defined]
+    frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))
     return call

@@ -465,7 +465,8 @@ def test_what_loops_over_chunks_stays_out_of_compiled_graphs() -> None:
     with torch.no_grad():
         wanted = model(*images).flow
         compiled = torch.compile(model, backend=backend)
-        torch.testing.assert_close(compiled(*images).flow, wanted, rtol=0, atol=1e-4)
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # not compiled anew for every window either
+            torch.testing.assert_close(compiled(*images).flow, wanted, rtol=0, atol=1e-4)
     assert graphs
     assert not [graph for graph in graphs if any("new_empty" in name or "gelu" in name for name in graph)]
 
