@@ -33,6 +33,10 @@ class KeepPolicy:
     best_by: str | None = None
 
 
+class OtherFormatError(PipelineError):
+    """A checkpoint that another version of this software wrote: nothing is wrong with it."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What vouches for a checkpoint.
@@ -77,8 +81,6 @@ class CheckpointStore:
         key = _key(step)
         where = f"{self.folder.url}/{key}.pt"
         facts = self._facts(step)
-        if facts.format != FORMAT_VERSION:
-            raise PipelineError(f"{where}: checkpoint of format {facts.format}; this version reads {FORMAT_VERSION}")
         if self.folder.size(f"{key}.pt") is None:
             raise PipelineError(f"{where}: damaged checkpoint: it is gone")
         data = self.folder.read(f"{key}.pt")
@@ -87,10 +89,16 @@ class CheckpointStore:
         return state.from_bytes(data)
 
     def newest(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
-        """The newest whole snapshot. What is damaged is told, set aside for good, and the one before it is taken."""
+        """The newest whole snapshot. What is damaged is told, set aside for good, and the one before it is taken.
+
+        Raises:
+            OtherFormatError: it is whole, and another version's.
+        """
         for step in self.steps():
             try:
                 return self.read(step)
+            except OtherFormatError:
+                raise
             except (PipelineError, DamagedError) as error:
                 warn(f"{error}; going back to the checkpoint before it")
                 self.folder.delete(f"{_key(step)}.json")
@@ -116,8 +124,14 @@ class CheckpointStore:
     def _facts(self, step: int) -> Facts:
         where = f"{_key(step)}.json"
         try:
-            return Facts(**json.loads(self.folder.read(where)))
-        except (ValueError, TypeError) as error:
+            content = json.loads(self.folder.read(where))
+            if (found := content["format"]) != FORMAT_VERSION:
+                raise OtherFormatError(
+                    f"{self.folder.url}/{where}: checkpoint of format {found}, this version reads {FORMAT_VERSION}; "
+                    f"go on with the code that wrote it ({content.get('code')}), or train anew in another storage"
+                )
+            return Facts(**content)
+        except (ValueError, TypeError, LookupError) as error:
             raise PipelineError(f"{self.folder.url}/{where}: damaged checkpoint: {error!r}") from error
 
 

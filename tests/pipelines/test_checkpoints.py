@@ -1,5 +1,6 @@
 """Checkpoints on storage: whole or absent, checked, kept by policy, written beside the training."""
 
+import json
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from datasets_etl.storage import PATIENCE_VARIABLE, FileStore, ObjectStore, open_store
-from pipelines.training.checkpoints import CheckpointStore, CheckpointWriter, KeepPolicy
+from pipelines.training.checkpoints import CheckpointStore, CheckpointWriter, KeepPolicy, OtherFormatError
 from tests.seaweedfs import S3Server, running
 
 WAIT_SECONDS = 60
@@ -76,6 +77,17 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(store: Checkpo
     again = store.newest(told.append)
     assert again is not None
     assert again["step"] == 10
+
+
+def test_a_checkpoint_of_another_version_is_left_as_it_is(store: CheckpointStore):
+    store.write(snapshot(100), {})
+    (key,) = (found.key for found in store.folder.walk("") if found.key.endswith(".json"))
+    facts = json.loads(store.folder.read(key)) | {"format": 999, "another field": 1}
+    store.folder.write(key, json.dumps(facts).encode())
+    before = {found.key for found in store.folder.walk("")}
+    with pytest.raises(OtherFormatError, match=r"format 999.* go on with the code that wrote it \(.*sources:"):
+        store.newest(pytest.fail)
+    assert {found.key for found in store.folder.walk("")} == before
 
 
 def test_a_write_that_was_cut_off_never_happened(store: CheckpointStore):
