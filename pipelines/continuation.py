@@ -1,6 +1,7 @@
 """Long commands that go on where they stopped: a note in the output says what its files are of."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,33 +10,70 @@ from datasets_etl.storage import ObjectStore
 from pipelines.errors import PipelineError
 
 _NOTE = "made_by.json"
+_INPUTS = "inputs"
+_FRAME_NUMBER = re.compile(r"_\d{6}(?=[._][^/]*$)")
+
+ANY_FRAME = "_*"
+"""Stands for a video's frame number, `_000123`, in a key: how many frames it has shows at its end."""
 
 
-def claim_output(output: ObjectStore, job: Mapping[str, Any], *, overwrite: bool) -> set[str]:
+def claim_output(
+    output: ObjectStore, job: Mapping[str, Any], inputs: Mapping[str, str] | None = None, *, overwrite: bool
+) -> set[str]:
     """Note in `output` what it is made by, and find what an interrupted run of the same job has written there.
 
     Args:
         output: where the files go.
-        job: all that decides their content, as JSON.
-        overwrite: take over the output of another job, and keep nothing.
+        job: all that decides the content of every file, as JSON.
+        inputs: what only some files are made of: key, perhaps with `ANY_FRAME`, → digest of it.
+        overwrite: take over the output of another job or input, and keep nothing.
 
     Returns:
         Keys of the files that may be kept.
 
     Raises:
-        PipelineError: the output is of another job, and not to be overwritten.
+        PipelineError: files there are of another job, of other inputs or of unknown origin, and not to be overwritten.
     """
-    noted = None
-    if output.size(_NOTE) is not None:
-        try:
-            noted = json.loads(output.read(_NOTE))
-        except (ValueError, DataError):
-            noted = {}
     wanted = json.loads(json.dumps(job))
-    if noted is not None and noted != wanted and not overwrite:
+    noted = _noted(output)
+    told = dict(noted.pop(_INPUTS, {}))
+    if noted and noted != wanted and not overwrite:
         differing = sorted(name for name in {*noted, *wanted} if noted.get(name) != wanted.get(name))
-        told = ", ".join(f"{name} {noted.get(name)!r}, not {wanted.get(name)!r}" for name in differing)
-        raise PipelineError(f"{output.url} holds another run's files ({told}); give another folder or --overwrite")
-    kept = {found.key for found in output.walk()} if noted == wanted and not overwrite else set()
-    output.write(_NOTE, json.dumps(wanted, indent=1, sort_keys=True).encode())
+        listed = ", ".join(f"{name} {noted.get(name)!r}, not {wanted.get(name)!r}" for name in differing)
+        raise PipelineError(f"{output.url} holds another run's files ({listed}); give another folder or --overwrite")
+    kept = set() if overwrite or not noted else {found.key for found in output.walk()}
+    if inputs and not overwrite:
+        kept = _made_of(inputs, told, output)
+    content = {**wanted, _INPUTS: inputs if overwrite else {**told, **inputs}} if inputs else wanted
+    output.write(_NOTE, json.dumps(content, indent=1, sort_keys=True).encode())
     return kept
+
+
+def _noted(output: ObjectStore) -> dict[str, Any]:
+    if output.size(_NOTE) is None:
+        return {}
+    try:
+        noted: dict[str, Any] = json.loads(output.read(_NOTE))
+    except (ValueError, DataError):
+        return {}
+    return noted
+
+
+def _made_of(inputs: Mapping[str, str], told: Mapping[str, str], output: ObjectStore) -> set[str]:
+    """Keys of the files that are there and of these inputs. Raises PipelineError for one that is of others."""
+    kept = set()
+    for key in (found.key for found in output.walk()):
+        wanted = _of_key(key, inputs)
+        if wanted is None:
+            continue
+        if wanted != _of_key(key, told):
+            raise PipelineError(
+                f"{output.url}/{key} is there already, of other input or not by this command; give another folder or "
+                "--overwrite"
+            )
+        kept.add(key)
+    return kept
+
+
+def _of_key(key: str, inputs: Mapping[str, str]) -> str | None:
+    return inputs.get(key) or inputs.get(_FRAME_NUMBER.sub(ANY_FRAME, key))

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from pipelines.cluster import connected  # sets Ray's environment, so before Ray
 
@@ -23,7 +23,7 @@ from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
 from datasets_etl.storage import ObjectStore, open_store
 from gmflow import GMFlow
-from gmflow.execution import ExecutionConfig, prepare_model
+from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.weights import weights_digest
 from pipelines import report
 from pipelines.arguments import device, not_negative, positive
@@ -66,6 +66,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--device", type=device, default=device("auto"), help="cpu, cuda, cuda:1 (default: best there is)"
     )
+    parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="(default: %(default)s)")
     parser.add_argument(
         "--ray",
         action=argparse.BooleanOptionalAction,
@@ -104,7 +105,9 @@ def score_sets(
                 if output is not None and picture is not None:
                     output.write(f"{prefix}{key}.png", picture)
 
-            options = ScoringOptions(name, arguments.gallery, output is not None, arguments.occlusion)
+            options = ScoringOptions(
+                name, arguments.gallery, output is not None, arguments.occlusion, arguments.precision
+            )
             scores[name] = chosen, _score(model, chosen, options, arguments, keep)
     return scores
 
@@ -147,7 +150,7 @@ def to_json(metrics: dict[str, float]) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else value for name, value in metrics.items()}
 
 
-def summarised(reference: str, scores: Scores) -> dict[str, Any]:
+def summarised(reference: str, precision: Precision, scores: Scores) -> dict[str, Any]:
     """The JSON object of the last line."""
     sets = {
         title: {
@@ -159,11 +162,12 @@ def summarised(reference: str, scores: Scores) -> dict[str, Any]:
         }
         for title, (chosen, evaluation) in scores.items()
     }
+    how = {"model": reference, "precision": precision}
     if len(sets) == 1:
-        return {"model": reference, **next(iter(sets.values()))}
+        return how | next(iter(sets.values()))
     pairs = sum(len(chosen) for chosen, _ in scores.values())
     pooled = pool(evaluation for _, evaluation in scores.values())
-    return {"model": reference, "pairs": pairs, **to_json(pooled), "sets": sets}
+    return {**how, "pairs": pairs, **to_json(pooled), "sets": sets}
 
 
 def detailed(summary: dict[str, Any], scores: Scores) -> dict[str, Any]:
@@ -181,10 +185,11 @@ def detailed(summary: dict[str, Any], scores: Scores) -> dict[str, Any]:
     return {**summary, "sets": {title: {**summary["sets"][title], **found} for title, found in details.items()}}
 
 
-def track(experiment: str, reference: str, scores: Scores, content: dict[str, Any], page: str) -> None:
+def track(experiment: str, scores: Scores, content: dict[str, Any], page: str) -> None:
     """A run of MLflow with every set's figures as metrics, metrics.json and the report."""
     client = tracking.connect(None)
-    run = tracking.start_run(client, experiment, f"evaluate {reference}", {"model": reference})
+    how = {name: content[name] for name in ("model", "precision")}
+    run = tracking.start_run(client, experiment, f"evaluate {content['model']}", how)
     with tracking.run_status(client, run.info.run_id):
         for title, (_, evaluation) in scores.items():
             for name, value in evaluation.pooled.items():
@@ -200,17 +205,18 @@ def main() -> None:
     arguments = parse_arguments()
     sets = chosen_sets(arguments.data, arguments.subset, arguments.limit)
     model = resolve_model(arguments.model)
-    prepare_model(model, ExecutionConfig(), arguments.device)
+    prepare_model(model, ExecutionConfig(arguments.precision), arguments.device)
     output = open_store(arguments.output) if arguments.output else None
     scores = score_sets(model, sets, arguments, output)
     show(scores)
-    summary = summarised(arguments.model, scores)
+    summary = summarised(arguments.model, arguments.precision, scores)
     if output is not None or arguments.track:
         content = detailed(summary, scores)
         facts = [
             ("model", arguments.model),
             ("weights", weights_digest(model)),
             ("configuration", ", ".join(f"{name} {value}" for name, value in model.config.to_dict().items())),
+            ("precision", arguments.precision),
             *((f"data {name}", chosen.manifest.url) for name, chosen in sets.items()),
             ("code", code_version()),
         ]
@@ -223,7 +229,7 @@ def main() -> None:
             output.write(report.FILE_NAME, page.encode())
             console.print(f"metrics, report and pictures: {output.url}")
         if arguments.track:
-            track(arguments.track, arguments.model, scores, content, page)
+            track(arguments.track, scores, content, page)
     print(json.dumps(summary))
 
 

@@ -1,5 +1,6 @@
 """Frames in order, from files, folders and videos, read one at a time."""
 
+import hashlib
 import itertools
 import os
 from collections import Counter
@@ -56,6 +57,16 @@ class Clip:
             return len(self.files) - 1
         told = int(cv2.VideoCapture(str(self.files[0])).get(cv2.CAP_PROP_FRAME_COUNT))
         return told - 1 if told > 1 else None
+
+    def digests(self) -> dict[str, str]:
+        """What the files hold: of every pair by its name, of a video by what its frames' names begin with."""
+        found = [_digest(file) for file in self.files]
+        if self.is_video:
+            return {self.names[0]: found[0]}
+        return {
+            name: f"{one}-{next_one}"
+            for name, (one, next_one) in zip(self.names[:-1], itertools.pairwise(found), strict=True)
+        }
 
     def pairs(self) -> Iterator[Pair]:
         """Raises DataError where two frames of a pair differ in size, PipelineError where a video holds no pair."""
@@ -119,6 +130,12 @@ def find_clips(paths: Sequence[str]) -> list[Clip]:
     ]
     clips += [Clip(video.stem, (next(names),), (video,), is_video=True) for video in videos]
     return _with_unique_titles(clips)
+
+
+def _digest(file: Path) -> str:
+    """The first 16 hex digits of its SHA-256."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:16]
 
 
 def _frames_of(folder: Path) -> list[Path]:

@@ -5,6 +5,7 @@ where it stopped.
 """
 
 import argparse
+import hashlib
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -24,7 +25,7 @@ from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import PaddingMode
 from gmflow.weights import weights_digest
 from pipelines.arguments import device, positive, positive_number, size
-from pipelines.continuation import claim_output
+from pipelines.continuation import ANY_FRAME, claim_output
 from pipelines.errors import PipelineError, command
 from pipelines.flow_files import FLOW_FORMATS, Result, Truth, read_truth
 from pipelines.frames import Clip, Pair, find_clips
@@ -125,8 +126,7 @@ def predict_clip(
     on_pair: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the files of every pair of a clip; those `kept` from an earlier run are not made again."""
-    video_key = f"{clip.title}_flow.mp4"
-    wanted = VIDEO in options.formats and video_key not in kept
+    wanted = VIDEO in options.formats and _video_key(clip) not in kept
     with tempfile.TemporaryDirectory(prefix="gmflow-video-") as folder:
         video = SideBySideVideo(Path(folder) / "video.mp4", clip.rate, with_truth=options.truth is not None)
         with video:
@@ -139,7 +139,7 @@ def predict_clip(
                         video.add(result)
                 on_pair()
         if wanted:
-            output.upload(video.path, video_key)
+            output.upload(video.path, _video_key(clip))
 
 
 def _results(
@@ -193,6 +193,26 @@ def _key(pair: Pair, name: str) -> str:
     return f"{pair.name}{FLOW_FORMATS[name].suffix}"
 
 
+def inputs_of(clips: Sequence[Clip], options: PredictionOptions) -> dict[str, str]:
+    """What every file is made of, as `claim_output` takes it: its frames, and the truth where that is shown too."""
+    truth = "" if options.truth is None else f" with {options.truth.resolve()}"
+    inputs = {}
+    for clip in clips:
+        digests = clip.digests()
+        for name, digest in digests.items():
+            stem = f"{name}{ANY_FRAME}" if clip.is_video else name
+            for form in (FLOW_FORMATS[chosen] for chosen in {*options.files, "flo"}):  # `_earlier` reads that one
+                inputs[f"{stem}{form.suffix}"] = digest + truth if form.truth else digest
+        if VIDEO in options.formats:
+            whole = hashlib.sha256("".join(digests.values()).encode()).hexdigest()[:16]
+            inputs[_video_key(clip)] = whole + truth
+    return inputs
+
+
+def _video_key(clip: Clip) -> str:
+    return f"{clip.title}_flow.mp4"
+
+
 def _check_inputs_survive(clips: Sequence[Clip], output: ObjectStore, options: PredictionOptions) -> None:
     """An output in the folder of the frames must not replace them."""
     if not output.url.startswith("file://"):
@@ -227,7 +247,7 @@ def main() -> None:
     _check_inputs_survive(clips, output, options)
     model = resolve_model(arguments.model)
     prepare_model(model, ExecutionConfig(arguments.precision), arguments.device)
-    kept = claim_output(output, options.job(model), overwrite=arguments.overwrite)
+    kept = claim_output(output, options.job(model), inputs_of(clips, options), overwrite=arguments.overwrite)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         for clip in clips:

@@ -16,7 +16,7 @@ import torch
 from datasets_etl.loader import EvaluationSet, read_sample
 from datasets_etl.manifest import Manifest
 from gmflow import GMFlow
-from gmflow.execution import ExecutionConfig, prepare_model
+from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.metrics import FlowMetrics
 from gmflow.weights import decode_weights, encode_weights
 from pipelines.gallery import Card, Gallery
@@ -76,12 +76,14 @@ class ScoringOptions:
         gallery: how many cards to keep.
         pictures: hand a comparison picture of every pair to `on_scored`.
         bidirectional: compute both flows, for the occlusion on the cards.
+        precision: of tasks on Ray, which prepare the model themselves.
     """
 
     name: str = ""
     gallery: int = 0
     pictures: bool = False
     bidirectional: bool = False
+    precision: Precision = "fp32"
 
 
 @dataclass
@@ -168,7 +170,7 @@ def _score_part(
     """A Ray task: the samples with these `indices` of the manifest, which are `numbers` in the set."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if use_gpu else "cpu")
-    model = _model_of(weights, device)
+    model = _model_of(weights, options.precision, device)
     part = _Part(gallery)
     samples = (read_sample(manifest, int(index)) for index in indices)
     for number, scored in zip(numbers, score(model, samples, device, bidirectional=options.bidirectional), strict=True):
@@ -178,9 +180,9 @@ def _score_part(
 
 
 @functools.lru_cache(maxsize=1)
-def _model_of(weights: bytes, device: torch.device) -> GMFlow:
+def _model_of(weights: bytes, precision: Precision, device: torch.device) -> GMFlow:
     model = decode_weights(weights)
-    prepare_model(model, ExecutionConfig(), device)
+    prepare_model(model, ExecutionConfig(precision), device)
     return model
 
 

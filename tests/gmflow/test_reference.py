@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from datasets_etl.formats import decode_kitti_flow
-from gmflow import load_model, predict_flow
+from gmflow import load_model
 from gmflow.execution import ExecutionConfig, prepare_model
 from gmflow.geometry import forward_backward_occlusion
 from gmflow.loss import sequence_loss
@@ -137,53 +136,6 @@ def test_bf16_training_goes_the_way_of_fp32(
     exact, rounded = gradients
     assert (rounded.norm() / exact.norm()).item() == pytest.approx(1, abs=0.02)
     assert torch.cosine_similarity(rounded, exact, dim=0).item() > 0.99
-
-
-def _real_pairs(samples: Path) -> dict[str, tuple[Path, Path, Path]]:
-    """Two frames and their true flow, by name."""
-    chairs, sintel, kitti = (
-        samples / folder for folder in ("FlyingChairs_release/data", "Sintel/training", "KITTI/training")
-    )
-    pairs = {
-        flow.stem: (chairs / f"{flow.stem[:-5]}_img1.ppm", chairs / f"{flow.stem[:-5]}_img2.ppm", flow)
-        for flow in sorted(chairs.glob("*_flow.flo"))
-    }
-    for rendering in ("clean", "final"):
-        for flow in sorted((sintel / "flow").glob("*/frame_0002.flo")):
-            frames = sintel / rendering / flow.parent.name
-            pairs[f"{rendering} {flow.parent.name}"] = (frames / "frame_0002.png", frames / "frame_0003.png", flow)
-    for flow in sorted((kitti / "flow_occ").glob("*_10.png")):
-        frames = kitti / "image_2"
-        pairs[f"kitti {flow.stem}"] = (frames / flow.name, frames / flow.name.replace("_10", "_11"), flow)
-    return pairs
-
-
-@pytest.mark.slow
-def test_bf16_scores_as_fp32_on_every_real_pair(
-    reference: Path, samples: Path, read_image: Callable, read_flo: Callable
-) -> None:
-    """End-point error within 0.02 px; another processor rounds otherwise, so a little room (docs/performance.md)."""
-    model = load_model(reference / WEIGHTS["refine"])
-    pairs = _real_pairs(samples)
-    assert len(pairs) == 11  # 6 of FlyingChairs, 4 of Sintel, 1 of KITTI
-    apart = {}
-    for name, (first, second, flow) in pairs.items():
-        kitti = flow.suffix == ".png"
-        if kitti:
-            truth, valid = decode_kitti_flow(flow.read_bytes(), str(flow))
-        else:
-            truth = read_flo(flow)
-            valid = np.ones(truth.shape[:2], bool)
-        frames = [np.ascontiguousarray(read_image(path)) for path in (first, second)]
-        epe = {}
-        for precision in ("fp32", "bf16"):
-            found = predict_flow(model, *frames, padding="kitti" if kitti else "sintel", precision=precision)
-            epe[precision] = float(np.linalg.norm(found - truth, axis=-1)[valid].mean())
-        apart[name] = epe["bf16"] - epe["fp32"]
-    print({name: round(difference, 4) for name, difference in apart.items()})
-    assert max(map(abs, apart.values())) <= 0.03, apart
-    assert sum(map(abs, apart.values())) / len(apart) <= 0.01, apart
-    assert any(apart.values())  # it did compute in 16 bits
 
 
 def test_occlusion_is_that_of_the_reference(reference_outputs: dict[str, np.ndarray]) -> None:

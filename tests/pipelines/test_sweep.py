@@ -190,15 +190,15 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, manifests: dict[str, str]) -
         "tune": {
             "stage": {
                 "name": "chairs",
-                "steps": 80,
+                "steps": 40,
                 "global_batch": 2,
                 "peak_lr": 3e-3,
                 "crop": [96, 128],  # steps long enough to be interrupted
                 "mixture": [{"data": "chairs", "subset": "train"}],
                 "validation": [{"data": "chairs", "subset": "val"}],
-                "validate_every": 20,
-                "checkpoint_every": 20,
-                "log_every": 10,
+                "validate_every": 10,
+                "checkpoint_every": 10,
+                "log_every": 5,
                 "max_skipped_in_a_row": 2,
             },
             "machine": {"num_workers": 2, "max_failures": 0},
@@ -255,7 +255,7 @@ def test_asha_stops_what_learns_nothing_and_its_metrics_stay(tuned):
     assert stopped
     _, children = runs_of(workplace)
     for line in stopped:
-        assert 20 <= int(line["step"]) < 80
+        assert 10 <= int(line["step"]) < 40
         child = children[f"trial {line['name']}"]
         assert child.info.status == "FINISHED"
         assert child.data.tags["sweep.status"] == "stopped"
@@ -284,7 +284,7 @@ def test_a_killed_sweep_goes_on_and_tells_every_step_once(tuned):
         steps = [one.step for one in client.get_metric_history(children[f"trial {line['name']}"].info.run_id, METRIC)]
         assert steps == sorted(set(steps))
         if line["status"] == "finished":
-            assert steps == [20, 40, 60, 80]
+            assert steps == [10, 20, 30, 40]
 
 
 def test_the_probes_best_is_tried_first(tuned):
@@ -320,6 +320,6 @@ def test_a_sweep_that_has_ended_is_told_again_without_any_training(tuned):
 def test_a_dry_run_starts_nothing(tuned, tmp_path: Path):
     workplace = Workplace(tmp_path, tuned[0].config | {"storage": str(tmp_path / "storage")})
     output = run(workplace, "--dry-run")
-    assert "tune: 4 trials of 80 steps" in output
+    assert "tune: 4 trials of 40 steps" in output
     assert "probe: 2 settings" in output
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
