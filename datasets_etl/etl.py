@@ -20,6 +20,7 @@ DEFAULT_SHARD_BYTES = 512 * 2**20
 
 _HEADERS_AT_ONCE = 16
 _FINISH_TIMEOUT_S = 60
+_WAITING_TASKS = 4
 
 _Result = TypeVar("_Result")
 
@@ -124,15 +125,15 @@ def run_tasks(
         work: returns a DataError instead of raising it: Ray would wrap it in a trace, and try a damaged file three
             times. It is raised here.
         tasks: what to work on.
-        at_once: tasks running at a time; None for one for each CPU of the cluster.
+        at_once: tasks running at a time; None for as many as the cluster has CPUs for. Some more wait then, which makes
+            a cluster grow that can.
     """
-    at_once = at_once or max(1, int(ray.cluster_resources().get("CPU", 1)))
     remote = ray.remote(num_cpus=1, max_retries=3)(work)
     waiting = list(reversed(tasks))
     running: dict[ray.ObjectRef, tuple[Any, ...]] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < at_once:
+            while waiting and len(running) < (at_once or _submitted_at_once()):
                 task = waiting.pop()
                 running[remote.remote(*task)] = task
             finished, _ = ray.wait(list(running), num_returns=1)
@@ -145,6 +146,11 @@ def run_tasks(
             _, late = ray.wait(list(running), num_returns=len(running), timeout=_FINISH_TIMEOUT_S)
             for reference in late:
                 ray.cancel(reference, force=False)
+
+
+def _submitted_at_once() -> int:
+    cpus = int(ray.cluster_resources().get("CPU", 0))
+    return cpus + max(_WAITING_TASKS, cpus // 2)
 
 
 def _open_source(source: str) -> tuple[SourceTree, dict[str, ObjectInfo]]:

@@ -154,7 +154,8 @@ def decode_sample(data: bytes, where: str, *, occlusion: bool = True) -> FlowSam
         occluded = None if mask is None else formats.decode_mask(mask, where)
     except (tarfile.TarError, KeyError, ValueError) as error:
         raise DamagedError(
-            f"{where}: damaged sample ({error}); write the dataset again with pipelines/etl.py"
+            f"{where}: damaged sample ({error}); delete its shard and run pipelines/etl.py again, it writes what is "
+            "missing"
         ) from error
     return FlowSample(
         key=described["key"],

@@ -177,7 +177,7 @@ def read_sample_bytes(store: ObjectStore, shard: ShardEntry, sample: SampleEntry
     if zlib.crc32(data) != sample.crc32:
         raise DamagedError(
             f"{store.url}/{shard.name}: sample {sample.key} at byte {sample.offset} is damaged (checksum differs); "
-            "write the dataset again with pipelines/etl.py"
+            "delete this shard and run pipelines/etl.py again, it writes what is missing"
         )
     return data
 

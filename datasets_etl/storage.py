@@ -141,15 +141,30 @@ class FileStore:
 
     def walk(self, prefix: str = "") -> Iterator[ObjectInfo]:
         found = []
-        for folder, _, names in os.walk(self.root / prefix.rpartition("/")[0], followlinks=True):
-            relative = Path(folder).relative_to(self.root).as_posix()
-            for name in names:
-                key = name if relative == "." else f"{relative}/{name}"
-                if key.startswith(prefix) and not name.endswith(".part"):
-                    found.append(key)
+        with self._errors(prefix):
+            for folder, _, names in os.walk(
+                self.root / prefix.rpartition("/")[0], onerror=_raise_unless_gone, followlinks=True
+            ):
+                relative = Path(folder).relative_to(self.root).as_posix()
+                for name in names:
+                    key = name if relative == "." else f"{relative}/{name}"
+                    if key.startswith(prefix) and not name.endswith(".part"):
+                        found.append(key)
         for key in sorted(found):
-            status = (self.root / key).stat()
-            yield ObjectInfo(key, status.st_size, str(status.st_mtime_ns))
+            with self._errors(key):
+                status = self._status(key)
+            if status is not None:
+                yield ObjectInfo(key, status.st_size, str(status.st_mtime_ns))
+
+    def _status(self, key: str) -> os.stat_result | None:
+        """None for a file that was deleted since it was listed; a link to nothing is an error."""
+        path = self.root / key
+        try:
+            return path.stat()
+        except FileNotFoundError:
+            if path.is_symlink():
+                raise DataError(f"{path}: a link to {path.readlink()}, which is not there") from None
+            return None
 
     @contextlib.contextmanager
     def _replacing(self, key: str) -> Iterator[Path]:
@@ -176,6 +191,12 @@ class FileStore:
             raise DataError(f"{error.filename or self.root / key}: no such file") from None
         except OSError as error:
             raise DataError(f"{self.root / key}: {error.strerror or error}") from error
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    """What cannot be listed must not pass for empty; a folder that is not there is."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 class _ShortAnswerError(DamagedError):
@@ -369,6 +390,8 @@ def _s3_of_process(pid: int) -> "S3Client":
             read_timeout=READ_TIMEOUT_S,
             max_pool_connections=_CONNECTIONS,
             retries={"mode": "standard", "total_max_attempts": 3},
+            # botocore would sign URLs by version 2 in some regions, which encrypted objects and newer servers refuse.
+            signature_version="s3v4",
             # Servers other than AWS seldom have a DNS name for every bucket.
             s3={"addressing_style": "path"} if own_endpoint else None,
         ),

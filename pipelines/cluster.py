@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 # Read when Ray is imported: a local Ray listens on loopback only. A job's driver is a part of its cluster's network.
 if not os.environ.get("RAY_ADDRESS"):
@@ -19,6 +20,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 import ray
+
+from pipelines.errors import USER_ERRORS
 
 _DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"
 _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
@@ -63,6 +66,21 @@ def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool
         ray.shutdown()
         if port is not None:
             os.environ.pop(_DASHBOARD_VARIABLE, None)
+
+
+def has_gpus() -> bool:
+    """Whether a machine of the connected cluster has a GPU now."""
+    return bool(ray.cluster_resources().get("GPU"))
+
+
+def fetched(reference: ray.ObjectRef) -> Any:
+    """What a task returned. An error of the user's is raised as the task raised it, without Ray's trace around it."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, USER_ERRORS):
+            raise error.cause from error
+        raise
 
 
 def free_port() -> int:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from pipelines.cluster import connected  # sets Ray's environment, so before Ray
+from pipelines.cluster import connected, has_gpus  # sets Ray's environment, so before Ray
 
 # isort: split
 from rich.console import Console
@@ -64,16 +64,28 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--occlusion", action="store_true", help="compute both flows, and show where they disagree")
     parser.add_argument("--track", metavar="EXPERIMENT", help="log figures and report to this experiment of MLflow")
     parser.add_argument(
-        "--device", type=device, default=device("auto"), help="cpu, cuda, cuda:1 (default: best there is)"
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1; of Ray's tasks cpu or cuda (default: the best this machine or the cluster has)",
     )
     parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="(default: %(default)s)")
     parser.add_argument(
         "--ray",
         action=argparse.BooleanOptionalAction,
         default=bool(os.environ.get("RAY_ADDRESS")),
-        help="score by Ray tasks, one a shard (default: if RAY_ADDRESS names a cluster)",
+        help="score by Ray tasks (default: if RAY_ADDRESS names a cluster)",
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.ray:
+        # Tasks run on other machines than this one, which may have no GPU.
+        if arguments.device not in ("auto", "cpu", "cuda"):
+            parser.error(f"argument --device: {arguments.device!r}: Ray's tasks take auto, cpu or cuda")
+    else:
+        try:
+            arguments.device = device(arguments.device)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument --device: {error}")
+    return arguments
 
 
 def chosen_sets(data: list[str], subset: str | None, limit: int | None) -> dict[str, EvaluationSet]:
@@ -116,7 +128,8 @@ def _score(
     model: GMFlow, chosen: EvaluationSet, options: ScoringOptions, arguments: argparse.Namespace, keep: OnScored
 ) -> Evaluation:
     if arguments.ray:
-        return evaluate_on_ray(model, chosen, options, use_gpu=arguments.device.type == "cuda", on_scored=keep)
+        use_gpu = arguments.device == "cuda" or (arguments.device == "auto" and has_gpus())
+        return evaluate_on_ray(model, chosen, options, use_gpu=use_gpu, on_scored=keep)
     return evaluate(model, chosen, arguments.device, options, keep)
 
 
@@ -205,7 +218,8 @@ def main() -> None:
     arguments = parse_arguments()
     sets = chosen_sets(arguments.data, arguments.subset, arguments.limit)
     model = resolve_model(arguments.model)
-    prepare_model(model, ExecutionConfig(arguments.precision), arguments.device)
+    if not arguments.ray:  # tasks prepare their own
+        prepare_model(model, ExecutionConfig(arguments.precision), arguments.device)
     output = open_store(arguments.output) if arguments.output else None
     scores = score_sets(model, sets, arguments, output)
     show(scores)

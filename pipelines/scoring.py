@@ -1,10 +1,9 @@
-"""A model's errors on whole sets: in this process, or by Ray tasks over a set's shards, with the same figures.
+"""A model's errors on whole sets: in this process, or by Ray tasks, with the same figures.
 
 Every pair's sums are kept and added up in the set's order, whoever computed them.
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -19,10 +18,14 @@ from gmflow import GMFlow
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.metrics import FlowMetrics
 from gmflow.weights import decode_weights, encode_weights
+from pipelines.cluster import fetched
 from pipelines.gallery import Card, Gallery
 from pipelines.training.memory import peak_bytes
 from pipelines.training.pictures import comparison_png
 from pipelines.training.validation import Scored, score
+
+_TASK_PAIRS = 16
+"""Of a Ray task: enough to be worth its model, few enough that tasks share a set evenly."""
 
 OnScored = Callable[[str, bytes | None], None]
 """Called for every pair, in no fixed order, with its key and its picture, if pictures were asked for."""
@@ -123,24 +126,27 @@ def evaluate_on_ray(
     use_gpu: bool,
     on_scored: OnScored = lambda key, picture: None,
 ) -> Evaluation:
-    """`evaluate` by Ray tasks, one for the samples of each shard. Needs a connected Ray.
+    """`evaluate` by Ray tasks of up to `_TASK_PAIRS` pairs, each with one CPU and, with `use_gpu`, one GPU.
 
-    The figures are those of `evaluate`, to the bit where a task computes with as many threads as this process does.
+    The figures are those of `evaluate`, to the bit where that computes with one thread, as tasks do. Needs a connected
+    Ray.
+
+    Raises:
+        DataError: a sample is damaged, or storage is away.
     """
     weights = ray.put(encode_weights(model))
     manifest = ray.put(evaluation_set.manifest)
     total = Gallery.of(options.name, len(evaluation_set), options.gallery)
     task = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(_score_part)
-    threads = torch.get_num_threads()
     waiting = {
-        task.remote(weights, manifest, evaluation_set.indices[numbers], numbers, total, options, use_gpu, threads)
-        for numbers in _by_shard(evaluation_set)
+        task.remote(weights, manifest, evaluation_set.indices[numbers], numbers, total, options, use_gpu)
+        for numbers in _tasks(len(evaluation_set))
     }
     whole = _Part(total)
     while waiting:
         (finished,), _ = ray.wait(list(waiting), num_returns=1)
         waiting.remove(finished)
-        part: _Part = ray.get(finished)
+        part: _Part = fetched(finished)
         for number, pair in part.pairs.items():
             whole.pairs[number] = pair
             on_scored(pair.key, part.pictures.get(pair.key))
@@ -150,11 +156,10 @@ def evaluate_on_ray(
     return _evaluation(whole)
 
 
-def _by_shard(evaluation_set: EvaluationSet) -> Iterator[list[int]]:
-    """Numbers of a set's samples, those of each shard together."""
-    shard = lambda number: evaluation_set.manifest.place(int(evaluation_set.indices[number]))[0].name  # noqa: E731
-    for _, numbers in itertools.groupby(range(len(evaluation_set)), key=shard):
-        yield list(numbers)
+def _tasks(pairs: int) -> Iterator[list[int]]:
+    """Numbers of a set's samples, those of each task together."""
+    for first in range(0, pairs, _TASK_PAIRS):
+        yield list(range(first, min(first + _TASK_PAIRS, pairs)))
 
 
 def _score_part(
@@ -165,10 +170,9 @@ def _score_part(
     gallery: Gallery,
     options: ScoringOptions,
     use_gpu: bool,
-    threads: int,
 ) -> _Part:
     """A Ray task: the samples with these `indices` of the manifest, which are `numbers` in the set."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     device = torch.device("cuda" if use_gpu else "cpu")
     model = _model_of(weights, options.precision, device)
     part = _Part(gallery)

@@ -3,8 +3,9 @@
     Sintel    clean/ambush_1/frame0001.flo    final/…            of the subsets test-clean and test-final
     KITTI     flow/000000_10.png, 16 bit                         of the subset testing
 
-Beside the folder lies its ZIP file, ready to upload; its path is the last line on stdout. The same command again goes
-on where it stopped.
+KITTI's server takes a ZIP file, which lies beside the folder; Sintel's what `bundler`, a program of its download, makes
+of the folder: how to call it is said. The last line on stdout is the path of the ZIP file or of the folder. The same
+command again goes on where it stopped.
 """
 
 import argparse
@@ -45,6 +46,7 @@ class Benchmark:
         path: of a sample's file.
         encode: a prediction as that file.
         pairs: in the whole submission.
+        bundled: whether the benchmark's own program makes of the files what is handed in; otherwise a ZIP file is.
     """
 
     subsets: tuple[str, ...]
@@ -52,6 +54,7 @@ class Benchmark:
     path: Callable[[FlowSample], str]
     encode: Callable[[Prediction], bytes]
     pairs: int
+    bundled: bool = False
 
 
 def _sintel_path(sample: FlowSample) -> str:
@@ -61,7 +64,12 @@ def _sintel_path(sample: FlowSample) -> str:
 
 BENCHMARKS = {
     "sintel": Benchmark(
-        ("test-clean", "test-final"), "sintel", _sintel_path, lambda found: formats.encode_flo(found.flow), 2 * 552
+        ("test-clean", "test-final"),
+        "sintel",
+        _sintel_path,
+        lambda found: formats.encode_flo(found.flow),
+        2 * 552,
+        bundled=True,
     ),
     "kitti": Benchmark(
         ("testing",),
@@ -78,7 +86,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Predict a benchmark's test set, in the layout its server takes.")
     parser.add_argument("--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION, .pth or .safetensors")
     parser.add_argument("--data", required=True, help="URL of a manifest of Sintel or KITTI with its test subsets")
-    parser.add_argument("--output", required=True, type=Path, help="folder; the archive is that name with .zip")
+    parser.add_argument("--output", required=True, type=Path, help="folder; KITTI's archive is that name with .zip")
     parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="(default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="keep nothing of an earlier run")
     parser.add_argument(
@@ -143,13 +151,18 @@ def zip_submission(folder: Path, paths: list[str]) -> Path:
 def main() -> None:
     arguments = parse_arguments()
     manifest = Manifest.load(arguments.data)
-    benchmark_of(manifest)
+    benchmark = benchmark_of(manifest)
     model = resolve_model(arguments.model)
     prepare_model(model, ExecutionConfig(arguments.precision), arguments.device)
     folder = arguments.output.absolute()
     paths = predict_submission(model, manifest, folder, arguments.precision, overwrite=arguments.overwrite)
-    console.print(f"{len(paths)} files, ready to upload:", end=" ")
-    print(zip_submission(folder, paths))
+    if benchmark.bundled:
+        console.print(f"{len(paths)} files; the server takes what the bundler in the dataset's download makes of them:")
+        console.print(f"bundler {folder / 'clean'} {folder / 'final'} {folder}.lzma", soft_wrap=True)
+        print(folder)
+    else:
+        console.print(f"{len(paths)} files, ready to upload:", end=" ")
+        print(zip_submission(folder, paths))
 
 
 if __name__ == "__main__":

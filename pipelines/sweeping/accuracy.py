@@ -23,7 +23,7 @@ from datasets_etl.storage import ObjectStore, split_url
 from gmflow import GMFlow, load_model
 from gmflow.execution import Precision, autocast
 from gmflow.metrics import FlowMetrics
-from pipelines.errors import USER_ERRORS
+from pipelines.cluster import fetched
 from pipelines.sweeping.settings import Setting
 from pipelines.training.config import SetConfig
 from pipelines.training.validation import score
@@ -79,20 +79,10 @@ def measure_accuracy(
     while waiting:
         (ready,), _ = ray.wait(list(waiting), num_returns=1)
         job = waiting.pop(ready)
-        for setting, scores in zip(job.settings, _fetched(ready), strict=True):
+        for setting, scores in zip(job.settings, fetched(ready), strict=True):
             content = {"setting": asdict(setting), "set": job.chosen.name, "limit": job.chosen.limit, "scores": scores}
             store.write(job.key(setting), json.dumps(content).encode())
             on_scored(setting, job.chosen, scores)
-
-
-def _fetched(ready: Any) -> list[Scores]:
-    try:
-        scores: list[Scores] = ray.get(ready)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, USER_ERRORS):
-            raise error.cause from error
-        raise
-    return scores
 
 
 def _stored(store: ObjectStore, key: str) -> Scores | None:

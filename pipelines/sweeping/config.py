@@ -193,6 +193,7 @@ class SweepConfig(_Frozen):
         objective: what is best: a metric, lower is better, of a set validated on.
         seed: of random points, and of trials.
         precision: of forward passes.
+        cluster_grows: machines are added on demand, so what has no room yet waits for them instead of being refused.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
@@ -203,6 +204,7 @@ class SweepConfig(_Frozen):
     weights: str | None = None
     seed: NonNegativeInt = 0
     precision: Literal["fp32", "bf16"] = "fp32"
+    cluster_grows: bool = False
     probe: ProbeConfig | None = None
     cost: CostConfig = CostConfig()
     tune: TuneConfig | None = None
@@ -217,6 +219,8 @@ class SweepConfig(_Frozen):
             raise ValueError("weights is missing: which model is probed? Give models:/…, a .pth or a .safetensors")
         if self.weights is None and self.tune is not None and self.tune.start == "trained":
             raise ValueError("weights is missing: give what trials start from, or set tune.start=random")
+        if self.cluster_grows and self.tune is not None and self.tune.max_concurrent is None:
+            raise ValueError("tune.max_concurrent is missing: for how many trials at once may the cluster grow?")
         for used in self.reads:
             if used.data not in self.data:
                 raise ValueError(f"no data {used.data!r}; data has {', '.join(self.data)}")

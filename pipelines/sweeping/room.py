@@ -11,13 +11,16 @@ Nodes = Sequence[Mapping[str, float]]
 
 def check_room(config: SweepConfig, nodes: Nodes) -> None:
     """Every phase, before the first begins. Raises PipelineError naming what does not fit."""
+    if config.cluster_grows:
+        return
     tasks = [("cost", config.cost.cpus, config.cost.use_gpu)]
     if config.probe is not None:
         tasks.append(("probe", config.probe.cpus, config.probe.use_gpu))
     for name, cpus, use_gpu in tasks:
         if not _slots(nodes, cpus, use_gpu):
             raise PipelineError(
-                f"{name}: no node of the cluster has {_listed(cpus, use_gpu)}; lower {name}.cpus or use_gpu"
+                f"{name}: no node of the cluster has {_listed(cpus, use_gpu)}; lower {name}.cpus, give "
+                f"{name}.use_gpu=false or, where the cluster adds machines on demand, cluster_grows=true"
             )
     if config.tune is not None:
         concurrent_trials(config.tune, nodes)
@@ -34,7 +37,8 @@ def concurrent_trials(tune: TuneConfig, nodes: Nodes) -> int:
         each = _listed(machine.cpus_per_worker, machine.use_gpu)
         raise PipelineError(
             f"tune.machine: a trial needs {machine.num_workers} worker(s) with {each} each; the cluster has room for "
-            f"{slots}. Lower it, or, where the cluster grows, set tune.max_concurrent"
+            f"{slots}. Lower it or, where the cluster adds machines on demand, give cluster_grows=true and "
+            "tune.max_concurrent"
         )
     return tune.max_concurrent or slots // machine.num_workers
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from pipelines.training.config import StageConfig
 from pipelines.training.feed import Record
 
 # What a run may change without being another sweep.
-_NOT_IDENTITY = {"storage", "mlflow", "registration", "cost"}
+_NOT_IDENTITY = {"storage", "mlflow", "registration", "cost", "cluster_grows"}
 
 
 class SweepRun:
@@ -86,7 +87,8 @@ class SweepRun:
     def judge(self, row: Row) -> None:
         """What only the whole tells: cost and front."""
         run_id = self.child(row).run_id
-        metrics = [Metric(name, value, 0, 0) for name, value in vars(row.cost).items()] if row.cost else []
+        now = int(time.time() * 1000)  # measured again they are logged again, and MLflow shows the newest
+        metrics = [Metric(name, value, now, 0) for name, value in vars(row.cost).items()] if row.cost else []
         self._patience(self.client.log_batch, run_id, metrics=metrics)
         marks = {"sweep.front": row.front, "sweep.reference": row.reference}
         self._tag(run_id, {name: str(holds).lower() for name, holds in marks.items()})

@@ -1,7 +1,10 @@
 """Raw dataset → shards and manifest: the same bytes however it is run, and nothing half done to be seen."""
 
 import dataclasses
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,39 @@ def test_any_number_of_workers_and_any_place_give_the_same_bytes(sharded_chairs,
     assert shards_of(again.manifest_url) == shards_of(sharded_chairs.manifest_url)
     assert again.shards == 3
     assert again.subsets == {"train": 6, "val": 2}
+
+
+GROWING = """
+import threading, time
+import ray
+from ray.cluster_utils import Cluster
+from datasets_etl.etl import run_tasks
+
+def work(number):
+    began = time.monotonic()
+    time.sleep(1)
+    return began
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+began = []
+tasks = [(number,) for number in range(6)]
+running = threading.Thread(target=lambda: began.extend(start for _, start in run_tasks(work, tasks, None)), daemon=True)
+running.start()
+time.sleep(1)
+cluster.add_node(num_cpus=3)
+running.join(120)
+began.sort()
+print("at once", sum(start < began[0] + 0.9 for start in began))
+"""
+
+
+@pytest.mark.slow
+def test_a_cluster_that_begins_empty_is_filled_once_it_has_grown():
+    """As under an autoscaler, which adds machines for tasks that wait."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", GROWING], env=clean, capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1:] == ["at once 3"], done.stderr
 
 
 def test_s3_holds_the_same_bytes_as_a_folder(sharded_chairs, raw_chairs, tmp_path, s3):

@@ -1,10 +1,15 @@
 """Objects on disk and on a real S3 server behave alike."""
 
+import errno
+import os
+from pathlib import Path
+
 import boto3
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from datasets_etl import storage
 from datasets_etl.errors import DataError
 from datasets_etl.storage import PATIENCE_VARIABLE, open_store, split_url
 
@@ -70,6 +75,35 @@ def test_a_walk_passes_a_thousand_keys_on_s3(s3, tmp_path):
     for number in range(1005):
         store.write(f"{number:04d}", b"")
     assert [info.key for info in store.walk()] == [f"{number:04d}" for number in range(1005)]
+
+
+def test_what_a_walk_cannot_list_does_not_pass_for_empty(tmp_path, monkeypatch):
+    store = open_store(str(tmp_path))
+    for key in ("a/1", "b/2"):
+        store.write(key, b"x")
+    assert list(store.walk("no/such")) == []
+    scandir = os.scandir
+
+    def refused(path):
+        if Path(path).name == "b":  # as for a user who may not read it; a test may run as root
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refused)
+        with pytest.raises(DataError, match="Permission denied"):
+            list(store.walk())
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(DataError, match=r"a/link: a link to .*nothing, which is not there"):
+        list(store.walk())
+
+
+def test_urls_are_signed_as_every_server_accepts(s3, fresh_client, monkeypatch):
+    """Left alone, botocore signs by version 2 in some regions: refused for encrypted objects."""
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    url = storage._signed_url("bucket", "key", 0)
+    assert "X-Amz-Algorithm=AWS4-HMAC-SHA256" in url
 
 
 def test_a_failed_write_leaves_neither_the_object_nor_a_part_of_it(tmp_path):

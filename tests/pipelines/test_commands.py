@@ -1,5 +1,6 @@
 """The commands as a user meets them: what they print, where, and what a wrong input gets."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from datasets_etl.etl import run_etl
 from datasets_etl.manifest import Manifest
 from datasets_etl.synthetic import synthetic_pair, write_dataset
 from gmflow import GMFlow, GMFlowConfig, error_to_image, save_weights
+from pipelines.errors import PipelineError
 from pipelines.flow_files import FLOW_FORMATS
 from pipelines.training import tracking
 from tests.conftest import ROOT
@@ -183,7 +185,7 @@ class TestEvaluate:
     def test_ray_tasks_give_the_same_figures_to_the_bit(self, call, weights, manifests, tmp_path):
         command = (pipelines.evaluate, "--model", weights, "--data", manifests["sintel"])
         before = torch.get_num_threads()
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # as in tasks
         try:
             serial = call(*command, "--output", tmp_path / "serial")
             on_ray = call(*command, "--ray", "--output", tmp_path / "ray", "--track", "scores")
@@ -203,6 +205,26 @@ class TestEvaluate:
         assert (run.data.tags["model"], run.data.tags["precision"]) == (str(weights), "fp32")
         assert {found.path for found in client.list_artifacts(run.info.run_id)} >= {"metrics.json", "report.html"}
         assert run.info.status == "FINISHED"
+
+    def test_tasks_on_ray_may_have_gpus_that_this_machine_has_not(self, call, weights, manifests, monkeypatch):
+        asked = []
+        monkeypatch.setattr(pipelines.evaluate, "connected", contextlib.nullcontext)
+        monkeypatch.setattr(pipelines.evaluate, "has_gpus", lambda: True)
+
+        def on_ray(*_: object, use_gpu: bool, **__: object) -> None:
+            asked.append(use_gpu)
+            raise PipelineError("enough")
+
+        monkeypatch.setattr(pipelines.evaluate, "evaluate_on_ray", on_ray)
+        command = (pipelines.evaluate, "--model", weights, "--data", manifests["chairs"])
+        for device in ("auto", "cuda", "cpu"):
+            assert_one_line(call(*command, "--ray", "--device", device), "enough")
+        assert asked == [True, True, False]
+        code, _, err = call(*command, "--ray", "--device", "cuda:1")
+        assert (code, "Ray's tasks take auto, cpu or cuda" in err) == (2, True)
+        if not torch.cuda.is_available():
+            code, _, err = call(*command, "--no-ray", "--device", "cuda")
+            assert (code, "this machine has 0 CUDA devices" in err) == (2, True)
 
     def test_no_such_manifest(self, call, weights, tmp_path):
         result = call(pipelines.evaluate, "--model", weights, "--data", tmp_path / "m.json")
@@ -508,7 +530,7 @@ class TestCurriculum:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
-def test_a_sample_that_was_damaged_on_storage_stops_the_stage_with_its_name(call, workplace, manifests, tmp_path):
+def test_a_sample_that_was_damaged_on_storage_is_named_in_a_line(call, workplace, weights, manifests, tmp_path):
     source = Path(manifests["chairs"].removeprefix("file://"))
     folder = tmp_path / "chairs"
     shutil.copytree(source.parent, folder)
@@ -524,7 +546,10 @@ def test_a_sample_that_was_damaged_on_storage_stops_the_stage_with_its_name(call
     (line,) = [line for line in err.splitlines() if line.startswith("error:")]
     assert shard.name in line
     assert "damaged" in line
+    assert "delete this shard and run pipelines/etl.py again" in line
     assert "Traceback" not in err
+    scored = (pipelines.evaluate, "--model", weights, "--data", folder / source.name, "--subset", "train", "--ray")
+    assert_one_line(call(*scored), shard.name, "damaged")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The folders the benchmarks' servers take, written from test sets without flow, and read back from the archive."""
+"""What the benchmarks' servers take, written from test sets without flow, and read back."""
 
 import io
 import sys
@@ -50,20 +50,20 @@ def submit(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     pipelines.submission.main()
 
 
-def test_sintels_archive_holds_every_frames_flow_under_its_official_name(
+def test_sintels_bundler_gets_every_frames_flow_under_its_official_name(
     weights, manifests, tmp_path, monkeypatch, capsys
 ):
-    submit(monkeypatch, "--model", weights, "--data", manifests["sintel"], "--output", tmp_path / "mine")
+    folder = tmp_path / "mine"
+    submit(monkeypatch, "--model", weights, "--data", manifests["sintel"], "--output", folder)
     told = capsys.readouterr()
-    archive = Path(told.out.splitlines()[-1])
-    assert archive == tmp_path / "mine.zip"
+    assert told.out.splitlines() == [str(folder)]
+    assert f"bundler {folder}/clean {folder}/final {folder}.lzma" in told.err
+    assert not folder.with_name("mine.zip").exists(), "the server takes no ZIP file"
     assert "4 pairs, the whole test set has 1104" in " ".join(told.err.split())
-    with zipfile.ZipFile(archive) as file:
-        assert file.testzip() is None
-        assert file.namelist() == [
-            f"{pass_name}/ambush_1/frame{number:04d}.flo" for pass_name in ("clean", "final") for number in (1, 2)
-        ]
-        flow = formats.decode_flo(file.read("final/ambush_1/frame0001.flo"), "x")
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.flo")) == [
+        f"{pass_name}/ambush_1/frame{number:04d}.flo" for pass_name in ("clean", "final") for number in (1, 2)
+    ]
+    flow = formats.decode_flo((folder / "final/ambush_1/frame0001.flo").read_bytes(), "x")
     wanted = predict_flow(load_model(weights), FRAMES[0].image0, FRAMES[0].image1)
     np.testing.assert_array_equal(flow, wanted)
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from pipelines.sweeping.cost import Cost, _allocated_on_cpu
 from pipelines.sweeping.room import check_room, concurrent_trials
 from pipelines.sweeping.settings import Setting, check_crop, check_size, grid_settings, padded_size
 from pipelines.sweeping.table import Row, best_settings, mark_front, to_csv, to_json
+from pipelines.sweeping.tracking import SweepRun
 from pipelines.sweeping.trials import (
     Trial,
     TrialPlan,
@@ -337,8 +339,25 @@ def test_what_never_fits_is_said_before_anything_starts(tree, load, overrides, c
         check_room(load(tree, *overrides), nodes)
 
 
+def test_a_cluster_that_grows_may_have_no_room_yet(tree, load):
+    check_room(load(tree, "cluster_grows=true", "tune.max_concurrent=2"), [{"memory": 1e9}])
+    with pytest.raises(PipelineError, match="cluster_grows=true"):
+        check_room(load(tree), [{"memory": 1e9}])
+    with pytest.raises(PipelineError, match=r"tune\.max_concurrent is missing"):
+        load(tree, "cluster_grows=true")
+
+
 def row(name: str, epe: float, latency: float, memory: float, **more: Any) -> Row:
     return Row(name, "probe", REFINE, "finished", metrics={METRIC: epe}, cost=Cost(latency, memory), **more)
+
+
+def test_costs_that_were_measured_again_are_the_ones_mlflow_shows(tree, load, tmp_path):
+    config = load(tree, f"mlflow={{tracking_uri: 'sqlite:///{tmp_path}/mlflow.db'}}")
+    for latency in (120.0, 40.0):
+        run = SweepRun(config, None, {}, print)
+        run.judge(row("2x8-r4-p1", 1.0, latency, 1.0))
+        time.sleep(0.002)  # MLflow's clock ticks in milliseconds
+    assert run.client.get_run(run.child(row("2x8-r4-p1", 1.0, 1.0, 1.0)).run_id).data.metrics["latency_ms"] == 40
 
 
 @settings(deadline=None)  # a shared machine is no reason to fail
