@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datasets_etl.augment import AugmentConfig, augment
 from datasets_etl.cache import SampleCache
+from datasets_etl.errors import DataError
 from datasets_etl.manifest import Manifest
 from datasets_etl.order import Order, rank_positions, sample_generator
 from datasets_etl.samples import FlowSample, decode_sample
@@ -226,9 +227,9 @@ class TrainingStream:
         self.steps = steps
         self._batches = _MicroBatches(steps, global_batch, micro_batch, rank, world_size, workers)
         self._loader = DataLoader(
-            dataset,
+            _ErrorsAsValues(dataset),
             batch_sampler=self._batches,  # type: ignore[arg-type]  # it may yield whatever __getitems__ takes
-            collate_fn=_pack,
+            collate_fn=_pack_or_tell,
             num_workers=workers,
             # A fork of a process that already runs threads (Ray's, OpenMP's) can deadlock.
             multiprocessing_context="spawn" if workers else None,
@@ -239,11 +240,33 @@ class TrainingStream:
         )
 
     def __iter__(self) -> Iterator[tuple[int, Iterator[FlowBatch]]]:
-        """(step, its micro-batches); the micro-batches must be drawn before the next step."""
+        """(step, its micro-batches); the micro-batches must be drawn before the next step.
+
+        Raises the DataError that a loader process met.
+        """
         batches = iter(self._loader)
         for step in self.steps:
             count = len(self._batches.of_step(step))
-            yield step, (_unpack(next(batches)) for _ in range(count))
+            yield step, (_unpack(_sound(next(batches))) for _ in range(count))
+
+
+class _ErrorsAsValues(Dataset[FlowBatch]):
+    """A DataLoader would carry an error home as text: with the trace of its process around the one line that counts."""
+
+    def __init__(self, dataset: PositionDataset) -> None:
+        self._dataset = dataset
+
+    def __getitems__(self, draw: _Draw) -> list[FlowBatch] | DataError:
+        try:
+            return self._dataset.__getitems__(draw)
+        except DataError as error:
+            return error
+
+
+def _sound(batch: _Packed | DataError) -> _Packed:
+    if isinstance(batch, DataError):
+        raise batch
+    return batch
 
 
 def to_tensors(sample: FlowSample) -> FlowBatch:
@@ -269,6 +292,10 @@ def _channels_first(pixels: npt.NDArray[Any]) -> torch.Tensor:
 def collate(samples: Sequence[FlowBatch]) -> FlowBatch:
     """Stack samples of one size into a batch."""
     return _unpack(_pack(samples))
+
+
+def _pack_or_tell(samples: Sequence[FlowBatch] | DataError) -> _Packed | DataError:
+    return samples if isinstance(samples, DataError) else _pack(samples)
 
 
 def _pack(samples: Sequence[FlowBatch]) -> _Packed:

@@ -230,6 +230,18 @@ PATIENCE_VARIABLE = "GMFLOW_STORAGE_PATIENCE_S"
 """Environment: seconds for which a server that is away or busy is asked again; a mistyped endpoint shows as late."""
 
 
+@contextlib.contextmanager
+def waiting_for_storage(seconds: float) -> Iterator[None]:
+    """Have this process, and those it starts, wait that long for storage in a `with`, unless told otherwise before."""
+    before = os.environ.get(PATIENCE_VARIABLE)
+    os.environ.setdefault(PATIENCE_VARIABLE, str(seconds))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[PATIENCE_VARIABLE]
+
+
 def _out_of_patience(state: tenacity.RetryCallState) -> bool:
     return (state.seconds_since_start or 0.0) > float(os.environ.get(PATIENCE_VARIABLE, "10"))
 

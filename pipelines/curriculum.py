@@ -16,6 +16,7 @@ from pipelines.cluster import connected  # sets Ray's environment, so before Ray
 # isort: split
 from rich.table import Table
 
+from datasets_etl.storage import waiting_for_storage
 from pipelines import report
 from pipelines.errors import PipelineError, command
 from pipelines.training import registry, tracking
@@ -60,7 +61,12 @@ def run_curriculum(config: CurriculumConfig) -> list[StageResult]:
     run.log_setup(config, plans[0].manifests)
 
     results: list[StageResult] = []
-    with display.showing(), run.running(run.run_id):
+    with (
+        display.showing(),
+        run.running(run.run_id),
+        # From here on it is known to be there: an outage, not a mistyped address, is what is waited for.
+        waiting_for_storage(config.machine.storage_patience_s),
+    ):
         for plan in plans:
             result = plan.result()
             if result is not None:
@@ -74,10 +80,23 @@ def run_curriculum(config: CurriculumConfig) -> list[StageResult]:
             else:
                 result = _run_stage(plan, results[-1] if results else None, run, display)
             display.state(plan.stage.name, "finished")
+            run.name_stage(plan.stage.name, result.mlflow_run)
             run.log_stage(len(results), result.metrics)
             results.append(result)
-        report.log_curriculum_report(client, run.run_id)
+        _log_report(run, display)
     return results[-len(config.selected_stages) :]
+
+
+def _log_report(run: tracking.CurriculumRun, display: Display) -> None:
+    """Its models are trained and registered: what goes wrong with the report is told, and undoes nothing of that."""
+    try:
+        report.log_curriculum_report(run.client, run.run_id)
+    except Exception as error:  # noqa: BLE001 (whatever it is)
+        reason = " ".join(str(error).split())[:300]
+        display.say(
+            f"the report could not be made ({reason}); to make it: "
+            f"python pipelines/report.py --run {run.run_id} --output report.html"
+        )
 
 
 def _run_stage(
@@ -87,8 +106,10 @@ def _run_stage(
     config, stage = plan.config, plan.stage
     display.state(stage.name, "waiting for workers")
     start = parent.weights if parent else config.init_from
-    provide_initial_weights(plan.folder, config.model, config.seed, start, config.mlflow.tracking_uri)
-    stage_run = run.stage(stage.name, key=f"{run.run_id}/{plan.name}")
+    source = provide_initial_weights(plan.folder, config.model, config.seed, start, config.mlflow.tracking_uri)
+    # By its folder, which its own recipe names: the run is the same whatever changes in the stages after it.
+    key = hashlib.sha256(plan.folder.url.encode()).hexdigest()[:16]
+    stage_run = run.stage(stage.name, key=f"stage/{key}")
     stage_run.log_json(stage.model_dump(mode="json"), "stage.json")
     with run.running(stage_run.run_id):
         with listening(plan.job.feed, functools.partial(display.record, stage.name), stage_run.log):
@@ -107,7 +128,7 @@ def _run_stage(
                 config.mlflow.registered_model,
                 stage_run.run_id,
                 weights,
-                _lineage(plan, parent, metrics),
+                _lineage(plan, parent.model if parent else source, metrics),
                 config.promotion,
             )
     result = StageResult(
@@ -138,10 +159,10 @@ def _check_gates(stage: StageConfig, metrics: Mapping[str, float]) -> None:
             )
 
 
-def _lineage(plan: StagePlan, parent: StageResult | None, metrics: Mapping[str, float]) -> registry.Lineage:
+def _lineage(plan: StagePlan, parent: str, metrics: Mapping[str, float]) -> registry.Lineage:
     return registry.Lineage(
         stage=plan.stage.name,
-        parent=parent.model if parent else plan.config.init_from or "random",
+        parent=parent,
         manifests={part.data: plan.manifests[part.data].url for part in plan.stage.mixture},
         config_hash=plan.hash,
         code_version=code_version(),

@@ -130,16 +130,14 @@ def _read_curriculum(client: MlflowClient, run_id: str) -> _Curriculum:
         parent = client.get_run(run_id)
         text = mlflow.artifacts.load_text(f"runs:/{run_id}/config.yaml")
     except MlflowException as error:
+        if tracking.may_pass(error):
+            raise PipelineError(f"{client.tracking_uri} does not answer: {error.message}") from error
         raise PipelineError(f"run {run_id}: no curriculum's run at {client.tracking_uri} ({error.message})") from error
     config = CurriculumConfig.model_validate(yaml.safe_load(text))
-    children = client.search_runs(
-        [parent.info.experiment_id], filter_string=f"tags.`mlflow.parentRunId` = '{run_id}'", max_results=1000
-    )
-    runs = {run.data.tags.get("stage"): run for run in children}
     stages, begins = [], 0
     for stage in config.selected_stages:
-        if stage.name in runs:
-            run = runs[stage.name]
+        if (stage_run := parent.data.tags.get(f"{tracking.STAGE_RUN_TAG}{stage.name}")) is not None:
+            run = client.get_run(stage_run)
             versions = client.search_model_versions(f"run_id = '{run.info.run_id}'")
             stages.append(_Stage(stage.name, run, versions[0] if versions else None, begins, stage.validation))
             begins += stage.steps

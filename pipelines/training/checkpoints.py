@@ -20,7 +20,7 @@ from pipelines.errors import PipelineError
 from pipelines.training import state
 from pipelines.training.code_version import code_version
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 _PREFIX = "checkpoints/step_"
 

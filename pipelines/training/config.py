@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import yaml
@@ -73,6 +73,13 @@ class PartConfig(_Frozen):
         )
 
 
+def _no_alias_of_the_registry(name: str) -> str:
+    """A stage's name becomes an alias of its model."""
+    if name in ("champion", "latest") or re.fullmatch(r"v\d+", name):
+        raise ValueError(f"{name!r} means something else in the model registry; give the stage another name")
+    return name
+
+
 class SetConfig(_Frozen):
     """A validation set: a subset of a dataset, or its first `limit` samples."""
 
@@ -91,7 +98,7 @@ class MetricConfig(_Frozen):
 
     data: str
     subset: str
-    metric: str = "epe"
+    metric: Literal["epe", "px1", "px3", "px5", "s0_10", "s10_40", "s40_plus", "matched", "unmatched", "f1_all"] = "epe"
 
     @property
     def set_name(self) -> str:
@@ -112,7 +119,7 @@ class GateConfig(MetricConfig):
 class StageConfig(_Frozen):
     """One stage of the curriculum: the recipe (which decides the weights) and what is watched on the way."""
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_-]*$")
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$"), pydantic.AfterValidator(_no_alias_of_the_registry)]
     steps: PositiveInt
     global_batch: PositiveInt
     peak_lr: PositiveFloat
@@ -142,6 +149,7 @@ class StageConfig(_Frozen):
     def recipe(self) -> dict[str, Any]:
         """The part that decides the weights."""
         watched = {"validation", "validate_every", "checkpoint_every", "keep_last", "keep_best", "log_every", "gates"}
+        watched.add("max_skipped_in_a_row")  # ends a stage, and changes no weight
         return self.model_dump(mode="json", exclude=watched)
 
 
@@ -171,9 +179,10 @@ class MachineConfig(_Frozen):
         cache: keeps samples on the machines' own disks; None: each is read from storage every time.
         checkpointing: activations recomputed in the backward pass instead of kept.
         compile: the model through torch.compile.
-        max_failures: how often a stage is started again after a worker failed.
+        max_failures: how often a stage is started again after a worker failed, without a new checkpoint in between; 0:
+            never.
         hang_timeout_s: a worker without progress for as long is ended, so that the stage resumes.
-        storage_patience_s: for how long workers wait for storage that is away.
+        storage_patience_s: for how long workers and driver wait for storage that is away.
     """
 
     num_workers: PositiveInt = 1
@@ -240,7 +249,7 @@ class CurriculumConfig(_Frozen):
     mlflow: MlflowConfig = MlflowConfig()
     promotion: MetricConfig | None = None
     init_from: str | None = None
-    only: tuple[str, ...] | None = None
+    only: tuple[str, ...] | None = Field(default=None, min_length=1)
     seed: NonNegativeInt = 0
     precision: Precision = "fp32"
 

@@ -15,6 +15,7 @@ from pipelines.training.config import CurriculumConfig, StageConfig
 from pipelines.training.memory import peak_bytes
 
 _REPEATS = 2
+_PATIENCE_S = 120
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,22 @@ class StepCost:
 
 
 def estimate(config: CurriculumConfig, stage: StageConfig) -> StepCost | None:
-    """Measure forward and backward of a micro-batch on a worker of this Ray; None where it has no room for one."""
+    """Measure forward and backward of a micro-batch on a worker of this Ray.
+
+    None where it has no room for one: never, or not within `_PATIENCE_S`.
+    """
     machine = config.machine
     wanted = {"CPU": float(machine.cpus_per_worker), "GPU": float(machine.use_gpu)}
     there = ray.cluster_resources()
     if any(there.get(name, 0.0) < amount for name, amount in wanted.items()):
         return None
     measure = _measure.options(num_cpus=wanted["CPU"], num_gpus=wanted["GPU"])
-    micro_batch_s, memory_gib = ray.get(measure.remote(config, stage))
+    measuring = measure.remote(config, stage)
+    ready, _ = ray.wait([measuring], timeout=_PATIENCE_S)
+    if not ready:  # others have what there is
+        ray.cancel(measuring, force=True)
+        return None
+    micro_batch_s, memory_gib = ray.get(measuring)
     a_rank = math.ceil(stage.global_batch / machine.num_workers)
     return StepCost(micro_batch_s * a_rank / min(machine.micro_batch, a_rank), memory_gib)
 

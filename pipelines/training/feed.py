@@ -84,7 +84,8 @@ def listening(name: str, show: Callable[[Record], None], keep: Callable[[Record]
         name: of the queue.
         show: called with every record, in order; must be quick.
         keep: called with every record, in order, in a thread of its own: it may wait for a server. The end of the
-            `with` waits until all is kept, and raises what `keep` raised.
+            `with` waits until all is kept, and raises what `keep` raised. After that it is not called again: a record
+            that is told later than its successors would leave a gap for good.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = _Queue.options(name=name, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
@@ -94,6 +95,8 @@ def listening(name: str, show: Callable[[Record], None], keep: Callable[[Record]
         failures: list[Exception] = []
 
         def keep_in_turn(record: Record) -> None:
+            if failures:
+                return
             try:
                 keep(record)
             except Exception as error:  # noqa: BLE001 (raised where the driver waits)

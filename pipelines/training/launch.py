@@ -22,7 +22,7 @@ from ray.train.torch import TorchTrainer
 from datasets_etl.storage import ObjectStore, open_store
 from gmflow import GMFlow, load_weights, save_weights
 from pipelines.errors import USER_ERRORS, PipelineError
-from pipelines.training import registry
+from pipelines.training import registry, state
 from pipelines.training.checkpoints import CheckpointStore
 from pipelines.training.config import ModelConfig
 from pipelines.training.feed import FeedWriter
@@ -31,11 +31,16 @@ from pipelines.training.state import result_weights
 
 log = logging.getLogger(__name__)
 
+_INITIAL_SOURCE = "init.txt"
+
 
 def provide_initial_weights(
     folder: ObjectStore, model: ModelConfig, seed: int, reference: str | None, tracking_uri: str | None
-) -> None:
+) -> str:
     """Pin what a stage starts from in its folder, once: an alias may move, a file may be replaced.
+
+    Returns what was pinned, for the lineage: "models:/NAME/N", a file with the first 16 hex digits of its SHA-256, or
+    "random".
 
     Args:
         folder: of the stage, on storage.
@@ -44,23 +49,28 @@ def provide_initial_weights(
         reference: models:/…, .pth or .safetensors to take the weights from; None leaves them random.
         tracking_uri: of the registry that knows models:/… references.
     """
-    if folder.size(INITIAL_WEIGHTS) is not None:
-        return
+    if folder.size(_INITIAL_SOURCE) is not None:
+        return folder.read(_INITIAL_SOURCE).decode()
+    source = "random"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         initial = GMFlow(model.build())
     with tempfile.TemporaryDirectory(prefix="gmflow-init-") as scratch:
         if reference is not None:
-            load_weights(initial, registry.fetch_weights(reference, Path(scratch), tracking_uri))
+            fetched, source = registry.fetch_named_weights(reference, Path(scratch), tracking_uri)
+            load_weights(initial, fetched)
         path = Path(scratch) / f"pinned-{INITIAL_WEIGHTS}"
         save_weights(initial, path)
         folder.upload(path, INITIAL_WEIGHTS)
+    folder.write(_INITIAL_SOURCE, source.encode())  # last: it says that the weights are there
+    return source
 
 
 def fit_stage(job: StageJob, name: str, callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
     """Train a stage on Ray to its end, resuming what storage holds of it. Its initial weights must be in its folder.
 
-    Workers that leave a machine about to be taken away end early; they are started again, elsewhere.
+    Workers that leave a machine about to be taken away end early; they are started again, elsewhere. So are those that
+    failed, `machine.max_failures` times without a new checkpoint in between.
 
     Args:
         job: what the workers are told.
@@ -68,23 +78,36 @@ def fit_stage(job: StageJob, name: str, callbacks: Sequence[UserCallback] = ()) 
         callbacks: Ray Train's, such as the one that reports to Ray Tune.
 
     Returns the snapshot of the last step.
-    Raises an error of ours where a worker met one, ray.train.TrainingFailedError for any other end.
+    Raises an error of ours: what a worker met, or that workers failed too often.
     """
     checkpoints = CheckpointStore(open_store(job.folder))
-    done = _newest_step(newest := checkpoints.newest(log.warning))
-    while newest is None or done < job.stage.steps:
-        _fit(job, name, callbacks)
-        before, done = done, _newest_step(newest := checkpoints.newest(log.warning))
-        if done <= before:
-            raise PipelineError(f"stage {job.stage.name}: ended without a new checkpoint; see Ray's logs")
+    newest = checkpoints.newest(log.warning)
+    while newest is None or not state.is_complete(newest, job.stage.steps):
+        failure = _fit(job, name, callbacks)
+        before, newest = newest, checkpoints.newest(log.warning)
+        if _progress(newest) > _progress(before) and (failure is None or job.machine.max_failures):
+            continue
+        if failure is not None:
+            raise _failed_too_often(job, failure) from failure
+        raise PipelineError(f"stage {job.stage.name}: ended without a new checkpoint; see Ray's logs")
     return newest
 
 
-def _newest_step(snapshot: dict[str, Any] | None) -> int:
-    return 0 if snapshot is None else int(snapshot["step"])
+def _progress(snapshot: dict[str, Any] | None) -> tuple[int, int]:
+    return (0, 0) if snapshot is None else (snapshot["step"], snapshot["validated"])
 
 
-def _fit(job: StageJob, name: str, callbacks: Sequence[UserCallback]) -> None:
+def _failed_too_often(job: StageJob, failure: TrainingFailedError) -> PipelineError:
+    reason = (str(failure).strip().splitlines() or [type(failure).__name__])[-1]
+    return PipelineError(
+        f"stage {job.stage.name}: workers failed {job.machine.max_failures + 1} time(s) without a new checkpoint "
+        f"(machine.max_failures {job.machine.max_failures}), the last: {reason[:300]}; the same command goes on from "
+        "the newest checkpoint"
+    )
+
+
+def _fit(job: StageJob, name: str, callbacks: Sequence[UserCallback]) -> TrainingFailedError | None:
+    """One run of Ray Train; returns what its workers failed of, if they failed too often. Raises errors of ours."""
     machine = job.machine
     fewest = machine.min_workers or machine.num_workers
     trainer = TorchTrainer(
@@ -109,9 +132,11 @@ def _fit(job: StageJob, name: str, callbacks: Sequence[UserCallback]) -> None:
     except TrainingFailedError as error:
         if (mine := _user_error(error)) is not None:
             raise mine from error
-        raise
+        log.warning("stage %s: %s", job.stage.name, error)
+        return error
     if (end := FeedWriter(job.feed).gave_up_for()) is not None:
         raise end
+    return None
 
 
 def _user_error(error: BaseException | None) -> Exception | None:
@@ -138,4 +163,7 @@ def final_weights(last: dict[str, Any], model: ModelConfig, path: Path) -> dict[
     final = GMFlow(model.build())
     final.load_state_dict(result_weights(last))
     save_weights(final, path)
-    return {name: value for _, metrics in last["records"] for name, value in metrics.items()}
+    newest = {name: value for _, metrics in last["records"] for name, value in metrics.items()}
+    measured = {name for step, metrics in last["records"] if step == last["step"] for name in metrics}
+    # What an earlier validation found is not of these weights.
+    return {name: value for name, value in newest.items() if name in measured or not name.startswith("val/")}

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import hashlib
 import io
 import json
 import tempfile
@@ -28,6 +29,8 @@ from pipelines.training import tracking
 from pipelines.training.config import MetricConfig
 
 CHAMPION = "champion"
+
+_WEIGHTS_TAG = "weights_sha256"
 
 _REMEMBERED = 100  # versions an alias can be rolled back over
 
@@ -77,11 +80,12 @@ def register(
     lineage: Lineage,
     promotion: MetricConfig | None,
 ) -> ModelVersion:
-    """Register a finished stage's weights, once: a second call with the same lineage returns the first version.
+    """Register a finished stage's weights, once: a second call of the same run and weights returns the first version.
 
     The alias of the stage's name moves to it; `champion` too, if the promotion rule says so.
     """
-    version = _registered(client, model_name, lineage) or _log_model(model_name, run_id, weights, lineage)
+    tags = lineage.tags() | {_WEIGHTS_TAG: _sha256(weights)}
+    version = _registered(client, model_name, run_id, tags) or _log_model(model_name, run_id, weights, tags)
     move_alias(client, model_name, lineage.stage, version.version)
     if _improves(client, model_name, lineage, promotion):
         move_alias(client, model_name, CHAMPION, version.version)
@@ -106,7 +110,9 @@ def roll_back(client: MlflowClient, model_name: str, alias: str) -> tuple[str, s
     """
     before = _alias(client, model_name, alias)
     if before is None:
-        raise PipelineError(f"models:/{model_name}@{alias}: no such model; there is: {_known(client)}")
+        raise PipelineError(
+            f"models:/{model_name}@{alias}: no such model at {client.tracking_uri}; there is: {_known(client)}"
+        )
     versions = _earlier_versions(client, model_name, alias)
     if not versions:
         raise PipelineError(f"models:/{model_name}@{alias}: was never on another version than {before}")
@@ -117,9 +123,17 @@ def roll_back(client: MlflowClient, model_name: str, alias: str) -> tuple[str, s
 
 
 def _alias(client: MlflowClient, model_name: str, alias: str) -> str | None:
+    found = _version_by_alias(client, model_name, alias)
+    return None if found is None else str(found.version)
+
+
+def _version_by_alias(client: MlflowClient, model_name: str, alias: str) -> ModelVersion | None:
+    """None where there is no such alias; a server that did not answer has not said so."""
     try:
-        return str(client.get_model_version_by_alias(model_name, alias).version)
-    except MlflowException:
+        return client.get_model_version_by_alias(model_name, alias)
+    except MlflowException as error:
+        if tracking.may_pass(error):
+            raise
         return None
 
 
@@ -134,17 +148,24 @@ def _remember(client: MlflowClient, model_name: str, alias: str, versions: list[
     client.set_registered_model_tag(model_name, f"earlier.{alias}", json.dumps(versions[-_REMEMBERED:]))
 
 
-def _registered(client: MlflowClient, model_name: str, lineage: Lineage) -> ModelVersion | None:
+def _registered(client: MlflowClient, model_name: str, run_id: str, tags: Mapping[str, str]) -> ModelVersion | None:
     """The version of an attempt that ended between registering and saying so."""
-    try:
-        versions = client.search_model_versions(f"name = '{model_name}'")
-    except MlflowException:
-        return None
-    same = [found for found in versions if found.tags.get("config_hash") == lineage.config_hash]
+    versions = client.search_model_versions(f"run_id = '{run_id}'")
+    same = [
+        found
+        for found in versions
+        if found.name == model_name
+        and all(found.tags.get(name) == tags[name] for name in ("config_hash", _WEIGHTS_TAG))
+    ]
     return max(same, key=lambda found: int(found.version), default=None)
 
 
-def _log_model(model_name: str, run_id: str, weights: Path, lineage: Lineage) -> ModelVersion:
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _log_model(model_name: str, run_id: str, weights: Path, tags: dict[str, str]) -> ModelVersion:
     # MLflow advises type hints on predict (but knows none for arrays) and tells what it does; failures are raised.
     with contextlib.redirect_stderr(io.StringIO()), mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
@@ -159,7 +180,7 @@ def _log_model(model_name: str, run_id: str, weights: Path, lineage: Lineage) ->
                 for package in ("mlflow", "numpy", "opencv-python-headless", "safetensors", "torch")
             ],
         )
-        return mlflow.register_model(logged.model_uri, model_name, tags=lineage.tags())
+        return mlflow.register_model(logged.model_uri, model_name, tags=tags)
 
 
 def _example() -> list[dict[str, str]]:
@@ -172,12 +193,12 @@ def _example() -> list[dict[str, str]]:
 def _improves(client: MlflowClient, model_name: str, lineage: Lineage, promotion: MetricConfig | None) -> bool:
     if promotion is None:
         return True
-    try:
-        champion = client.get_model_version_by_alias(model_name, CHAMPION)
-    except MlflowException:
-        return True
-    reigning = champion.tags.get(promotion.name.replace("/", "."))
-    return reigning is None or lineage.metrics[promotion.name] < float(reigning)
+    figure = lineage.metrics.get(promotion.name)
+    if figure is None:  # a model that was not measured reigns over none
+        return False
+    champion = _version_by_alias(client, model_name, CHAMPION)
+    reigning = None if champion is None else champion.tags.get(promotion.name.replace("/", "."))
+    return reigning is None or figure < float(reigning)
 
 
 def resolve_model(reference: str, tracking_uri: str | None = None) -> GMFlow:
@@ -199,15 +220,21 @@ def fetch_weights(reference: str, folder: Path, tracking_uri: str | None = None)
         PipelineError: no such model.
         DataError: no such file.
     """
+    return fetch_named_weights(reference, folder, tracking_uri)[0]
+
+
+def fetch_named_weights(reference: str, folder: Path, tracking_uri: str | None = None) -> tuple[Path, str]:
+    """`fetch_weights`, and what the reference stands for now: "models:/NAME/N", or the file and its SHA-256's start."""
     if reference.startswith("models:/"):
         client = tracking.connect(tracking_uri)
-        return _download(client, find_version(client, reference), folder)
+        version = find_version(client, reference)
+        return _download(client, version, folder), f"models:/{version.name}/{version.version}"
     if not reference.endswith((".pth", ".safetensors")):
         raise PipelineError(f"{reference}: no model reference; write models:/NAME@ALIAS, or a .pth or .safetensors")
     store, name = split_url(reference)
     path = folder / name
     path.write_bytes(store.read(name))
-    return path
+    return path, f"{reference} (sha256 {_sha256(path)[:16]})"
 
 
 def find_version(client: MlflowClient, reference: str) -> ModelVersion:
@@ -219,6 +246,8 @@ def find_version(client: MlflowClient, reference: str) -> ModelVersion:
     try:
         return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
     except MlflowException as error:
+        if tracking.may_pass(error):
+            raise PipelineError(f"{reference}: {client.tracking_uri} does not answer: {error.message}") from error
         known = _known(client)
         raise PipelineError(f"{reference}: no such model at {client.tracking_uri}; there is: {known}") from error
 

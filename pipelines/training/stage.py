@@ -88,14 +88,14 @@ def train_stage(config: dict[str, Any]) -> None:
 def _train(worker: "_Worker") -> None:
     with worker.watchdog.watching():
         worker.resume()
-        for step, batches in worker.stream():
+        staying = worker.validate_when_due()  # where an attempt ended before it did
+        for step, batches in worker.stream() if staying else ():
             sums = worker.accumulate(batches)
             totals = worker.update(sums)
             worker.state.step = step + 1
             worker.track(totals)
-            worker.validate_when_due()
             worker.checkpoint_when_due()
-            if sums.look_out and worker.must_leave():
+            if not worker.validate_when_due() or (sums.look_out and worker.must_leave()):
                 break
         worker.finish()
 
@@ -137,8 +137,7 @@ class _Worker:
         self.checkpoints = CheckpointStore(open_store(job.folder))
         best = None if stage.keep_best is None else stage.keep_best.name
         self.writer = CheckpointWriter(self.checkpoints, KeepPolicy(stage.keep_last, best), self._warn)
-        self.validated: dict[str, float] = {}  # at the current step
-        self.checkpointed = -1  # the newest step handed to the writer
+        self.checkpointed = (-1, -1)  # step and validation of the newest snapshot handed to the writer
         self.looked_out = time.monotonic()
 
     def _prepare(self) -> nn.Module:
@@ -233,7 +232,7 @@ class _Worker:
         state = self.state
         state.scaler.unscale_(state.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.job.stage.clip_norm))
-        if math.isfinite(sums.loss) and math.isfinite(norm):
+        if applied := math.isfinite(sums.loss) and math.isfinite(norm):
             state.scaler.step(state.optimizer)
             if state.average is not None:
                 state.average.update_parameters(self.model)
@@ -242,7 +241,7 @@ class _Worker:
             self._skip(sums.loss, norm)
         state.scaler.update()
         state.schedule.step()
-        return StepTotals(sums.loss, sums.metrics, norm, sums.data_wait)
+        return StepTotals(sums.loss, sums.metrics, norm, applied, sums.data_wait)
 
     def _skip(self, loss: float, norm: float) -> None:
         state, stage = self.state, self.job.stage
@@ -270,32 +269,58 @@ class _Worker:
         state.interval = Interval()
         state.record(state.step, metrics)
         left = (stage.steps - state.step) * metrics["time/step_s"]
+        loss, epe = (metrics.get(f"train/{name}", math.nan) for name in ("loss", "epe"))  # all were skipped
         self._say(
-            f"loss={metrics['train/loss']:.3f} epe={metrics['train/epe']:.3f} lr={metrics['train/lr']:.2e} "
+            f"loss={loss:.3f} epe={epe:.3f} lr={metrics['train/lr']:.2e} "
             f"samples/s={metrics['time/samples_per_s']:.1f} wait={100 * metrics['time/data_wait']:.0f}% "
             f"eta={int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}",
             metrics,
         )
 
-    def validate_when_due(self) -> None:
-        stage, step = self.job.stage, self.state.step
-        self.validated = {}
-        if step != stage.steps and (stage.validate_every is None or step % stage.validate_every):
-            return
+    def validate_when_due(self) -> bool:
+        """Every set, where the step asks for it. False where the workers left meanwhile; it is made up for then."""
+        if not self._validation_is_due():
+            return True
+        step = self.state.step
+        found: dict[str, float] = {}
         pictures: dict[str, bytes] = {}
         for name, evaluation in self.validation.items():
             result, news = self.state.result, self._validation_news(name, len(evaluation))
             assert isinstance(result, GMFlow)
-            scores, first = validate(result, evaluation, self.device, self.rank, self.world_size, news)
+            scored = validate(result, evaluation, self.device, self.rank, self.world_size, news, self._leaves_meanwhile)
+            if scored is None:
+                return False
+            scores, first = scored
             # A speed range without a pixel has no figure.
-            self.validated |= {f"val/{name}/{metric}": v for metric, v in scores.items() if not math.isnan(v)}
+            found |= {f"val/{name}/{metric}": v for metric, v in scores.items() if not math.isnan(v)}
             if first is not None and self.rank == 0:
                 pictures[f"{name.replace('/', '_')}_step_{step:06d}.png"] = comparison_png(first)
-        if self.validated:
-            self.state.record(step, self.validated)
-            shown = " ".join(f"{name}={value:.3f}" for name, value in self.validated.items() if name.endswith("/epe"))
-            self._say(f"validated {shown}", self.validated, pictures)
-        self.state.interval.restart_clock()
+        self.state.validated = step
+        self._keep_validation(found, pictures)
+        return True
+
+    def _validation_is_due(self) -> bool:
+        stage, step = self.job.stage, self.state.step
+        asked = step == stage.steps or (stage.validate_every is not None and step % stage.validate_every == 0)
+        return asked and self.state.validated != step
+
+    def _keep_validation(self, found: dict[str, float], pictures: dict[str, bytes]) -> None:
+        stage, state = self.job.stage, self.state
+        if found:
+            state.record(state.step, found)
+            shown = " ".join(f"{name}={value:.3f}" for name, value in found.items() if name.endswith("/epe"))
+            self._say(f"validated {shown}", found, pictures)
+        if self._checkpoint_is_due() or stage.keep_best is not None:
+            self._checkpoint(found)  # in the place of the one from before the validation
+        self._report()
+
+    def _leaves_meanwhile(self) -> bool:
+        """Between the samples of a validation: whether the workers leave. A collective."""
+        look_out = torch.tensor(float(self.rank == 0 and time.monotonic() - self.looked_out > _LOOK_OUT_S))
+        if self.world_size > 1:
+            look_out = look_out.to(self.device)
+            dist.all_reduce(look_out)
+        return bool(look_out) and self.must_leave()
 
     def _validation_news(self, name: str, total: int) -> Any:
         since = time.monotonic()
@@ -309,20 +334,27 @@ class _Worker:
         return tell
 
     def checkpoint_when_due(self) -> None:
-        """Rank 0 hands a snapshot to the writer; all ranks report, which is what Ray Tune decides by."""
-        stage, step = self.job.stage, self.state.step
-        due = step == stage.steps or step % stage.checkpoint_every == 0
-        if due:
-            self._checkpoint()
-        if due or self.validated:
-            latest = {name: value for _, metrics in self.state.records for name, value in metrics.items()}
-            ray.train.report(latest | {"step": step})
-            self.state.interval.restart_clock()
+        """Before a validation, which may take longer than a machine that is to go has left."""
+        if self._checkpoint_is_due():
+            self._checkpoint({})
+            if not self._validation_is_due():  # which reports itself: once a step
+                self._report()
 
-    def _checkpoint(self) -> None:
-        if self.rank == 0 and self.checkpointed != self.state.step:
-            self.writer.submit(self.state.snapshot(), self.validated)
-            self.checkpointed = self.state.step
+    def _checkpoint_is_due(self) -> bool:
+        return self.state.step == self.job.stage.steps or self.state.step % self.job.stage.checkpoint_every == 0
+
+    def _checkpoint(self, validated: dict[str, float]) -> None:
+        """Rank 0 hands a snapshot to the writer, with what the validation at this step found, unless it has it."""
+        state = self.state
+        if self.rank == 0 and self.checkpointed != (state.step, state.validated):
+            self.writer.submit(state.snapshot(), validated)
+            self.checkpointed = state.step, state.validated
+
+    def _report(self) -> None:
+        """All ranks tell Ray, which is what Ray Tune decides by."""
+        latest = {name: value for _, metrics in self.state.records for name, value in metrics.items()}
+        ray.train.report(latest | {"step": self.state.step})
+        self.state.interval.restart_clock()
 
     def must_leave(self) -> bool:
         """Whether Ray knows that a machine of this group is about to be taken; then all leave, with a checkpoint."""
@@ -333,7 +365,7 @@ class _Worker:
         self._say(
             f"leaves: the machine of worker {', '.join(map(str, notice.preempted_ranks))} is about to be taken away"
         )
-        self._checkpoint()
+        self._checkpoint({})
         return True
 
     def finish(self) -> None:

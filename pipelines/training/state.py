@@ -32,6 +32,7 @@ class TrainingState:
         scaler: of the loss for fp16; passes everything on as it is for other precisions.
         average: exponential moving average of the weights, where the stage keeps one.
         step: the next step to run; the position in the data stream is step · global batch.
+        validated: the step of the newest validation.
         skipped: steps whose update was left out because a loss or gradient was not finite.
         skipped_in_a_row: how many of them were the newest.
         interval: sums over the steps since the newest record.
@@ -44,6 +45,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     average: AveragedModel | None = None
     step: int = 0
+    validated: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
     interval: Interval = field(default_factory=Interval)
@@ -79,6 +81,7 @@ class TrainingState:
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else _to_cpu(self.average.state_dict()),
             "step": self.step,
+            "validated": self.validated,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "interval": self.interval.state_dict(),
@@ -97,12 +100,17 @@ class TrainingState:
         self.schedule.load_state_dict(saved["schedule"])
         self.scaler.load_state_dict(saved["scaler"])
         self.interval = Interval.from_state_dict(saved["interval"])
-        self.step, self.records = saved["step"], saved["records"]
+        self.step, self.validated, self.records = saved["step"], saved["validated"], saved["records"]
         self.skipped, self.skipped_in_a_row = saved["skipped"], saved["skipped_in_a_row"]
 
 
 def _average(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
+
+
+def is_complete(saved: dict[str, Any], steps: int) -> bool:
+    """Whether a snapshot is that of a stage's end: trained to its last step, and validated there."""
+    return bool(saved["step"] == saved["validated"] == steps)
 
 
 def result_weights(saved: dict[str, Any]) -> dict[str, Tensor]:

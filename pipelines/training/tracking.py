@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlflow
 import requests
@@ -29,6 +29,13 @@ from pipelines.training.feed import Record
 
 # Identifies what a run is of, so that a second attempt finds it.
 KEY_TAG = "gmflow.key"
+
+STAGE_RUN_TAG = "stage_run."
+"""Of a curriculum's run, followed by a stage's name: the id of the stage's run."""
+
+_PARENT_TAG = "mlflow.parentRunId"
+
+_Result = TypeVar("_Result")
 
 
 def tracking_uri(configured: str | None) -> str:
@@ -61,29 +68,48 @@ def _embedded_folder(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")).absolute().parent
 
 
-def patiently(patience_s: float, tell: Callable[[str], None]) -> tenacity.Retrying:
+class Patience:
     """Calls what it is given again while MLflow is away or busy.
 
     Args:
-        patience_s: for how long, in seconds; then the error is raised.
+        patience_s: for how long, in seconds.
         tell: called with a line when waiting begins.
     """
 
-    def say_once(state: tenacity.RetryCallState) -> None:
+    def __init__(self, patience_s: float, tell: Callable[[str], None]) -> None:
+        self._patience_s, self._tell = patience_s, tell
+
+    def __call__(self, work: Callable[..., _Result], *arguments: Any, **named: Any) -> _Result:
+        """Raises PipelineError where it took longer than the patience, and at once what waiting would not mend."""
+        trying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(may_pass),
+            stop=tenacity.stop_after_delay(self._patience_s),
+            wait=tenacity.wait_exponential_jitter(multiplier=0.5, max=15.0),
+            before_sleep=self._say_once,
+            reraise=True,
+        )
+        try:
+            return trying(work, *arguments, **named)
+        except Exception as error:
+            if not may_pass(error):
+                raise
+            raise PipelineError(
+                f"MLflow was away for longer than mlflow.patience_s {self._patience_s:g} ({_reason(error)}); what was "
+                "trained is kept, the same command goes on once it answers"
+            ) from error
+
+    def _say_once(self, state: tenacity.RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:
-            reason = str(state.outcome.exception()).splitlines()[0][:200]
-            tell(f"MLflow is away ({reason}); what it should know is kept and sent when it answers")
-
-    return tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_may_pass),
-        stop=tenacity.stop_after_delay(patience_s),
-        wait=tenacity.wait_exponential_jitter(multiplier=0.5, max=15.0),
-        before_sleep=say_once,
-        reraise=True,
-    )
+            reason = _reason(state.outcome.exception())
+            self._tell(f"MLflow is away ({reason}); what it should know is kept and sent when it answers")
 
 
-def _may_pass(error: BaseException) -> bool:
+def _reason(error: BaseException | None) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an error says that MLflow is away or busy, rather than that it refuses."""
     if isinstance(error, MlflowException):
         return bool(error.get_http_status_code() >= HTTPStatus.INTERNAL_SERVER_ERROR)
     return isinstance(error, requests.RequestException | BotoCoreError | S3UploadFailedError)
@@ -92,7 +118,7 @@ def _may_pass(error: BaseException) -> bool:
 class TrackedRun:
     """A run that takes records and sees that none is told twice."""
 
-    def __init__(self, client: MlflowClient, run: Run, patience: tenacity.Retrying) -> None:
+    def __init__(self, client: MlflowClient, run: Run, patience: Patience) -> None:
         self.client = client
         self.run_id: str = run.info.run_id
         self._patience = patience
@@ -151,16 +177,25 @@ class CurriculumRun:
         self, client: MlflowClient, config: MlflowConfig, name: str, key: str, tell: Callable[[str], None]
     ) -> None:
         self.client = client
-        self.patience = patiently(config.patience_s, tell)
+        self.patience = Patience(config.patience_s, tell)
         self.experiment_id = _experiment(client, config.experiment)
         self._own = TrackedRun(client, _find_or_create(client, self.experiment_id, name, key, {}), self.patience)
         self.run_id = self._own.run_id
 
     def stage(self, name: str, key: str) -> TrackedRun:
-        """The child run of a stage."""
-        tags = {"mlflow.parentRunId": self.run_id, "stage": name}
+        """The child run of a stage; one that another parent began and did not end becomes this one's."""
+        tags = {_PARENT_TAG: self.run_id, "stage": name}
         run = self.patience(_find_or_create, self.client, self.experiment_id, name, key, tags)
+        before = run.data.tags.get(_PARENT_TAG)
+        if before != self.run_id:
+            self.patience(self.client.set_tag, run.info.run_id, _PARENT_TAG, self.run_id)
+            if before is not None and self.patience(self.client.get_run, before).info.status == "RUNNING":
+                self.patience(self.client.set_terminated, before, "KILLED")
         return TrackedRun(self.client, run, self.patience)
+
+    def name_stage(self, name: str, run_id: str) -> None:
+        """Say which run holds a stage's curves: a stage that was finished earlier is another parent's child."""
+        self.patience(self.client.set_tag, self.run_id, f"{STAGE_RUN_TAG}{name}", run_id)
 
     def log_setup(self, config: CurriculumConfig, manifests: Mapping[str, Manifest]) -> None:
         """The resolved config, the manifests the run reads, and what it runs on."""
@@ -172,7 +207,7 @@ class CurriculumRun:
         }
         self._own.log_json(facts, "manifests.json")
         for name, manifest in manifests.items():
-            self.client.set_tag(self.run_id, f"manifest.{name}", manifest.url)
+            self.patience(self.client.set_tag, self.run_id, f"manifest.{name}", manifest.url)
 
     def log_stage(self, number: int, metrics: Mapping[str, float]) -> None:
         """A finished stage's validation, against the number of the stage."""

@@ -69,20 +69,25 @@ def validate(
     rank: int,
     world_size: int,
     on_scored: Callable[[int], None],
-) -> tuple[dict[str, float], Scored | None]:
+    interrupted: Callable[[], bool],
+) -> tuple[dict[str, float], Scored | None] | None:
     """Pooled metrics over all ranks, the same on each, and this rank's first sample for a picture.
 
     Every rank of the group must call it; each takes every world_size-th sample. `on_scored` is called after each with
-    the number of samples done by all ranks together, as far as this one can tell.
+    the number of samples done by all ranks together, as far as this one can tell. `interrupted` is then called by all
+    ranks, must answer the same on each, and ends it where it says so: the result is None.
     """
     pooled = FlowMetrics()
     first = None
     with evaluating(model):
-        numbers = range(rank, len(evaluation), world_size)
-        for number, scored in zip(numbers, score(model, (evaluation[i] for i in numbers), device), strict=True):
-            pooled.merge(scored.metrics)
-            first = first or scored
-            on_scored(number + 1)
+        for together in range(0, len(evaluation), world_size):
+            if (number := together + rank) < len(evaluation):
+                (scored,) = score(model, [evaluation[number]], device)
+                pooled.merge(scored.metrics)
+                first = first or scored
+                on_scored(number + 1)
+            if interrupted():
+                return None
     sums = pooled.state().to(device)
     if world_size > 1:
         dist.all_reduce(sums)

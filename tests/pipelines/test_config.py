@@ -122,6 +122,21 @@ def test_what_decides_the_weights_decides_the_hash_and_nothing_else(small, load)
     assert len({first, *changed}) == len(changed) + 1
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("promotion={data: chairs, subset: val, metric: eppe}", r"promotion\.metric: .*'epe'.*not 'eppe'"),
+        ("promotion={data: chairs, subset: val, metric: wauc}", r"promotion\.metric: .*not 'wauc'"),  # more is better
+        ("stages.chairs.name=champion", "'champion' means something else in the model registry"),
+        ("stages.chairs.name=v1", "'v1' means something else in the model registry"),
+        ("only=[]", "only: .*at least 1"),
+    ],
+)
+def test_what_would_show_after_weeks_is_said_at_once(small, load, override, message):
+    with pytest.raises(PipelineError, match=message):
+        load(small, override)
+
+
 def test_a_stage_runs_alone(small, load):
     second = {**small["stages"][0], "name": "kitti"}
     config = load({**small, "stages": [small["stages"][0], second]}, "only=[kitti]")

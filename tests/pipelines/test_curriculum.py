@@ -1,5 +1,6 @@
 """The curriculum as a user runs it: stages in order, resumed after a kill to the bit, told once to MLflow."""
 
+import hashlib
 import json
 import os
 import re
@@ -13,14 +14,21 @@ import pytest
 import torch
 import yaml
 from mlflow.tracking import MlflowClient
+from ray.train import TrainingFailedError
 from safetensors.torch import load_file
 
 import pipelines.curriculum
+from datasets_etl.storage import PATIENCE_VARIABLE, open_store
+from pipelines import report
 from pipelines.curriculum import run_curriculum
 from pipelines.errors import PipelineError
-from pipelines.training.config import CurriculumConfig, load_config
+from pipelines.training import launch, tracking
+from pipelines.training.config import CurriculumConfig, MachineConfig, ModelConfig, load_config
 from pipelines.training.dry_run import show_dry_run
+from pipelines.training.launch import provide_initial_weights
+from pipelines.training.plan import StagePlan
 from pipelines.training.registry import resolve_model
+from pipelines.training.stage import StageJob
 from tests.pipelines.conftest import Call, Workplace, train_workers, workplace_in
 
 pytestmark = pytest.mark.slow
@@ -48,11 +56,11 @@ def final_weights(workplace: Workplace, stage: str) -> dict[str, torch.Tensor]:
     return load_file(stage_folder(workplace, stage) / "final.safetensors")
 
 
-def wait_for_checkpoint(process: subprocess.Popen[str], workplace: Workplace, stage: str) -> None:
-    """Until the stage has a second checkpoint."""
+def wait_for_checkpoint(process: subprocess.Popen[str], workplace: Workplace, stage: str, count: int = 2) -> None:
+    """Until the stage has that many checkpoints."""
     deadline = time.monotonic() + WAIT_SECONDS
     pattern = f"storage/tiny-{stage}-*/checkpoints/step_*.json"
-    while len(list(workplace.folder.glob(pattern))) < 2:
+    while len(list(workplace.folder.glob(pattern))) < count:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, f"no checkpoint of {stage}"
         time.sleep(0.02)
@@ -67,18 +75,21 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, manifests) -> Workplac
     return workplace
 
 
-def test_a_killed_worker_and_a_killed_driver_change_no_bit(undisturbed: Workplace, workplace: Workplace):
+def test_killed_workers_and_a_killed_driver_change_no_bit(undisturbed: Workplace, workplace: Workplace):
+    """More workers than a stage may lose in a row: each comes after a new checkpoint."""
+    workplace.config["machine"]["max_failures"] = 1
+    workplace.config["stages"][0]["keep_last"] = 100  # so that new ones can be counted
     config = str(workplace.write())
     first = workplace.start("curriculum.py", "--config", config)
-    wait_for_checkpoint(first, workplace, "chairs")
-    victim = train_workers(first.pid)[0]
-    os.kill(victim, signal.SIGKILL)
+    for checkpoints in (2, 4):
+        wait_for_checkpoint(first, workplace, "chairs", checkpoints)
+        os.kill(train_workers(first.pid)[0], signal.SIGKILL)
     wait_for_checkpoint(first, workplace, "mix")
     orphans = train_workers(first.pid)
     first.kill()
     told, _ = first.communicate()
     assert "stage=chairs" in told
-    assert "resumes" in told, "the worker was killed before its first checkpoint or after its last"
+    assert told.count("resumes") >= 2, "a worker was killed before its first checkpoint or after its last"
     assert not (stage_folder(workplace, "mix") / "result.json").exists()
     wait_for_end(orphans)
     damage_newest_checkpoint(workplace, "mix")
@@ -231,6 +242,75 @@ def test_one_worker_and_two_and_storage_on_s3_give_the_same_model(manifests: dic
     for name, tensor in weights.items():
         if not name.endswith(FREE_BIASES):
             torch.testing.assert_close(other_weights[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_report_that_fails_undoes_nothing_and_says_how_to_make_it(undisturbed: Workplace, capsys, monkeypatch):
+    def fail(*_: object) -> None:
+        raise TypeError("no picture")
+
+    monkeypatch.setattr(pipelines.curriculum.report, "log_curriculum_report", fail)
+    results = run_curriculum(resolved(undisturbed, "only=[chairs]"))
+    assert [result.stage for result in results] == ["chairs"]
+    told = capsys.readouterr().out
+    (run_id,) = re.findall(r"could not be made \(no picture\).*report.py --run (\w+)", " ".join(told.split()))
+    monkeypatch.undo()
+    client = tracking.connect(undisturbed.tracking_uri)
+    assert client.get_run(run_id).info.status == "FINISHED"
+    # Its stage was another command's: that one's curves are shown.
+    curves = {curve.title: curve for curve in report.curriculum_report(client, run_id, 0).curves}
+    assert list(curves["Training loss"].series) == ["chairs"]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_the_driver_waits_for_storage_as_the_workers_do(undisturbed: Workplace, monkeypatch):
+    """Once the curriculum has begun: before, what does not answer is a mistyped address."""
+    waits = []
+    look = StagePlan.result
+    monkeypatch.setattr(StagePlan, "result", lambda plan: waits.append(os.environ.get(PATIENCE_VARIABLE)) or look(plan))
+    run_curriculum(resolved(undisturbed, "machine.storage_patience_s=77"))
+    assert waits == ["77.0"] * 2
+    assert PATIENCE_VARIABLE not in os.environ
+
+
+def test_weights_are_named_by_what_they_were(undisturbed: Workplace, tmp_path: Path):
+    """In the lineage: the alias a stage begins from may move to what it ends with."""
+    model, uri = ModelConfig(**undisturbed.config["model"]), undisturbed.tracking_uri
+    version = tracking.connect(uri).get_model_version_by_alias("gmflow", "chairs").version
+    folder = open_store(str(tmp_path / "stage"))
+    assert provide_initial_weights(folder, model, 0, "models:/gmflow@chairs", uri) == f"models:/gmflow/{version}"
+    assert provide_initial_weights(folder, model, 0, "models:/gmflow@champion", uri) == f"models:/gmflow/{version}"
+    path = stage_folder(undisturbed, "mix") / "final.safetensors"
+    named = provide_initial_weights(open_store(str(tmp_path / "other")), model, 0, str(path), uri)
+    assert named == f"{path} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]})"
+
+
+def snapshot(step: int, validated: int = 0) -> dict[str, int]:
+    return {"step": step, "validated": validated}
+
+
+@pytest.mark.parametrize(
+    ("found", "max_failures", "fits"),
+    [
+        ([None, snapshot(10), snapshot(20), snapshot(40, 40)], 1, 3),  # each failure after a new checkpoint
+        ([None, snapshot(10), snapshot(10)], 1, 2),
+        ([None, snapshot(10)], 0, 1),
+        ([None, snapshot(40), snapshot(40, 40)], 1, 2),  # killed in its last validation
+    ],
+)
+def test_failures_count_from_the_newest_checkpoint(found, max_failures, fits, workplace, tmp_path, monkeypatch):
+    stage = resolved(workplace).stages[0]
+    machine = MachineConfig(max_failures=max_failures)
+    job = StageJob(stage, machine, {}, str(tmp_path), "feed", 0, "fp32")
+    seen, runs = iter(found), []
+    monkeypatch.setattr(launch.CheckpointStore, "newest", lambda store, warn: next(seen))
+    monkeypatch.setattr(launch, "_fit", lambda *_: runs.append(1) or TrainingFailedError("a worker\ndied"))
+    if found[-1] == snapshot(40, 40):
+        assert launch.fit_stage(job, "name") == found[-1]
+    else:
+        with pytest.raises(PipelineError, match=r"failed \d time\(s\) without a new checkpoint .*: died; the same"):
+            launch.fit_stage(job, "name")
+    assert len(runs) == fits
 
 
 def resolved(workplace: Workplace, *overrides: str) -> CurriculumConfig:

@@ -21,8 +21,10 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import OneCycleLR
 
+from datasets_etl.etl import run_etl
 from datasets_etl.loader import MixturePart, PositionDataset, collate
 from datasets_etl.manifest import Manifest
+from datasets_etl.synthetic import write_dataset
 from gmflow import load_model
 from pipelines.curriculum import run_curriculum
 from pipelines.training.config import CurriculumConfig, load_config
@@ -225,6 +227,33 @@ def test_a_machine_that_is_to_go_is_left_in_time_and_nothing_is_lost(machines, e
     job.finish()
     assert job.step_of("resumes", after=left) == job.step_of("leaves"), "no step was done twice"
     assert_same_to_the_bit(expected, final_weights(workplace))
+
+
+def test_a_machine_that_is_to_go_during_a_validation_is_left_in_time(
+    machines, workplace: Workplace, tmp_path: Path, local_ray: None
+):
+    """A validation may take longer than the machine has left: it is given up, and made up for elsewhere."""
+    write_dataset("chairs", tmp_path / "raw", pairs=2, held_out=40, height=192, width=256, seed=1)
+    workplace.config["data"]["chairs"] = run_etl("chairs", str(tmp_path / "raw"), str(tmp_path / "set")).manifest_url
+    workplace.config["model"] |= {"backbone_channels": [16, 24, 32], "feature_channels": 64, "num_layers": 4}
+    workplace.config["machine"]["num_workers"] = 1
+    hosts = [machines.add() for _ in range(2)]
+    stage = ("only=[chairs]", "stages.chairs.steps=4", "stages.chairs.validate_every=2", "stages.chairs.log_every=1")
+    job = Job(
+        workplace.start(
+            *("curriculum.py", "--config", str(workplace.write()), *stage),
+            RAY_ADDRESS=machines.address,
+            RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.2",
+        )
+    )
+    began = job.wait_for(r"step=2/.* loss=")
+    machines.give_notice(machines.at_work(hosts)[0])
+    left = job.wait_for(r"step=2/4 rank=0 leaves", after=began)
+    resumed = job.wait_for(r"step=2/4 rank=0 resumes", after=left)
+    job.wait_for(r"step=2/4 rank=0 validated", after=resumed)
+    assert not [line for line in job.lines[:resumed] if "validated" in line], "the notice came too late for this test"
+    job.process.send_signal(signal.SIGINT)
+    job.process.wait(WAIT_SECONDS)
 
 
 def test_a_lost_machine_is_gone_on_without_until_there_is_another(

@@ -1,5 +1,6 @@
 """A checkpoint brings back everything, to the bit, or says why not."""
 
+import math
 import pickle
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from gmflow.execution import Precision
 from gmflow.metrics import ErrorMetrics
 from pipelines.errors import PipelineError
 from pipelines.training.config import StageConfig
-from pipelines.training.interval import StepTotals
+from pipelines.training.interval import Interval, StepTotals
 from pipelines.training.state import TrainingState, from_bytes, result_weights, to_bytes
 
 STAGE = StageConfig(
@@ -53,7 +54,7 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(precision: Precision, r
     first = fresh(precision=precision, **recipe)
     losses = train(first, 9)
     first.record(9, {"loss": 1.0})
-    first.interval.add(StepTotals(2.0, ErrorMetrics(), 3.0, 0.0))
+    first.interval.add(StepTotals(2.0, ErrorMetrics(), 3.0, True, 0.0))
     snapshot = first.snapshot()
     train(first, 12)  # what comes after a snapshot is not in it
     second = fresh(precision=precision, **recipe)
@@ -116,3 +117,15 @@ def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path: Path):
     with pytest.raises(pickle.UnpicklingError, match=r"[Ww]eights.only"):
         from_bytes(to_bytes({"model": Evil()}))
     assert not (tmp_path / "touched").exists()
+
+
+def test_a_skipped_step_counts_for_the_time_only():
+    """Its loss is not finite: one would be all that is seen of an interval."""
+    interval = Interval()
+    for loss, applied in ((2.0, True), (math.nan, False), (4.0, True)):
+        interval.add(StepTotals(loss, ErrorMetrics(), loss, applied, 0.0))
+    metrics = interval.metrics(4)
+    assert (metrics["train/loss"], metrics["train/grad_norm"]) == (3.0, 3.0)
+    none = Interval()
+    none.add(StepTotals(math.inf, ErrorMetrics(), math.inf, False, 0.0))
+    assert {name.partition("/")[0] for name in none.metrics(4)} == {"time"}

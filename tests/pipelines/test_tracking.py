@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -14,7 +15,7 @@ from gmflow import GMFlow, GMFlowConfig, predict_flow, save_weights
 from pipelines.errors import PipelineError
 from pipelines.training import registry, tracking
 from pipelines.training.config import MetricConfig, MlflowConfig
-from pipelines.training.feed import Record
+from pipelines.training.feed import FeedWriter, Record, listening
 from tests.faulty_proxy import faulty_proxy
 from tests.mlflow_server import MlflowServer, mlflow_running
 from tests.seaweedfs import S3Server
@@ -104,11 +105,43 @@ def test_registering_again_gives_the_first_version_and_champion_moves_only_when_
 
     first = register("chairs", "h1", 3.0)
     assert register("chairs", "h1", 3.0) == first
+    torch.manual_seed(1)  # retrained after a change of the code
+    save_weights(GMFlow(TINY), weights)
+    retrained = register("chairs", "h1", 3.0)
+    assert retrained != first
+    assert (alias("chairs"), alias("champion")) == (retrained, first)
+    first = retrained
+    stage_run.client.set_registered_model_alias("ruled", "champion", first)
+    unmeasured = replace(lineage("chairs", "h9", 0.0), metrics={})
+    registry.register(stage_run.client, "ruled", stage_run.run_id, weights, unmeasured, rule)
+    assert alias("champion") == first
+    stage_run.client.set_registered_model_alias("ruled", "chairs", first)
     worse = register("things", "h2", 3.5)
     assert worse != first
     assert (alias("things"), alias("champion")) == (worse, first)
     better = register("kitti", "h3", 2.5)
     assert (alias("champion"), alias("chairs")) == (better, first)
+
+
+def test_a_champion_that_the_server_did_not_tell_of_is_not_dethroned(server, stage_run, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    weights = tmp_path / "model.safetensors"
+    save_weights(GMFlow(TINY), weights)
+    best, worse = lineage("chairs", "h1", 1.0), lineage("things", "h2", 99.0)
+
+    def register(run: tracking.CurriculumRun, found: registry.Lineage) -> str:
+        rule = MetricConfig(data="c", subset="val")
+        return run.patience(registry.register, run.client, "busy", stage_run.run_id, weights, found, rule).version
+
+    champion = register(curriculum_run(server, "busy"), best)
+    other = register(curriculum_run(server, "busy"), worse)
+    with faulty_proxy(server) as proxy:
+        run = curriculum_run(proxy.endpoint, "busy", tell=lambda line: None)
+        proxy.applies = lambda method, path: method == "GET" and "alias=champion" in path
+        proxy.faults = ["503"]
+        assert register(run, worse) == other  # as an attempt that ended before it said so
+        assert not proxy.faults
+    assert stage_run.client.get_model_version_by_alias("busy", "champion").version == champion
 
 
 def test_a_missing_model_names_those_there_are(server, stage_run, tmp_path: Path):
@@ -174,8 +207,40 @@ def test_patience_ends(server):
         stage = run.stage("chairs", key="impatient/chairs")
         proxy.applies = lambda method, path: path.endswith("log-batch")
         proxy.faults = ["503"] * 1000
-        with pytest.raises(MlflowException):
+        with pytest.raises(PipelineError, match=r"longer than mlflow\.patience_s 2 .*the same command goes on"):
             stage.log(Record(2, {"train/loss": 2.0}))
+
+
+def test_a_stage_that_was_interrupted_is_one_run_whatever_changed_after_it(server, request):
+    """A later stage's config decides the curriculum's run, not the run of the stage before it."""
+    first = curriculum_run(server, f"{request.node.name}, later stage long")
+    first.client.update_run(first.run_id, status="RUNNING")
+    begun = first.stage("chairs", key="file:///storage/chairs-1")
+    second = curriculum_run(server, f"{request.node.name}, later stage short")
+    gone_on = second.stage("chairs", key="file:///storage/chairs-1")
+    assert gone_on.run_id == begun.run_id
+    assert second.client.get_run(begun.run_id).data.tags["mlflow.parentRunId"] == second.run_id
+    assert second.client.get_run(first.run_id).info.status == "KILLED", "nobody would ever end it"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_after_a_record_that_could_not_be_kept_none_is_kept_before_it():
+    """A resume tells what is newer than the newest kept one: the gap would stay."""
+    kept: list[int] = []
+
+    def keep(record: Record) -> None:
+        if record.step == 4:
+            raise PipelineError("MLflow was away for too long")
+        kept.append(record.step)
+
+    def tell() -> None:
+        with listening("feed-gap", lambda record: None, keep):
+            for step in (2, 4, 6, 8):
+                FeedWriter("feed-gap").send(Record(step))
+
+    with pytest.raises(PipelineError, match="too long"):
+        tell()
+    assert kept == [2]
 
 
 def test_a_run_that_fails_is_marked_so(server, stage_run):
