@@ -75,7 +75,7 @@ class ErrorMetrics:
 
         Returns:
             `epe`: mean end-point error in pixels; `px1`, `px3`, `px5`: **percent** of pixels with an error over 1, 3
-            and 5 px. A figure without a single pixel is NaN.
+            and 5 px. A figure without a single pixel is NaN; so is an `epe` of flow that is not a number somewhere.
         """
         sums = self._named()
         figures = {"epe": _ratio(sums["epe"], sums["pixels"])}
@@ -123,7 +123,7 @@ class FlowMetrics(ErrorMetrics):
         nothing = flat.new_zeros(())
         slow, fast = valid & (speed < 10), speed > 40
         sums = _error_sums(error, valid)
-        sums += [((error > 3) & (error > 0.05 * speed)).sum().double()]
+        sums += [(_over(error, 3) & _over(error, 0.05 * speed)).sum().double()]
         for where in (slow, valid & ~slow & ~fast, fast):
             sums += count_and_total(where)
         if occluded is None:
@@ -173,7 +173,12 @@ def _errors(flow: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor
 
 def _error_sums(error: Tensor, valid: Tensor) -> list[Tensor]:
     """In the order of `ErrorMetrics.SUMS`."""
-    return [valid.sum().double(), error.sum(), *((error > limit).sum().double() for limit in (1, 3, 5))]
+    return [valid.sum().double(), error.sum(), *(_over(error, limit).sum().double() for limit in (1, 3, 5))]
+
+
+def _over(error: Tensor, limit: float | Tensor) -> Tensor:
+    """Errors over a limit: those that are no number too, for a flow that is none is right nowhere."""
+    return ~(error <= limit)
 
 
 def _ratio(total: float, count: float) -> float:

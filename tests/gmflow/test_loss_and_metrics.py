@@ -129,6 +129,15 @@ def test_nan_outside_the_valid_pixels_does_not_poison_metrics() -> None:
     assert dirty.compute() == pytest.approx(clean.compute(), nan_ok=True)
 
 
+def test_flow_that_is_no_number_is_an_outlier_not_perfect() -> None:
+    metrics = FlowMetrics()
+    flow = torch.full((1, 2, 2, 2), float("nan"))
+    metrics.update(flow, torch.ones(1, 2, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool))
+    figures = metrics.compute()
+    assert [figures[name] for name in ("px1", "px3", "px5", "f1_all")] == [100.0] * 4
+    assert math.isnan(figures["epe"])
+
+
 def test_a_figure_without_pixels_is_nan() -> None:
     assert all(math.isnan(figure) for figure in FlowMetrics().compute().values())
 
