@@ -149,8 +149,8 @@ def _check_gates(stage: StageConfig, metrics: Mapping[str, float]) -> None:
         value = metrics.get(gate.name)
         if value is None:
             raise PipelineError(
-                f"stage {stage.name}: its gate {gate.name} has no value: the flow is no number somewhere, or it was not "
-                f"measured; for that remove the gate, or validate on {gate.set_name} in a run of another name"
+                f"stage {stage.name}: its gate {gate.name} has no value: the flow is no number somewhere, or it was "
+                f"not measured; for that remove the gate, or validate on {gate.set_name} in a run of another name"
             )
         if not value < gate.below:
             raise PipelineError(
