@@ -30,7 +30,8 @@ from gmflow.execution import ExecutionConfig, prepare_model
 from gmflow.loss import sequence_loss
 
 VARIANTS = {"base": GMFlowConfig.base(), "refine": GMFlowConfig.refine()}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Of the products that give the peak. What tells tf32 from fp32 is a setting of the process, made by `prepare_model`.
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _clock(name: str, device: str) -> Callable[[], float]:
         return time.perf_counter
 
     def synchronised() -> float:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         return time.perf_counter()
 
     return synchronised
@@ -179,18 +180,19 @@ def _saved_bytes(model: GMFlow, image0: Tensor, image1: Tensor) -> int:
 def _peak_memory(device: str) -> int:
     if device == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated(device)
 
 
-def cases(quick: bool, compiled: bool) -> list[Case]:
-    """The rows of the table."""
+def cases(quick: bool, compiled: bool, device: str) -> list[Case]:
+    """The rows of the table; tf32 is something else than fp32 on NVIDIA GPUs only."""
     if compiled:
         return [Case("refine", "inference", 128, 256, compile=on) for on in (False, True)]
     if quick:
         size = (128, 256)
         return [Case(v, m, *size, repetitions=1) for v in VARIANTS for m in ("inference", "train")]
-    rows = [Case(v, "inference", 448, 1024, p) for v in VARIANTS for p in ("fp32", "bf16")]
-    rows += [Case(v, "train", 384, 512, p) for v in VARIANTS for p in ("fp32", "bf16")]
+    precisions = ("fp32", "tf32", "bf16") if device.startswith("cuda") else ("fp32", "bf16")
+    rows = [Case(v, "inference", 448, 1024, p) for v in VARIANTS for p in precisions]
+    rows += [Case(v, "train", 384, 512, p) for v in VARIANTS for p in precisions]
     rows += [Case("refine", "train", 384, 512, checkpointing=c) for c in ("selective", "full")]
     growth = [(1088, 1920), (1440, 2560), (2176, 3840)]
     # Minutes each: once, and cold.
@@ -207,7 +209,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--json", action="store_true", help="one JSON object a row instead of the table")
     arguments = parser.parse_args()
-    every = cases(arguments.quick, arguments.compile)
+    every = cases(arguments.quick, arguments.compile, arguments.device)
     chosen = [case for case in every if arguments.only in case.name]
     if not chosen:
         parser.error(f"no row's name holds {arguments.only!r}: {'; '.join(case.name for case in every)}")

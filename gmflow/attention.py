@@ -57,31 +57,26 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Returns:
         `[N, L, D]`.
     """
-    if computes_in_chunks(query):
+    if computes_in_chunks(query.device):
         out: Tensor = _chunked_attention(query, key, value)
         return out
     return fused_attention(query, key, value)
 
 
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, regions: Tensor | None = None) -> Tensor:
-    """The same as one operation; with `regions` `[L]`, M = L, pairs of different ones get -100 added to their score."""
-    mask = None if regions is None else _crossing_bias(regions, regions).to(query.dtype)
+def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same as one operation. It takes no mask: one of `[L, M]` is what the fused kernels are there to avoid."""
     wide = F.pad(value, (0, query.shape[-1] - value.shape[-1]))  # the fused kernels want values as wide as keys
     # One head: with three dimensions PyTorch takes none of its fused kernels.
-    one_head = F.scaled_dot_product_attention(query.unsqueeze(1), key.unsqueeze(1), wide.unsqueeze(1), attn_mask=mask)
+    one_head = F.scaled_dot_product_attention(query.unsqueeze(1), key.unsqueeze(1), wide.unsqueeze(1))
     return one_head.squeeze(1)[..., : value.shape[-1]]
 
 
-def computes_in_chunks(tokens: Tensor) -> bool:
-    """Whether attention on these tokens is computed chunk by chunk, in the reference's order of operations: on a CPU.
+def computes_in_chunks(device: torch.device) -> bool:
+    """Whether attention is computed chunk by chunk there, in the reference's order of operations: on a CPU.
 
     An exported program is one graph for all sizes: it takes the fused operation, not the loop over chunks.
     """
-    return tokens.device.type == "cpu" and not torch.compiler.is_exporting()
-
-
-def _crossing_bias(rows: Tensor, columns: Tensor) -> Tensor:
-    return (rows[:, None] != columns[None, :]).float() * CROSSING_PENALTY
+    return device.type == "cpu" and not torch.compiler.is_exporting()
 
 
 def chunk_size(queries: int, keys: int) -> tuple[int, int]:
@@ -121,7 +116,8 @@ class Crossing(NamedTuple):
 
     @classmethod
     def of(cls, regions: Tensor) -> Crossing:
-        return cls(regions, _crossing_bias(torch.arange(4, device=regions.device), regions))
+        apart = torch.arange(4, device=regions.device)[:, None] != regions
+        return cls(regions, apart.float() * CROSSING_PENALTY)
 
 
 def softmax_weights(

@@ -43,10 +43,10 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images `[N, 3, H, W]` in 0..255 → features `[N, C, H/stride, W/stride]`, coarse to fine."""
-        x = (images / 255.0 - self.mean) / self.std
         # Always in float32: the 8 bits of a bfloat16 lose what tells neighbouring shades apart (docs/performance.md).
+        x = (images.float() / 255.0 - self.mean) / self.std
         with torch.autocast(x.device.type, enabled=False):
-            x = F.instance_norm(self.stem(x.float())).relu_()  # [N, stem, H/2, W/2]
+            x = F.instance_norm(self.stem(x)).relu_()  # [N, stem, H/2, W/2]
         x = self.projection(self.stages(x))  # [N, C, H/8, W/8] or, with two scales, [N, C, H/4, W/4]
         if self.shared is None:
             return [x]

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from gmflow.backbone import Backbone, ResidualBlock
 from gmflow.convolution import narrow_way_back
 from gmflow.errors import GMFlowError
-from gmflow.model import GMFlow
+from gmflow.model import FlowOutput, GMFlow
 from gmflow.transformer import FeedForward, TransformerBlock
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -32,6 +32,8 @@ _RECOMPUTED: dict[str, tuple[type[nn.Module], ...]] = {
     "selective": (FeedForward, ResidualBlock),
     "full": (TransformerBlock, ResidualBlock),
 }
+# Where a model keeps how it was prepared: its copies carry it with them.
+_PREPARED_FOR = "_prepared_for"
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -44,7 +46,9 @@ class ExecutionConfig:
         precision: "fp32"; "tf32" is the same but for products on NVIDIA GPUs, which round their factors to 10 bits;
             "bf16" or "fp16" compute convolutions, attention and feed-forward in that type, while
             parameters, residual stream, matching, propagation and flow stay in float32; so do, where gradients are
-            wanted, the backbone and the feed-forward, but for their way back. "fp16" needs a gradient scaler in
+            wanted, the backbone and the feed-forward, but for their way back. Products that stay in float32 round as
+            those of "tf32": in training they are a quarter of all, which would take most of the time, and beside
+            rounding to 16 bits it was not seen to matter (docs/performance.md). "fp16" needs a gradient scaler in
             training.
         checkpointing: what is recomputed in the backward pass instead of kept. "selective": the feed-forward's hidden
             layer and the residual blocks; "full": whole transformer blocks and the residual blocks.
@@ -65,7 +69,13 @@ class ExecutionConfig:
         _check_choice("checkpointing", self.checkpointing, get_args(Checkpointing))
 
 
-def prepare_model(model: GMFlow, config: ExecutionConfig, device: torch.device | str | None = None) -> nn.Module:
+def prepare_model(
+    model: GMFlow,
+    config: ExecutionConfig,
+    device: torch.device | str | None = None,
+    *,
+    keep_freed_memory: bool = True,
+) -> nn.Module:
     """Make a model run as configured.
 
     The model is changed in place (its parameters and their names are not) and returned, in a
@@ -75,43 +85,68 @@ def prepare_model(model: GMFlow, config: ExecutionConfig, device: torch.device |
         model: freshly built or loaded; not prepared before.
         config: see `ExecutionConfig`.
         device: moved there first; where it is left out, the model stays where it is.
+        keep_freed_memory: on a CPU, let the process keep what is freed, which is faster (docs/performance.md). Not
+            where its memory is measured, or needed by what runs in it afterwards.
 
     Raises:
-        GMFlowError: DDP without an initialised process group, or a model that was prepared before.
+        GMFlowError: DDP without an initialised process group, or a model that was prepared before; it is left as it
+            was.
     """
-    if "forward" in vars(model):
+    if _prepared_for(model) is not None:
         raise GMFlowError("this model has been prepared already; build it afresh to run it differently")
+    if config.ddp and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise GMFlowError("ddp needs an initialised process group (torch.distributed.init_process_group)")
     if device is not None:
         model.to(device)
-    for module in model.modules():
-        if config.precision in _DTYPES and isinstance(module, Backbone):
-            module.forward = partial(_wide_in_training, module.forward)  # type: ignore[method-assign]
-            for convolution in (part for part in module.modules() if isinstance(part, nn.Conv2d)):
-                narrow_way_back(convolution, _DTYPES[config.precision])
-        if isinstance(module, _RECOMPUTED[config.checkpointing]):
-            # No random numbers are drawn in the model, so there is no generator state to bring back.
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+    vars(model)[_PREPARED_FOR] = config
+    _wrap_parts(model, config)
     place = next(model.parameters()).device
-    if place.type == "cpu":
+    if place.type == "cpu" and keep_freed_memory:
         _keep_freed_memory()
     if place.type == "cuda":
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the layout of cuDNN's fast convolutions
-        # Settings of the process, not of a model; PyTorch's own defaults round in convolutions only.
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+        # The layout of cuDNN's convolutions on tensor cores. Instance norm makes its input contiguous, so in the
+        # residual blocks it lasts no longer than a convolution; it spares changing the weights at every step, and the
+        # features come in the order in which the transformer reads them. What that gains has not been measured.
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        _allow_tf32(config.precision)
     if config.compile:
         model.compile()
-    if config.precision in _DTYPES:
-        model.forward = autocast(place, config.precision)(model.forward)  # type: ignore[method-assign]
     if not config.ddp:
         return model
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        raise GMFlowError("ddp needs an initialised process group (torch.distributed.init_process_group)")
     return DistributedDataParallel(
         model,
         device_ids=[place] if place.type == "cuda" else None,
         forward_sync_buffers=False,  # they are constants
         gradient_as_bucket_view=True,
     )
+
+
+def runs_in(model: nn.Module, precision: Precision | None) -> Precision:
+    """The precision in which a model runs where `precision` is asked for, or none in particular.
+
+    Raises:
+        GMFlowError: an unknown precision, or one that this model does not run in.
+    """
+    if precision is not None:
+        _check_choice("precision", precision, get_args(Precision))
+    prepared = _prepared_for(model)
+    if prepared is None and precision == "tf32":
+        raise GMFlowError('tf32 is set for a whole process: prepare_model(model, ExecutionConfig(precision="tf32"))')
+    if prepared is not None and precision not in (None, prepared.precision):
+        raise GMFlowError(
+            f"this model was prepared for {prepared.precision} and does not run in {precision}; "
+            "leave precision out, or build the model afresh"
+        )
+    return prepared.precision if prepared is not None else precision or "fp32"
+
+
+def _prepared_for(model: nn.Module) -> ExecutionConfig | None:
+    return vars(model).get(_PREPARED_FOR)
+
+
+def _allow_tf32(precision: Precision) -> None:
+    """Settings of the process, not of a model; PyTorch's own defaults round in convolutions only."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
 def _keep_freed_memory() -> None:
@@ -124,6 +159,35 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:  # other C libraries have none
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def _wrap_parts(model: GMFlow, config: ExecutionConfig) -> None:
+    """All wrappers are partials of functions: so a copy of the model calls its own forward passes, and can be pickled.
+
+    A closure over a forward pass would call that of the model it was copied from.
+    """
+    for module in model.modules():
+        if config.precision in _DTYPES and isinstance(module, Backbone):
+            module.forward = partial(_wide_in_training, module.forward)  # type: ignore[method-assign]
+            for convolution in (part for part in module.modules() if isinstance(part, nn.Conv2d)):
+                narrow_way_back(convolution, _DTYPES[config.precision])
+        if isinstance(module, _RECOMPUTED[config.checkpointing]):
+            # No random numbers are drawn in the model, so there is no generator state to bring back.
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+    if config.precision in _DTYPES:
+        model.forward = partial(_in_16_bits, model.forward, _DTYPES[config.precision])  # type: ignore[method-assign]
+
+
+def _in_16_bits(
+    forward: Callable[..., FlowOutput],
+    dtype: torch.dtype,
+    image0: Tensor,
+    image1: Tensor,
+    *,
+    bidirectional: bool = False,
+) -> FlowOutput:
+    with torch.autocast(image0.device.type, dtype):
+        return forward(image0, image1, bidirectional=bidirectional)
 
 
 def _wide_in_training(forward: Callable[..., Any], *tensors: Tensor) -> Any:

@@ -55,12 +55,14 @@ class GMFlow(nn.Module):
         """Flow between two batches of images.
 
         Args:
-            image0: float `[B, 3, H, W]`, RGB in 0..255; H and W divisible by `size_multiple`.
+            image0: float `[B, 3, H, W]`, RGB in 0..255, of any floating type, whose values are taken as float32; H and
+                W divisible by `size_multiple`.
             image1: the same shape.
             bidirectional: also compute the flow from image 1 to image 0.
 
         Raises:
-            GMFlowError: the images differ in shape, are no RGB batches, or do not divide into windows.
+            GMFlowError: the images differ in shape, are no RGB batches, or do not divide into windows; or the
+                parameters are not float32.
         """
         self._check(image0, image1)
         scales = self.backbone(torch.cat([image0, image1]))  # coarse to fine: [2B, C, h, w]
@@ -101,6 +103,12 @@ class GMFlow(nn.Module):
             raise GMFlowError(
                 f"height and width must be divisible by {self.size_multiple} with attn_splits "
                 f"{self.config.attn_splits}, not {shape[2]}×{shape[3]}; gmflow.predict pads images of any size"
+            )
+        dtype = next(self.parameters()).dtype
+        if dtype != torch.float32:
+            raise GMFlowError(
+                f"the model's parameters are {dtype}, they must be float32: cast it back with .float(); "
+                'to compute in 16 bits, prepare_model(model, ExecutionConfig(precision="bf16"))'
             )
         if self.config.num_scales == 1 and shape[2:] == (8, 8):
             raise GMFlowError("images of 8×8 are a single feature pixel, which has no statistics to normalise it by")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gmflow.errors import GMFlowError
-from gmflow.execution import Precision, autocast
+from gmflow.execution import Precision, autocast, runs_in
 from gmflow.geometry import forward_backward_occlusion
 from gmflow.model import FlowOutput, GMFlow
 from gmflow.tiling import Tiling, tiled_flow
@@ -99,7 +99,7 @@ def predict_flow(
     frame1: npt.NDArray[np.uint8],
     *,
     padding: PaddingMode = "sintel",
-    precision: Precision = "fp32",
+    precision: Precision | None = None,
     tiling: Tiling | None = None,
 ) -> npt.NDArray[np.float32]:
     """Flow between two frames, on the model's device.
@@ -109,14 +109,16 @@ def predict_flow(
         frame0: RGB, uint8 `[H, W, 3]`, of any size.
         frame1: RGB, uint8 `[H, W, 3]`, the same size.
         padding: "sintel" or "kitti", see `Padding`.
-        precision: "fp32", "bf16" or "fp16", see `gmflow.execution`.
+        precision: "fp32", "bf16" or "fp16", of a model that `prepare_model` has not prepared, "fp32" where it is left
+            out; a prepared model runs as it was prepared, and another precision is refused.
         tiling: cut frames that are larger than its tiles, see `gmflow.tiling`.
 
     Returns:
         float32 `[H, W, 2]`, pixels: pixel (x, y) of frame 0 is at (x, y) + flow[y, x] in frame 1.
 
     Raises:
-        GMFlowError: frames that are no RGB images or differ in size, an unknown padding or precision.
+        GMFlowError: frames that are no RGB images or differ in size, an unknown padding or precision, or a precision
+            that only `prepare_model` can give this model.
     """
     (prediction,) = predict_batch(model, [(frame0, frame1)], padding=padding, precision=precision, tiling=tiling)
     return prediction.flow
@@ -127,16 +129,19 @@ def predict_batch(
     pairs: Sequence[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]],
     *,
     padding: PaddingMode = "sintel",
-    precision: Precision = "fp32",
+    precision: Precision | None = None,
     bidirectional: bool = False,
     tiling: Tiling | None = None,
 ) -> list[Prediction]:
     """Flow of several pairs of one size at once; arguments and errors as of `predict_flow`.
 
     Args:
-        pairs: (frame 0, frame 1), all of one size.
+        pairs: (frame 0, frame 1), all of one size; of none, the result is empty.
         bidirectional: also the flow from frame 1 to frame 0, and what is occluded in either.
     """
+    precision = runs_in(model, precision)
+    if not pairs:
+        return []
     device = next(model.parameters()).device
     firsts = [_image("frame0", frame) for frame, _ in pairs]
     seconds = [_image("frame1", frame) for _, frame in pairs]
@@ -175,13 +180,14 @@ def _flow_arrays(flow: Tensor) -> list[npt.NDArray[np.float32]]:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block, the mode it was in after it."""
-    training = model.training
+    """Evaluation mode inside the block; after it, every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _check_images(image0: Tensor, image1: Tensor) -> None:

@@ -76,7 +76,7 @@ def window_attention(
     Returns:
         `[T, C]`.
     """
-    if computes_in_chunks(source):
+    if computes_in_chunks(source.device):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else source.dtype
         # Rounding scores to 16 bits costs up to 0.025 px; a training step bears it, for half the time and memory.
         scores = dtype if torch.is_grad_enabled() else source.dtype
@@ -89,15 +89,14 @@ def window_attention(
 def _fused(
     source: Tensor, target: Tensor, weights: AttentionWeights, pairings: list[Pairing], onto_source: bool
 ) -> Tensor:
+    """Through the fused kernels; a grid built for them has no windows with regions."""
     query, key = F.linear(source, weights.to_query), F.linear(target, weights.to_key)
     value = F.linear(target, weights.to_value)
     parts: list[Tensor] = []
     for pairing in pairings:
         size, shape = pairing.windows * pairing.length, (pairing.windows, pairing.length, -1)
         own, other = slice(pairing.source, pairing.source + size), slice(pairing.target, pairing.target + size)
-        parts.append(
-            fused_attention(query[own].view(shape), key[other].view(shape), value[other].view(shape), pairing.regions)
-        )
+        parts.append(fused_attention(query[own].view(shape), key[other].view(shape), value[other].view(shape)))
     merged = F.linear(torch.cat([part.flatten(0, 1) for part in parts]), weights.merge)
     message = F.layer_norm(merged, merged.shape[1:], weights.scale, weights.shift)
     return source + message if onto_source else message

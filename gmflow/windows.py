@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmflow.attention import computes_in_chunks
+
 
 @dataclass(frozen=True)
 class WindowGroup:
@@ -21,7 +23,8 @@ class WindowGroup:
     Attributes:
         windows: how many.
         length: tokens in each.
-        regions: int64 `[length]`; tokens of different regions are no neighbours in the map. None where all are.
+        regions: int64 `[length]`; tokens of different regions are no neighbours in the map. None where all are,
+            and everywhere on the fused path.
     """
 
     windows: int
@@ -47,7 +50,10 @@ class WindowGrid:
 def window_grid(maps: int, height: int, width: int, splits: int, *, shifted: bool, device: torch.device) -> WindowGrid:
     """`splits` × `splits` windows; shifted, the grid moved down and right by half a window, around the border.
 
-    Only the windows that the border runs through have regions: a mask for a few, none for most.
+    Windows that the border runs through consist of two or four regions. Where attention is computed in chunks, as the
+    reference does it, they are whole and have `regions`: a mask for a few, none for most. The fused kernels take no
+    masks, so there every region is a window of its own. Nothing but rounding tells the two apart: the reference gives
+    a pair of different regions e^-100 of its weight.
     """
     starts = torch.arange(maps, device=device).view(-1, 1, 1, 1, 1) * (height * width)
     order: list[Tensor] = []
@@ -77,7 +83,12 @@ def _strips(length: int, splits: int, shifted: bool, device: torch.device) -> li
     if shift == 0:
         return [(coordinates.view(splits, size), None)]
     coordinates = torch.cat([coordinates[shift:], coordinates[:shift]]).view(splits, size)
-    return [(coordinates[:-1], None), (coordinates[-1:], (coordinates[-1] < shift).long())]
+    whole, around = (coordinates[:-1], None), coordinates[-1:]
+    if computes_in_chunks(device):
+        return [whole, (around, (coordinates[-1] < shift).long())]
+    if not torch.compiler.is_exporting() and size == 2 * shift:  # one graph for all sizes knows nothing of evenness
+        return [whole, (around.view(2, shift), None)]  # two windows of one size: half as many calls
+    return [whole, (around[:, : size - shift], None), (around[:, size - shift :], None)]
 
 
 def permute_tokens(tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:

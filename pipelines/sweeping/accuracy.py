@@ -21,7 +21,7 @@ from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
 from datasets_etl.storage import ObjectStore, split_url
 from gmflow import GMFlow, load_model
-from gmflow.execution import Precision, autocast
+from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.metrics import FlowMetrics
 from pipelines.cluster import fetched
 from pipelines.sweeping.settings import Setting
@@ -114,16 +114,17 @@ def score_settings(job: ScoreJob, threads: int, use_gpu: bool) -> list[Scores]:
         store, name = split_url(job.weights.url)
         path = Path(folder) / name
         path.write_bytes(store.read(name))
-        models = [load_model(path, **asdict(setting)).to(device) for setting in job.settings]
+        models = [load_model(path, **asdict(setting)) for setting in job.settings]
+    for model in models:
+        prepare_model(model, ExecutionConfig(job.precision), device, keep_freed_memory=False)
     pooled = [FlowMetrics() for _ in models]
     evaluation = EvaluationSet(Manifest.load(job.manifest_url), job.chosen.subset, job.chosen.limit)
     shared = SharedFeatures(models)
-    with autocast(device, job.precision):
-        for number in range(len(evaluation)):
-            sample = evaluation[number]
-            for model, metrics in zip(shared.each(), pooled, strict=True):
-                for scored in score(model, [sample], device):
-                    metrics.merge(scored.metrics)
+    for number in range(len(evaluation)):
+        sample = evaluation[number]
+        for model, metrics in zip(shared.each(), pooled, strict=True):
+            for scored in score(model, [sample], device):
+                metrics.merge(scored.metrics)
     return [{name: value for name, value in each.compute().items() if value == value} for each in pooled]
 
 

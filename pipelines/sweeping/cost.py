@@ -20,7 +20,7 @@ import torch
 
 from datasets_etl.storage import ObjectStore
 from gmflow import GMFlow, GMFlowConfig
-from gmflow.execution import Precision, autocast
+from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import padded_flow
 from pipelines.sweeping.config import CostConfig
 
@@ -128,7 +128,8 @@ class _Meter:
 
     def measure(self, model: GMFlowConfig) -> tuple[int, float]:
         """(peak bytes, seconds); the first pass of a model in this process warms up and tells its memory."""
-        built = GMFlow(model).to(self.device).eval()
+        built = GMFlow(model).eval()
+        prepare_model(built, ExecutionConfig(self.precision), self.device, keep_freed_memory=False)
         if model not in self.peaks:
             self.peaks[model] = self._peak_bytes(built)
         now = time.process_time if self.config.clock == "cpu" else time.perf_counter
@@ -137,7 +138,7 @@ class _Meter:
         return self.peaks[model], now() - start
 
     def _forward(self, model: GMFlow) -> None:
-        with torch.inference_mode(), autocast(self.device, self.precision):
+        with torch.inference_mode():
             padded_flow(model, *self.images)
         if self.config.use_gpu:
             torch.cuda.synchronize()

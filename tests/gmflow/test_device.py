@@ -7,12 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmflow import GMFlow, GMFlowConfig
 from gmflow.loss import sequence_loss
+from gmflow.transformer import FeatureTransformer
 
 CONFIGS = {"base": GMFlowConfig.base(), "refine": GMFlowConfig.refine()}
+
+
+def tensors_in(found: Any) -> list[Tensor]:
+    """Those that an operation gave."""
+    return [one for one in (found if isinstance(found, tuple | list) else (found,)) if isinstance(one, Tensor)]
 
 
 class Elsewhere(TorchDispatchMode):
@@ -24,9 +31,8 @@ class Elsewhere(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        for one in found if isinstance(found, tuple | list) else (found,):
-            if isinstance(one, torch.Tensor) and one.device.type != self.device:
-                self.operations.add(str(func))
+        if any(one.device.type != self.device for one in tensors_in(found)):
+            self.operations.add(str(func))
         return found
 
 
@@ -51,6 +57,44 @@ def test_a_step_on_a_device_without_values(name: str) -> None:
             model.eval()(*images, bidirectional=True)
     assert not elsewhere.operations
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class Largest(TorchDispatchMode):
+    """How many values the largest tensor had that any operation gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.values = max(self.values, *(one.numel() for one in tensors_in(found)), 0)
+        return found
+
+
+@pytest.mark.usefixtures("no_autocast")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_attention_on_an_accelerator_takes_no_mask_and_memory_that_grows_with_the_image(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask of a window's tokens squared would be 4 GiB here, and rules out flash attention."""
+    masks: list[Tensor | None] = []
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        masks.append(attn_mask)
+        return query + key + value  # what needs no scores; PyTorch has no fused kernel for the device below
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
+    config = CONFIGS[name]
+    height, width, splits = 2176 // config.strides[0], 3840 // config.strides[0], config.attn_splits[0]
+    with torch.device("meta"):
+        transformer = FeatureTransformer(config)
+        features = [torch.empty(1, height, width, config.feature_channels, requires_grad=True) for _ in range(2)]
+    with Largest() as largest:
+        sum(one.sum() for one in transformer(*features, splits)).backward()  # type: ignore[union-attr]
+    assert masks
+    assert not [mask for mask in masks if mask is not None]
+    assert largest.values < (height * width // splits**2) ** 2 / 2
 
 
 def test_what_is_built_elsewhere_is_seen() -> None:

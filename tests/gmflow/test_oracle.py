@@ -241,8 +241,8 @@ def test_same_input_same_bits() -> None:
 @pytest.fixture
 def accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path that accelerators take, through the fused kernels, here on the CPU."""
-    for module in ("attention", "window_attention"):
-        monkeypatch.setattr(f"gmflow.{module}.computes_in_chunks", lambda tokens: False)
+    for module in ("attention", "window_attention", "windows"):
+        monkeypatch.setattr(f"gmflow.{module}.computes_in_chunks", lambda device: False)
 
 
 @pytest.mark.usefixtures("accelerated")
@@ -252,10 +252,25 @@ def test_the_accelerators_path_computes_the_same(config: GMFlowConfig) -> None:
 
 
 @pytest.mark.usefixtures("accelerated")
+@pytest.mark.parametrize("window", [(2, 5), (5, 3), (4, 6), (1, 4), (1, 1)])
+@pytest.mark.parametrize("splits", [2, 3])
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("cross", [False, True])
-def test_the_accelerators_window_attention_is_the_oracles(shifted: bool, cross: bool) -> None:
-    test_window_attention.hypothesis.inner_test(3, (2, 5), 4, shifted, cross, not cross, False)  # type: ignore[attr-defined]
+def test_the_accelerators_window_attention_is_the_oracles(
+    cross: bool, shifted: bool, splits: int, window: tuple[int, int]
+) -> None:
+    test_window_attention.hypothesis.inner_test(splits, window, 4, shifted, cross, not cross, False)  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("accelerated")
+@pytest.mark.parametrize(("window", "groups"), [((4, 6), 4), ((5, 6), 6), ((5, 7), 9)])
+def test_the_accelerators_windows_have_no_regions_and_few_shapes(window: tuple[int, int], groups: int) -> None:
+    """Each group of windows is a call of a kernel; halves of an even window are alike."""
+    height, width = 3 * window[0], 3 * window[1]
+    grid = window_grid(2, height, width, 3, shifted=True, device=torch.device("cpu"))
+    assert len(grid.groups) == groups
+    assert all(group.regions is None for group in grid.groups)
+    assert torch.equal(grid.order.sort().values, torch.arange(2 * height * width))
 
 
 @pytest.mark.parametrize("rows", [None, 5], ids=["whole windows", "parts of a window"])

@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError
 from ray.tune.search import Searcher
 
-from gmflow import GMFlow, GMFlowConfig
+from gmflow import GMFlow, GMFlowConfig, execution
 from gmflow.errors import GMFlowError
+from gmflow.execution import ExecutionConfig, Precision, prepare_model, runs_in
 from gmflow.predict import padded_flow
 from pipelines.errors import PipelineError
-from pipelines.sweeping import plots, tuning
+from pipelines.sweeping import cost, plots, tuning
 from pipelines.sweeping.accuracy import SharedFeatures
-from pipelines.sweeping.config import SweepConfig
+from pipelines.sweeping.config import CostConfig, SweepConfig
 from pipelines.sweeping.cost import Cost, _allocated_on_cpu
 from pipelines.sweeping.room import check_room, concurrent_trials
 from pipelines.sweeping.settings import Setting, check_crop, check_size, grid_settings, padded_size
@@ -410,11 +411,14 @@ def test_the_report_holds_every_row_and_needs_no_network():
     assert len(page) < 50_000
 
 
-def test_settings_that_share_their_features_are_computed_as_alone_to_the_bit():
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_settings_that_share_their_features_are_computed_as_alone_to_the_bit(precision: Precision):
     torch.manual_seed(0)
     small = replace(REFINE, backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
     models = [GMFlow(replace(small, corr_radius=(-1, r), prop_radius=(-1, p))).eval() for r, p in ((2, 1), (3, 2))]
     models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        prepare_model(model, ExecutionConfig(precision), keep_freed_memory=False)
     pairs = [255 * torch.rand(2, 1, 3, 50, 70) for _ in range(2)]
     with torch.inference_mode():
         alone = [[padded_flow(model, *pair) for model in models] for pair in pairs]
@@ -423,6 +427,17 @@ def test_settings_that_share_their_features_are_computed_as_alone_to_the_bit():
     for expected, found in zip(alone, together, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
         assert not torch.equal(*found), "the radii differ, so must the flow"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_costs_model_runs_as_others_do_but_leaves_the_allocator_it_measures_alone(precision, monkeypatch):
+    ran = []
+    monkeypatch.setattr(cost, "padded_flow", lambda model, *images: ran.append(runs_in(model, None)))
+    monkeypatch.setattr(execution, "_keep_freed_memory", lambda: pytest.fail("the process keeps what is freed"))
+    measured = CostConfig(height=32, width=32, cpus=torch.get_num_threads())
+    meter = cost._Meter.__ray_metadata__.modified_class(measured, precision)
+    meter.measure(replace(REFINE, backbone_channels=(4, 4, 4), feature_channels=4, num_layers=1))
+    assert ran == [precision] * 2
 
 
 def test_the_peak_is_what_was_held_at_once():

@@ -1,0 +1,27 @@
+"""What `benchmarks.model` would measure, where there is no GPU to measure it on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.model import DTYPES, _clock, _peak_memory, cases
+
+
+def test_tf32_has_rows_on_nvidia_gpus_alone_and_every_row_a_peak() -> None:
+    """TF32's peak is that of float32 matrices under the setting that `prepare_model` makes."""
+    rows = {device: cases(False, False, device) for device in ("cpu", "cuda", "cuda:1")}
+    assert "tf32" not in {row.precision for row in rows["cpu"]}
+    assert {row.mode for row in rows["cuda:1"] if row.precision == "tf32"} == {"inference", "train"}
+    assert rows["cuda"] == rows["cuda:1"]
+    assert {row.precision for row in rows["cuda"]} <= set(DTYPES)
+    assert DTYPES["tf32"] == torch.float32
+
+
+def test_the_device_that_computes_is_waited_for_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: asked.append(device))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: asked.append(device) or 1)
+    _clock("wall", "cuda:1")()
+    _peak_memory("cuda:1")
+    assert asked == ["cuda:1", "cuda:1"]
