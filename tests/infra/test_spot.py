@@ -23,10 +23,10 @@ pytestmark = [
 
 SETTINGS = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 2}
 
-# A container: processes, /tmp and /home/ray of its own. Docker is told to allow what this machine may not.
+# A container: processes, Ray's folder and a home of its own. Docker is told to allow what this machine may not.
 CONTAINER = """
 ulimit() { test "$*" = "-n 65536"; }
-mount -t tmpfs tmpfs /tmp && mount -t tmpfs tmpfs /home && mkdir /home/ray
+mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray && mkdir -p /home/ray
 printf '%s=%s\\n' RAY_AUTH_MODE "$RAY_AUTH_MODE" RAY_AUTH_TOKEN "$RAY_AUTH_TOKEN" > /home/ray/gmflow.env
 """
 
@@ -48,10 +48,12 @@ def jobs(head: Host) -> dict[str, str]:
 
 def in_container(host: Host, head: Host, script: str) -> subprocess.Popen[bytes]:
     command = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-ec")
+    # The checkout stands for the image's code, wherever it lies; so nothing may be mounted over /tmp or /home.
+    home = f"{host.local}/home"
     return host.start(
         *command,
-        CONTAINER + script.replace("/app/", f"{ROOT}/"),
-        environment={**SETTINGS, "RAY_HEAD_IP": head.address, "TMPDIR": "/tmp", "HOME": "/home/ray"},
+        (CONTAINER + script).replace("/app/", f"{ROOT}/").replace("/home/ray", home),
+        environment={**SETTINGS, "RAY_HEAD_IP": head.address, "TMPDIR": "/tmp", "HOME": home},
     )
 
 
