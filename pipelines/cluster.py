@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 # Read when Ray is imported: a local Ray listens on loopback only. A job's driver is a part of its cluster's network.
@@ -22,6 +22,9 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 import ray
 
 from pipelines.errors import USER_ERRORS
+
+Nodes = Sequence[Mapping[str, float]]
+"""The resources of each node, as Ray names them."""
 
 _DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"
 _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
@@ -66,6 +69,25 @@ def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool
         ray.shutdown()
         if port is not None:
             os.environ.pop(_DASHBOARD_VARIABLE, None)
+
+
+def nodes() -> Nodes:
+    """Of the connected cluster, those that are alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def slots(nodes: Nodes, cpus: int, use_gpu: bool) -> int:
+    """How many tasks or workers fit at once, each on one node, with that many CPUs and perhaps a GPU."""
+    total = 0
+    for resources in nodes:
+        fit = int(resources.get("CPU", 0)) // cpus
+        total += min(fit, int(resources.get("GPU", 0))) if use_gpu else fit
+    return total
+
+
+def listed(cpus: int, use_gpu: bool) -> str:
+    """What one of them takes, for a person."""
+    return f"{cpus} CPU(s)" + (" and a GPU" if use_gpu else "")
 
 
 def has_gpus() -> bool:

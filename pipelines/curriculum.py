@@ -25,7 +25,7 @@ from pipelines.training.config import CurriculumConfig, StageConfig, load_config
 from pipelines.training.display import Display, output
 from pipelines.training.dry_run import show_dry_run
 from pipelines.training.feed import Record, listening
-from pipelines.training.launch import final_weights, fit_stage, provide_initial_weights
+from pipelines.training.launch import final_weights, fit_stage, provide_initial_weights, room_lacking
 from pipelines.training.plan import StagePlan, StageResult, plan_curriculum
 
 _FINAL_WEIGHTS = "final.safetensors"
@@ -91,6 +91,7 @@ def _log_report(run: tracking.CurriculumRun, display: Display) -> None:
     """Its models are trained and registered: what goes wrong with the report is told, and undoes nothing of that."""
     try:
         report.log_curriculum_report(run.client, run.run_id)
+        display.say(f"{report.FILE_NAME}: an artifact of the curriculum's run {run.run_id}")
     except Exception as error:  # noqa: BLE001 (whatever it is)
         reason = " ".join(str(error).split())[:300]
         display.say(
@@ -111,6 +112,8 @@ def _run_stage(
     key = hashlib.sha256(plan.folder.url.encode()).hexdigest()[:16]
     stage_run = run.stage(stage.name, key=f"stage/{key}")
     stage_run.log_json(stage.model_dump(mode="json"), "stage.json")
+    if lacking := room_lacking(config.machine):
+        display.say(f"stage={stage.name} {lacking}")
     with run.running(stage_run.run_id):
         with listening(plan.job.feed, functools.partial(display.record, stage.name), stage_run.log):
             last = fit_stage(plan.job, plan.name)

@@ -4,6 +4,7 @@ Writes synthetic datasets in the five official layouts, shards them, trains all 
 evaluates and predicts. Everything lands in `runs/demo`; a second call goes on from what is there.
 """
 
+import argparse
 import os
 import shutil
 import sys
@@ -169,6 +170,7 @@ def _say(line: str) -> None:
 
 @command
 def main() -> None:
+    argparse.ArgumentParser(description="The whole pipeline, small, without any server.").parse_args()
     began = time.monotonic()
     cv2.setNumThreads(1)
     with connected(2):

@@ -142,9 +142,9 @@ def _progress(pairs: int) -> Iterator[Any]:
 
 
 def show(scores: Scores) -> None:
-    """A table of the sets: by pair, or by scene where there are many, and pooled."""
+    """A table of the sets: by pair, or by scene where one has many, and pooled."""
     table = Table(title="EPE in pixels; WAUC, more is better, and outlier rates in percent")
-    table.add_column("set", overflow="fold")
+    table.add_column("pair or scene", overflow="fold")
     for name in _SHOWN:
         table.add_column(name, justify="right")
     for title, (chosen, evaluation) in scores.items():

@@ -161,7 +161,7 @@ def main() -> None:
         console.print(f"bundler {folder / 'clean'} {folder / 'final'} {folder}.lzma", soft_wrap=True)
         print(folder)
     else:
-        console.print(f"{len(paths)} files, ready to upload:", end=" ")
+        console.print(f"{len(paths)} files, as the server takes them:", end=" ")
         print(zip_submission(folder, paths))
 
 

@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipelines.cluster import connected  # sets Ray's environment, so before Ray
+from pipelines.cluster import connected, nodes  # sets Ray's environment, so before Ray
 
 # isort: split
-import ray
 from rich.table import Table
 
 from datasets_etl.manifest import Manifest
@@ -81,7 +80,7 @@ def prepare(config: SweepConfig) -> Sweep:
 def run_sweep(sweep: Sweep, *, retry: bool = False) -> list[Row]:
     """Both phases, as far as configured, and the report. Needs a connected Ray with its dashboard."""
     config = sweep.config
-    check_room(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    check_room(config, nodes())
     weights = keep_weights(sweep)
     run = SweepRun(config, weights, sweep.manifests, sweep.view.say)
     with run.parent.running(run.run_id):

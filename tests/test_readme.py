@@ -78,11 +78,11 @@ def test_the_stacks_commands_are_understood():
     assert {infra.local_stack.__main__.parse_arguments(line.split()).task for line in lines} == {"status", "down"}
 
 
-@pytest.mark.parametrize("overrides", re.findall(r"^\| .* \| `(\S*=[^`]*)`.*\|$", README, re.MULTILINE))
+@pytest.mark.parametrize("overrides", re.findall(r"^\| .* \| `('?\S*=[^`]*)`.*\|$", README, re.MULTILINE))
 def test_an_override_in_the_table_is_a_valid_one(overrides):
     urls = [f"data.{name}=URL" for name in ("chairs", "things", "sintel", "kitti", "hd1k")]
-    split = re.split(r" (?=\w[\w.]*=)", overrides)
-    load_config(CurriculumConfig, str(ROOT / "pipelines/configs/curriculum_base.yaml"), [*urls, *split])
+    config = str(ROOT / "pipelines/configs/curriculum_base.yaml")
+    load_config(CurriculumConfig, config, [*urls, *shlex.split(overrides)])  # as the shell takes it
 
 
 def test_the_librarys_example_runs():

@@ -1,12 +1,8 @@
 """Whether a cluster has room for what a sweep asks of it: what never fits would wait for ever."""
 
-from collections.abc import Mapping, Sequence
-
+from pipelines.cluster import Nodes, listed, slots
 from pipelines.errors import PipelineError
 from pipelines.sweeping.config import SweepConfig, TuneConfig
-
-Nodes = Sequence[Mapping[str, float]]
-"""The resources of each node, as Ray names them."""
 
 
 def check_room(config: SweepConfig, nodes: Nodes) -> None:
@@ -17,9 +13,9 @@ def check_room(config: SweepConfig, nodes: Nodes) -> None:
     if config.probe is not None:
         tasks.append(("probe", config.probe.cpus, config.probe.use_gpu))
     for name, cpus, use_gpu in tasks:
-        if not _slots(nodes, cpus, use_gpu):
+        if not slots(nodes, cpus, use_gpu):
             raise PipelineError(
-                f"{name}: no node of the cluster has {_listed(cpus, use_gpu)}; lower {name}.cpus, give "
+                f"{name}: no node of the cluster has {listed(cpus, use_gpu)}; lower {name}.cpus, give "
                 f"{name}.use_gpu=false or, where the cluster adds machines on demand, cluster_grows=true"
             )
     if config.tune is not None:
@@ -32,25 +28,12 @@ def concurrent_trials(tune: TuneConfig, nodes: Nodes) -> int:
     Raises PipelineError where not even one fits.
     """
     machine = tune.machine
-    slots = _slots(nodes, machine.cpus_per_worker, machine.use_gpu)
-    if slots < machine.num_workers and tune.max_concurrent is None:
-        each = _listed(machine.cpus_per_worker, machine.use_gpu)
+    room = slots(nodes, machine.cpus_per_worker, machine.use_gpu)
+    if room < machine.num_workers and tune.max_concurrent is None:
+        each = listed(machine.cpus_per_worker, machine.use_gpu)
         raise PipelineError(
             f"tune.machine: a trial needs {machine.num_workers} worker(s) with {each} each; the cluster has room for "
-            f"{slots}. Lower it or, where the cluster adds machines on demand, give cluster_grows=true and "
+            f"{room}. Lower it or, where the cluster adds machines on demand, give cluster_grows=true and "
             "tune.max_concurrent"
         )
-    return tune.max_concurrent or slots // machine.num_workers
-
-
-def _slots(nodes: Nodes, cpus: int, use_gpu: bool) -> int:
-    """How many tasks or workers fit at once, each on one node."""
-    slots = 0
-    for resources in nodes:
-        fit = int(resources.get("CPU", 0)) // cpus
-        slots += min(fit, int(resources.get("GPU", 0))) if use_gpu else fit
-    return slots
-
-
-def _listed(cpus: int, use_gpu: bool) -> str:
-    return f"{cpus} CPU(s)" + (" and a GPU" if use_gpu else "")
+    return tune.max_concurrent or room // machine.num_workers

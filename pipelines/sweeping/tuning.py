@@ -18,7 +18,6 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 
-import ray
 from ray import tune
 from ray.exceptions import RayActorError
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -27,6 +26,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from datasets_etl.storage import open_store
+from pipelines.cluster import nodes
 from pipelines.errors import USER_ERRORS, PipelineError
 from pipelines.sweeping.config import RangeConfig
 from pipelines.sweeping.room import concurrent_trials
@@ -97,7 +97,6 @@ def tune_trials(plan: TrialPlan, seeds: Sequence[Setting], listener: Listener) -
     if ended := _all_ended(plan, seeds):
         _tell_again(ended, listener)
         return
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     space, searcher, samples = _search(plan, seeds)
     # A trial's driver only waits: with whole CPUs, drivers would starve the workers they wait for.
     driver = tune.with_resources(tune.with_parameters(run_trial, plan=plan), {"CPU": 0, "memory": 1})
@@ -110,7 +109,7 @@ def tune_trials(plan: TrialPlan, seeds: Sequence[Setting], listener: Listener) -
             search_alg=searcher,
             scheduler=_scheduler(plan),
             num_samples=samples,
-            max_concurrent_trials=concurrent_trials(plan.tune, nodes),
+            max_concurrent_trials=concurrent_trials(plan.tune, nodes()),
             trial_name_creator=lambda trial: plan.trial(trial.config["point"]).name,
             trial_dirname_creator=lambda trial: plan.trial(trial.config["point"]).name,
             reuse_actors=False,

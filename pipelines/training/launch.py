@@ -21,10 +21,11 @@ from ray.train.torch import TorchTrainer
 
 from datasets_etl.storage import ObjectStore, open_store
 from gmflow import GMFlow, load_weights, save_weights
+from pipelines.cluster import listed, nodes, slots
 from pipelines.errors import USER_ERRORS, PipelineError
 from pipelines.training import registry, state
 from pipelines.training.checkpoints import CheckpointStore
-from pipelines.training.config import ModelConfig
+from pipelines.training.config import MachineConfig, ModelConfig
 from pipelines.training.feed import FeedWriter
 from pipelines.training.stage import INITIAL_WEIGHTS, StageJob, train_stage
 from pipelines.training.state import result_weights
@@ -64,6 +65,21 @@ def provide_initial_weights(
         folder.upload(path, INITIAL_WEIGHTS)
     folder.write(_INITIAL_SOURCE, source.encode())  # last: it says that the weights are there
     return source
+
+
+def room_lacking(machine: MachineConfig) -> str:
+    """What workers will wait for, in a line; empty where the cluster has room for them. Needs a connected Ray.
+
+    No error: a cluster may grow, or be waited for by somebody who starts another machine.
+    """
+    fewest = machine.min_workers or machine.num_workers
+    fitting = slots(nodes(), machine.cpus_per_worker, machine.use_gpu)
+    if fitting >= fewest:
+        return ""
+    return (
+        f"waits for room: {fewest} worker(s) need {listed(machine.cpus_per_worker, machine.use_gpu)} each, the cluster "
+        f"holds {fitting} such; add machines, or change machine.num_workers, machine.cpus_per_worker or machine.use_gpu"
+    )
 
 
 def fit_stage(job: StageJob, name: str, callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def roll_back(client: MlflowClient, model_name: str, alias: str) -> tuple[str, s
         )
     versions = _earlier_versions(client, model_name, alias)
     if not versions:
-        raise PipelineError(f"models:/{model_name}@{alias}: was never on another version than {before}")
+        raise PipelineError(f"models:/{model_name}@{alias}: no earlier version is left; it is on {before}")
     *earlier, wanted = versions
     client.set_registered_model_alias(model_name, alias, wanted)
     _remember(client, model_name, alias, earlier)

@@ -263,6 +263,14 @@ def test_a_report_that_fails_undoes_nothing_and_says_how_to_make_it(undisturbed:
 
 
 @pytest.mark.usefixtures("local_ray")
+def test_workers_that_do_not_fit_are_told_of():
+    """Ray itself would wait without a word."""
+    assert launch.room_lacking(MachineConfig(num_workers=2)) == ""
+    told = launch.room_lacking(MachineConfig(num_workers=2, min_workers=1, cpus_per_worker=999, use_gpu=True))
+    assert "1 worker(s) need 999 CPU(s) and a GPU each, the cluster holds 0 such" in told
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_the_driver_waits_for_storage_as_the_workers_do(undisturbed: Workplace, monkeypatch):
     """Once the curriculum has begun: before, what does not answer is a mistyped address."""
     waits = []

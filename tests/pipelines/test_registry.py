@@ -69,7 +69,7 @@ def test_champion_rolls_back_by_one_command_step_by_step_and_is_promoted_again(c
     assert call(pipelines.registry, "rollback", "gmflow")[0] == 0
     assert champion(call) == "1"
     code, _, err = call(pipelines.registry, "rollback")
-    assert (code, "never on another version than 1" in err) == (2, True)
+    assert (code, "no earlier version is left; it is on 1" in err) == (2, True)
     call(pipelines.registry, "promote", "models:/gmflow/3")
     assert champion(call) == "3"
     assert call(pipelines.registry, "rollback")[1] == "models:/gmflow@champion is version 1, was 3\n"
