@@ -1,4 +1,7 @@
-"""Connecting to Ray: the cluster this job was submitted to, or a local one for as long as the command runs."""
+"""Connecting to Ray: the cluster this job was submitted to, or a local one for as long as the command runs.
+
+Every worker of a cluster imports this before Ray says how many threads it may use: nothing here may import torch.
+"""
 
 import contextlib
 import fcntl
@@ -7,7 +10,6 @@ import os
 import socket
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 # Read when Ray is imported: a local Ray listens on loopback only. A job's driver is a part of its cluster's network.
 if not os.environ.get("RAY_ADDRESS"):
@@ -20,8 +22,6 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 import ray
-
-from pipelines.errors import USER_ERRORS
 
 Nodes = Sequence[Mapping[str, float]]
 """The resources of each node, as Ray names them."""
@@ -93,16 +93,6 @@ def listed(cpus: int, use_gpu: bool) -> str:
 def has_gpus() -> bool:
     """Whether a machine of the connected cluster has a GPU now."""
     return bool(ray.cluster_resources().get("GPU"))
-
-
-def fetched(reference: ray.ObjectRef) -> Any:
-    """What a task returned. An error of the user's is raised as the task raised it, without Ray's trace around it."""
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, USER_ERRORS):
-            raise error.cause from error
-        raise
 
 
 def free_port() -> int:

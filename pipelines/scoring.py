@@ -18,8 +18,8 @@ from gmflow import GMFlow
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.metrics import FlowMetrics
 from gmflow.weights import decode_weights, encode_weights
-from pipelines.cluster import fetched
 from pipelines.gallery import Card, Gallery
+from pipelines.task_results import fetched
 from pipelines.training.memory import peak_bytes
 from pipelines.training.pictures import comparison_png
 from pipelines.training.validation import Scored, score

@@ -23,8 +23,8 @@ from datasets_etl.storage import ObjectStore, split_url
 from gmflow import GMFlow, load_model
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.metrics import FlowMetrics
-from pipelines.cluster import fetched
 from pipelines.sweeping.settings import Setting
+from pipelines.task_results import fetched
 from pipelines.training.config import SetConfig
 from pipelines.training.validation import score
 

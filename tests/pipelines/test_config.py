@@ -1,5 +1,7 @@
 """Configs: what is written is what is run, and what is wrong is said with the way out."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,12 @@ def test_what_decides_the_weights_decides_the_hash_and_nothing_else(small, load)
     changed += [hashed("seed=9"), hashed("model.num_layers=2"), hashed("precision=bf16")]
     changed += [hashed(version="v2"), hashed(parent="x.pth")]
     assert len({first, *changed}) == len(changed) + 1
+
+
+def test_what_a_worker_imports_at_its_start_leaves_torch_alone():
+    """Ray has not yet said how many threads it may use; torch would take all, and round otherwise."""
+    code = "import pipelines.cluster, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,17 @@
+"""What Ray's tasks return, with errors as the tasks raised them."""
+
+from typing import Any
+
+import ray
+
+from pipelines.errors import USER_ERRORS
+
+
+def fetched(reference: ray.ObjectRef) -> Any:
+    """What a task returned. An error of the user's is raised as the task raised it, without Ray's trace around it."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, USER_ERRORS):
+            raise error.cause from error
+        raise
