@@ -133,7 +133,8 @@ def run_tasks(
     running: dict[ray.ObjectRef, tuple[Any, ...]] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < (at_once or _submitted_at_once()):
+            most = at_once or _submitted_at_once()
+            while waiting and len(running) < most:
                 task = waiting.pop()
                 running[remote.remote(*task)] = task
             finished, _ = ray.wait(list(running), num_returns=1)

@@ -15,7 +15,7 @@ from datasets_etl.errors import DamagedError
 from datasets_etl.manifest import FORMAT_VERSION, SampleEntry, ShardEntry
 from datasets_etl.samples import SCHEMA_VERSION, SampleFacts, encode_sample
 from datasets_etl.sources import SampleRef, SourceTree
-from datasets_etl.storage import ObjectStore
+from datasets_etl.storage import ObjectStore, file_sha256
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def write_shard(plan: ShardPlan, tree: SourceTree, store: ObjectStore, *, strict
         facts, quarantined = _write_tar(plan, tree, path, strict)
         if not facts:
             return WrittenShard(None, quarantined)
-        digest = _sha256(path)
+        digest = file_sha256(path)
         entry = ShardEntry(
             name=f"shards/{plan.dataset}-{plan.index:05d}-{digest[:16]}.tar",
             bytes=path.stat().st_size,
@@ -180,8 +180,3 @@ def read_sample_bytes(store: ObjectStore, shard: ShardEntry, sample: SampleEntry
             "delete this shard and run pipelines/etl.py again, it writes what is missing"
         )
     return data
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

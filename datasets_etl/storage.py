@@ -6,6 +6,7 @@ so they travel to Ray tasks and loader processes as they are.
 
 import contextlib
 import functools
+import hashlib
 import os
 import tempfile
 import time
@@ -97,6 +98,12 @@ def split_url(url: str) -> tuple[ObjectStore, str]:
     if not parent and not url.startswith("/"):
         parent = "."
     return open_store(parent or "/"), key
+
+
+def file_sha256(path: Path) -> str:
+    """Of a local file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class FileStore:

@@ -1,6 +1,5 @@
 """Frames in order, from files, folders and videos, read one at a time."""
 
-import hashlib
 import itertools
 import os
 from collections import Counter
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from datasets_etl import formats
 from datasets_etl.errors import DataError
+from datasets_etl.storage import file_sha256
 from pipelines.errors import PipelineError
 
 FRAME_SUFFIXES = (".png", ".ppm", ".jpg", ".jpeg")
@@ -60,7 +60,7 @@ class Clip:
 
     def digests(self) -> dict[str, str]:
         """What the files hold: of every pair by its name, of a video by what its frames' names begin with."""
-        found = [_digest(file) for file in self.files]
+        found = [file_sha256(file)[:16] for file in self.files]
         if self.is_video:
             return {self.names[0]: found[0]}
         return {
@@ -130,12 +130,6 @@ def find_clips(paths: Sequence[str]) -> list[Clip]:
     ]
     clips += [Clip(video.stem, (next(names),), (video,), is_video=True) for video in videos]
     return _with_unique_titles(clips)
-
-
-def _digest(file: Path) -> str:
-    """The first 16 hex digits of its SHA-256."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()[:16]
 
 
 def _frames_of(folder: Path) -> list[Path]:

@@ -18,7 +18,9 @@ import pipelines.submission
 import pipelines.sweep
 from datasets_etl.formats import encode_frame_png
 from gmflow import GMFlow, GMFlowConfig, save_weights
+from pipelines.cluster import slots
 from pipelines.sweeping.config import SweepConfig
+from pipelines.sweeping.room import check_room
 from pipelines.training import registry, tracking
 from pipelines.training.config import CurriculumConfig, load_config
 from tests.conftest import ROOT
@@ -83,6 +85,22 @@ def test_an_override_in_the_table_is_a_valid_one(overrides):
     urls = [f"data.{name}=URL" for name in ("chairs", "things", "sintel", "kitti", "hd1k")]
     config = str(ROOT / "pipelines/configs/curriculum_base.yaml")
     load_config(CurriculumConfig, config, [*urls, *shlex.split(overrides)])  # as the shell takes it
+
+
+def test_the_hint_for_a_cluster_without_gpus_fits_that_of_make_stack():
+    """Two nodes of one CPU."""
+    (hint,) = re.findall(r"^On a cluster without GPUs.*?\. On one", README, re.MULTILINE | re.DOTALL)
+    _, of_curriculum, of_sweep = re.findall(r"`([^`]*)`", hint)
+    urls = [f"data.{name}=URL" for name in ("chairs", "things", "sintel", "kitti", "hd1k")]
+    configs = ROOT / "pipelines/configs"
+    trained = load_config(
+        CurriculumConfig, str(configs / "curriculum_refine.yaml"), [*urls, *shlex.split(of_curriculum)]
+    )
+    swept = ["weights=w.pth", "data.sintel=URL", "data.things=URL", *shlex.split(of_sweep)]
+    nodes = [{"CPU": 1.0}, {"CPU": 1.0}]
+    machine = trained.machine
+    assert slots(nodes, machine.cpus_per_worker, machine.use_gpu) == machine.num_workers == 2
+    check_room(load_config(SweepConfig, str(configs / "sweep.yaml"), [*swept, "data.kitti=URL"]), nodes)
 
 
 def test_the_librarys_example_runs():

@@ -42,7 +42,7 @@ def show_dry_run(config: CurriculumConfig) -> None:
     output().print(table)
     print(
         "computing: steps × the time of one, measured just now on one worker of this Ray, without reading, validation "
-        "and the workers' meeting; empty where this Ray has no room for a worker"
+        "and the workers' meeting; empty where this Ray has no room for a worker, or measuring took too long"
     )
 
 

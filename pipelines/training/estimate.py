@@ -29,7 +29,8 @@ class StepCost:
 def estimate(config: CurriculumConfig, stage: StageConfig) -> StepCost | None:
     """Measure forward and backward of a micro-batch on a worker of this Ray.
 
-    None where it has no room for one: never, or not within `_PATIENCE_S`.
+    None where it has no room for one, or where that took longer than `_PATIENCE_S`: others have what there is, or it is
+    slow.
     """
     machine = config.machine
     wanted = {"CPU": float(machine.cpus_per_worker), "GPU": float(machine.use_gpu)}
@@ -39,7 +40,7 @@ def estimate(config: CurriculumConfig, stage: StageConfig) -> StepCost | None:
     measure = _measure.options(num_cpus=wanted["CPU"], num_gpus=wanted["GPU"])
     measuring = measure.remote(config, stage)
     ready, _ = ray.wait([measuring], timeout=_PATIENCE_S)
-    if not ready:  # others have what there is
+    if not ready:
         ray.cancel(measuring, force=True)
         return None
     micro_batch_s, memory_gib = ray.get(measuring)

@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import hashlib
 import io
 import json
 import tempfile
@@ -22,7 +21,7 @@ from mlflow.types.schema import AnyType
 
 import gmflow
 from datasets_etl.formats import encode_frame_png
-from datasets_etl.storage import split_url
+from datasets_etl.storage import file_sha256, split_url
 from gmflow import GMFlow, load_model
 from pipelines.errors import PipelineError
 from pipelines.training import tracking
@@ -84,7 +83,7 @@ def register(
 
     The alias of the stage's name moves to it; `champion` too, if the promotion rule says so.
     """
-    tags = lineage.tags() | {_WEIGHTS_TAG: _sha256(weights)}
+    tags = lineage.tags() | {_WEIGHTS_TAG: file_sha256(weights)}
     version = _registered(client, model_name, run_id, tags) or _log_model(model_name, run_id, weights, tags)
     move_alias(client, model_name, lineage.stage, version.version)
     if _improves(client, model_name, lineage, promotion):
@@ -160,11 +159,6 @@ def _registered(client: MlflowClient, model_name: str, run_id: str, tags: Mappin
     return max(same, key=lambda found: int(found.version), default=None)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _log_model(model_name: str, run_id: str, weights: Path, tags: dict[str, str]) -> ModelVersion:
     # MLflow advises type hints on predict (but knows none for arrays) and tells what it does; failures are raised.
     with contextlib.redirect_stderr(io.StringIO()), mlflow.start_run(run_id=run_id):
@@ -234,7 +228,7 @@ def fetch_named_weights(reference: str, folder: Path, tracking_uri: str | None =
     store, name = split_url(reference)
     path = folder / name
     path.write_bytes(store.read(name))
-    return path, f"{reference} (sha256 {_sha256(path)[:16]})"
+    return path, f"{reference} (sha256 {file_sha256(path)[:16]})"
 
 
 def find_version(client: MlflowClient, reference: str) -> ModelVersion:
