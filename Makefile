@@ -23,9 +23,10 @@ stack: setup
 stack-down: setup
 	$(BIN)/python -m infra.local_stack down
 
-# Everything; `make test PYTEST="-m 'not slow'"` for the quick part.
+# Everything; `make test PYTEST="-m 'not slow'"` for the quick part. Two at a time, because most of it waits; threads of
+# one that wait must not spin then, for they would take the other's cores.
 test: lint
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -13,6 +13,13 @@ from tests.seaweedfs import S3Server, running
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, those of a file stay in one, and all that may need the servers' stack."""
+    for item in items:
+        folder = item.path.parent
+        item.add_marker(pytest.mark.xdist_group(str(folder if folder.name == "infra" else item.path)))
+
+
 def _folder(variable: str) -> Path:
     value = os.environ.get(variable)
     if not value:

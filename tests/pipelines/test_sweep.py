@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
@@ -212,6 +213,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, manifests: dict[str, str]) -
     trials = folder / "storage" / "tune" / "trials"
     process = start(workplace)
     wait_until(process, lambda: len(ended_trials(trials)) == 3 and interrupted_trial(trials))
+    for each in psutil.Process(process.pid).children(recursive=True):  # workers outlive their driver
+        each.kill()
     process.kill()
     told, errors = process.communicate()
     assert "resumes" not in told
