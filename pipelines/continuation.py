@@ -37,6 +37,8 @@ def claim_output(
     wanted = json.loads(json.dumps(job))
     noted = _noted(output)
     told = dict(noted.pop(_INPUTS, {}))
+    if not any(found.key != _NOTE for found in output.walk()):
+        noted = {}  # of a run that failed before it wrote anything
     if noted and noted != wanted and not overwrite:
         differing = sorted(name for name in {*noted, *wanted} if noted.get(name) != wanted.get(name))
         listed = ", ".join(f"{name} {noted.get(name)!r}, not {wanted.get(name)!r}" for name in differing)

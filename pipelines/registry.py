@@ -149,7 +149,7 @@ def _when(version: ModelVersion) -> str:
 @command
 def main() -> None:
     arguments = parse_arguments()
-    client = tracking.connect(None)
+    client = tracking.connect_existing(None)
     console = Console(soft_wrap=False)
     match arguments.task:
         case "list":

@@ -78,7 +78,7 @@ def log_curriculum_report(client: MlflowClient, run_id: str) -> None:
 
 
 def curriculum_report(client: MlflowClient, run_id: str, pairs: int) -> Report:
-    """What MLflow has of a curriculum's parent run, and the last stage's model on up to `pairs` of each validation set.
+    """What MLflow has of a curriculum (`run_id`: its own or a stage's), and the last model on `pairs` of each set.
 
     The pairs are scored by Ray tasks: needs a connected Ray, unless `pairs` is 0.
 
@@ -128,6 +128,8 @@ class _Curriculum:
 def _read_curriculum(client: MlflowClient, run_id: str) -> _Curriculum:
     try:
         parent = client.get_run(run_id)
+        if (above := parent.data.tags.get(tracking.PARENT_TAG)) is not None:  # a stage's
+            run_id, parent = above, client.get_run(above)
         text = mlflow.artifacts.load_text(f"runs:/{run_id}/config.yaml")
     except MlflowException as error:
         if tracking.may_pass(error):
@@ -247,7 +249,9 @@ def _lineage(client: MlflowClient, found: _Curriculum) -> list[tuple[str, str]]:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make the HTML report of a curriculum.")
-    parser.add_argument("--run", required=True, metavar="RUN_ID", help="MLflow's run of the curriculum (the parent)")
+    parser.add_argument(
+        "--run", required=True, metavar="RUN_ID", help="MLflow's run of the curriculum, or of one of its stages"
+    )
     parser.add_argument("--output", default=FILE_NAME, help="file or URL (default: %(default)s)")
     parser.add_argument(
         "--pairs",
@@ -262,7 +266,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     store, name = split_url(arguments.output)
-    client = tracking.connect(None)
+    client = tracking.connect_existing(None)
     if arguments.pairs:
         with connected():
             report = curriculum_report(client, arguments.run, arguments.pairs)

@@ -115,7 +115,8 @@ def keep_weights(sweep: Sweep) -> Weights | None:
         name = f"weights-{version}.safetensors"
         if sweep.store.size(name) is None:
             model = GMFlow(config.architecture)
-            load_weights(model, source)
+            with registry.telling(config.weights, source):
+                load_weights(model, source)
             path = Path(folder) / f"kept-{name}"
             save_weights(model, path)
             sweep.store.upload(path, name)

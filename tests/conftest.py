@@ -13,6 +13,7 @@ from tests.seaweedfs import S3Server, running
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # before the names of groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run in several processes, those of a file stay in one, and all that may need the servers' stack."""
     for item in items:

@@ -321,6 +321,9 @@ class CurriculumConfig(_Frozen):
 
 Config = typing.TypeVar("Config", bound=BaseModel)
 
+Location = tuple[int | str, ...]
+"""Keys and positions that lead to a value of the config."""
+
 
 def load_config(kind: type[Config], path: str, overrides: Sequence[str]) -> Config:
     """Read a YAML file (which may extend another), apply `dotted.key=value` overrides, validate.
@@ -329,12 +332,20 @@ def load_config(kind: type[Config], path: str, overrides: Sequence[str]) -> Conf
     Raises PipelineError naming the key and, for a misspelt one, the nearest right one.
     """
     tree = _read_yaml(Path(path))
-    for override in overrides:
-        _apply(tree, override)
+    places = {override: _apply(tree, override) for override in overrides}
     try:
         return kind.model_validate(tree)
     except pydantic.ValidationError as error:
-        raise PipelineError(f"{path}: {_explain(kind, error)}") from error
+        raise PipelineError(f"{_source(path, places, error)}: {_explain(kind, tree, error)}") from error
+
+
+def _source(path: str, places: Mapping[str, Location], error: pydantic.ValidationError) -> str:
+    """What gave the value an error is about: the file, or the last override of it or of what holds it."""
+    where = error.errors()[0]["loc"]
+    for override, place in reversed(list(places.items())):
+        if where[: len(place)] == place:
+            return f"override {override!r}"
+    return path if where or not places else f"{path} with {' '.join(places)}"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -361,7 +372,8 @@ def _mappings(*values: Any) -> bool:
     return all(isinstance(value, dict) for value in values)
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply(tree: dict[str, Any], override: str) -> Location:
+    """Set one value. Returns where."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise PipelineError(f"override {override!r}: write key=value, such as stages.chairs.steps=100")
@@ -372,29 +384,26 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML 1.1 takes 2e-4 for a string
     node: Any = tree
+    place: Location = ()
     *parents, last = key.split(".")
     for name in parents:
-        node = _child(node, name, override)
-    if isinstance(node, list):
-        node[_position(node, last, override)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise PipelineError(f"override {override!r}: {'.'.join(parents)} is a value, not a section")
+        part = _part(node, name, override)
+        if isinstance(node, dict) and node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        place = (*place, part)
+    part = _part(node, last, override)
+    node[part] = value
+    return (*place, part)
 
 
-def _child(node: Any, name: str, override: str) -> Any:
-    if isinstance(node, list):
-        return node[_position(node, name, override)]
+def _part(node: Any, name: str, override: str) -> int | str:
+    """A key of a section as it is; of a list's element its position, which may be given by the element's name."""
     if isinstance(node, dict):
-        if node.get(name) is None:
-            node[name] = {}
-        return node[name]
-    raise PipelineError(f"override {override!r}: {name!r} lies below a value, not a section")
-
-
-def _position(node: list[Any], name: str, override: str) -> int:
-    names = [str(item.get("name", i)) if isinstance(item, dict) else str(i) for i, item in enumerate(node)]
+        return name
+    if not isinstance(node, list):
+        raise PipelineError(f"override {override!r}: {name!r} lies below a value, not a section")
+    names = _names(node)
     if name in names:
         return names.index(name)
     if name.isdigit() and int(name) < len(node):
@@ -402,10 +411,24 @@ def _position(node: list[Any], name: str, override: str) -> int:
     raise PipelineError(f"override {override!r}: no {name!r} here; there is {', '.join(names)}")
 
 
-def _explain(kind: type[BaseModel], error: pydantic.ValidationError) -> str:
+def _names(elements: list[Any]) -> list[str]:
+    return [str(each.get("name", n)) if isinstance(each, dict) else str(n) for n, each in enumerate(elements)]
+
+
+def _named(tree: Any, location: Location) -> str:
+    """A place in the config as overrides give it: elements of a list by their name, where they have one."""
+    told = []
+    for part in location:
+        inside = isinstance(tree, list) and isinstance(part, int) and part < len(tree)
+        told.append(_names(tree)[int(part)] if inside else str(part))
+        tree = tree[part] if inside else tree.get(part) if isinstance(tree, dict) else None
+    return ".".join(told)
+
+
+def _explain(kind: type[BaseModel], tree: dict[str, Any], error: pydantic.ValidationError) -> str:
     """The first error in a line; for an unknown key with the nearest known one."""
     first, *more = error.errors()
-    where = ".".join(str(part) for part in first["loc"])
+    where = _named(tree, first["loc"])
     if first["type"] == "extra_forbidden":
         *parents, name = first["loc"]
         known = sorted(_keys_at(kind, parents))

@@ -5,16 +5,23 @@ from datetime import timedelta
 import yaml
 from rich.table import Table
 
+from pipelines.training import registry
 from pipelines.training.checkpoints import CheckpointStore
 from pipelines.training.config import CurriculumConfig
 from pipelines.training.display import output
 from pipelines.training.estimate import estimate
+from pipelines.training.launch import weights_are_pinned
 from pipelines.training.plan import StagePlan, plan_curriculum
 
 
 def show_dry_run(config: CurriculumConfig) -> None:
-    """The resolved config, and for every stage its samples, where it stands and what it would take."""
+    """The resolved config, and for every stage its samples, where it stands and what it would take.
+
+    Raises DataError or PipelineError for data or weights that are not there.
+    """
     plans = plan_curriculum(config)
+    if config.init_from is not None and not weights_are_pinned(plans[0].folder):
+        registry.check_reference(config.init_from, config.mlflow.tracking_uri)
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     table = Table(title=f"curriculum {config.name}, not run")
     for column in ("stage", "state", "starts from"):
@@ -25,6 +32,7 @@ def show_dry_run(config: CurriculumConfig) -> None:
     for plan in plans:
         stage = plan.stage
         samples = sum(len(plan.manifests[part.data].select(part.subset)) * part.repeats for part in stage.mixture)
+        print(f"stage={stage.name} measuring a step on one worker", flush=True)
         cost = estimate(config, stage)
         table.add_row(
             stage.name,

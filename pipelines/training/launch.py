@@ -3,9 +3,12 @@
 The curriculum and the sweep both train through this; there is no other loop.
 """
 
+import contextlib
 import logging
+import signal
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,11 @@ log = logging.getLogger(__name__)
 _INITIAL_SOURCE = "init.txt"
 
 
+def weights_are_pinned(folder: ObjectStore) -> bool:
+    """Whether a stage's folder holds what it starts from already."""
+    return folder.size(_INITIAL_SOURCE) is not None
+
+
 def provide_initial_weights(
     folder: ObjectStore, model: ModelConfig, seed: int, reference: str | None, tracking_uri: str | None
 ) -> str:
@@ -50,7 +58,7 @@ def provide_initial_weights(
         reference: models:/…, .pth or .safetensors to take the weights from; None leaves them random.
         tracking_uri: of the registry that knows models:/… references.
     """
-    if folder.size(_INITIAL_SOURCE) is not None:
+    if weights_are_pinned(folder):
         return folder.read(_INITIAL_SOURCE).decode()
     source = "random"
     with torch.random.fork_rng(devices=[]):
@@ -59,7 +67,8 @@ def provide_initial_weights(
     with tempfile.TemporaryDirectory(prefix="gmflow-init-") as scratch:
         if reference is not None:
             fetched, source = registry.fetch_named_weights(reference, Path(scratch), tracking_uri)
-            load_weights(initial, fetched)
+            with registry.telling(reference, fetched):
+                load_weights(initial, fetched)
         path = Path(scratch) / f"pinned-{INITIAL_WEIGHTS}"
         save_weights(initial, path)
         folder.upload(path, INITIAL_WEIGHTS)
@@ -114,11 +123,15 @@ def _progress(snapshot: dict[str, Any] | None) -> tuple[int, int]:
 
 
 def _failed_too_often(job: StageJob, failure: TrainingFailedError) -> PipelineError:
-    reason = (str(failure).strip().splitlines() or [type(failure).__name__])[-1]
+    reason = (str(failure).strip().splitlines() or [type(failure).__name__])[-1][:300]
+    allowed = job.machine.max_failures
+    if allowed:
+        told = f"workers failed {allowed + 1} times without a new checkpoint, the last: {reason}"
+    else:
+        told = f"a worker failed: {reason}"
     return PipelineError(
-        f"stage {job.stage.name}: workers failed {job.machine.max_failures + 1} time(s) without a new checkpoint "
-        f"(machine.max_failures {job.machine.max_failures}), the last: {reason[:300]}; the same command goes on from "
-        "the newest checkpoint"
+        f"stage {job.stage.name}: {told} (machine.max_failures {allowed}); the same command goes on from the newest "
+        "checkpoint"
     )
 
 
@@ -144,7 +157,8 @@ def _fit(job: StageJob, name: str, callbacks: Sequence[UserCallback]) -> Trainin
         ),
     )
     try:
-        trainer.fit()
+        with _interruptible():
+            trainer.fit()
     except TrainingFailedError as error:
         if (mine := _user_error(error)) is not None:
             raise mine from error
@@ -153,6 +167,21 @@ def _fit(job: StageJob, name: str, callbacks: Sequence[UserCallback]) -> Trainin
     if (end := FeedWriter(job.feed).gave_up_for()) is not None:
         raise end
     return None
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt, as everywhere: Ray Train ends its workers, exits without a word, and would go on
+    listening when there are none left to end.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        raise KeyboardInterrupt from stop
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def _user_error(error: BaseException | None) -> Exception | None:

@@ -5,7 +5,7 @@ import contextlib
 import io
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -21,8 +21,8 @@ from mlflow.types.schema import AnyType
 
 import gmflow
 from datasets_etl.formats import encode_frame_png
-from datasets_etl.storage import file_sha256, split_url
-from gmflow import GMFlow, load_model
+from datasets_etl.storage import ObjectStore, file_sha256, split_url
+from gmflow import GMFlow, GMFlowError, load_model
 from pipelines.errors import PipelineError
 from pipelines.training import tracking
 from pipelines.training.config import MetricConfig
@@ -198,7 +198,18 @@ def _improves(client: MlflowClient, model_name: str, lineage: Lineage, promotion
 def resolve_model(reference: str, tracking_uri: str | None = None) -> GMFlow:
     """The trainable model of a reference, in evaluation mode. Arguments and errors as of `fetch_weights`."""
     with tempfile.TemporaryDirectory(prefix="gmflow-model-") as folder:
-        return load_model(fetch_weights(reference, Path(folder), tracking_uri)).eval()
+        path = fetch_weights(reference, Path(folder), tracking_uri)
+        with telling(reference, path):
+            return load_model(path).eval()
+
+
+@contextlib.contextmanager
+def telling(reference: str, path: Path) -> Iterator[None]:
+    """What is wrong with weights fetched to `path` is told of the reference, which is all that the user knows."""
+    try:
+        yield
+    except GMFlowError as error:
+        raise GMFlowError(str(error).replace(str(path), reference)) from error
 
 
 def fetch_weights(reference: str, folder: Path, tracking_uri: str | None = None) -> Path:
@@ -220,15 +231,36 @@ def fetch_weights(reference: str, folder: Path, tracking_uri: str | None = None)
 def fetch_named_weights(reference: str, folder: Path, tracking_uri: str | None = None) -> tuple[Path, str]:
     """`fetch_weights`, and what the reference stands for now: "models:/NAME/N", or the file and its SHA-256's start."""
     if reference.startswith("models:/"):
-        client = tracking.connect(tracking_uri)
-        version = find_version(client, reference)
+        client, version = _look_up(reference, tracking_uri)
         return _download(client, version, folder), f"models:/{version.name}/{version.version}"
-    if not reference.endswith((".pth", ".safetensors")):
-        raise PipelineError(f"{reference}: no model reference; write models:/NAME@ALIAS, or a .pth or .safetensors")
-    store, name = split_url(reference)
+    store, name = _split_file(reference)
     path = folder / name
     path.write_bytes(store.read(name))
     return path, f"{reference} (sha256 {file_sha256(path)[:16]})"
+
+
+def check_reference(reference: str, tracking_uri: str | None = None) -> None:
+    """That a reference leads to something, without fetching it. Arguments and errors as of `fetch_weights`."""
+    if reference.startswith("models:/"):
+        _look_up(reference, tracking_uri)
+        return
+    store, name = _split_file(reference)
+    if store.size(name) is None:
+        raise PipelineError(f"{reference}: no such file")
+
+
+def _look_up(reference: str, tracking_uri: str | None) -> tuple[MlflowClient, ModelVersion]:
+    try:
+        client = tracking.connect_existing(tracking_uri)
+    except PipelineError as error:
+        raise PipelineError(f"{reference}: {error}") from error
+    return client, find_version(client, reference)
+
+
+def _split_file(reference: str) -> tuple[ObjectStore, str]:
+    if not reference.endswith((".pth", ".safetensors")):
+        raise PipelineError(f"{reference}: no model reference; write models:/NAME@ALIAS, or a .pth or .safetensors")
+    return split_url(reference)
 
 
 def find_version(client: MlflowClient, reference: str) -> ModelVersion:
@@ -260,7 +292,9 @@ def _download(client: MlflowClient, version: ModelVersion, folder: Path) -> Path
         raise PipelineError(f"{uri}: its files cannot be had from {client.tracking_uri}: {error.message}") from error
     found = sorted(local.rglob("*.safetensors"))
     if not found:
-        raise PipelineError(f"{uri}: registered by something else than this pipeline: no safetensors in it")
+        raise PipelineError(
+            f"{uri}: no safetensors in it: its files were deleted, or something else than this pipeline registered it"
+        )
     return found[0]
 
 

@@ -33,7 +33,7 @@ KEY_TAG = "gmflow.key"
 STAGE_RUN_TAG = "stage_run."
 """Of a curriculum's run, followed by a stage's name: the id of the stage's run."""
 
-_PARENT_TAG = "mlflow.parentRunId"
+PARENT_TAG = "mlflow.parentRunId"
 
 _Result = TypeVar("_Result")
 
@@ -59,6 +59,17 @@ def connect(configured: str | None) -> MlflowClient:
     except Exception as error:  # MLflow raises whatever its transport does
         raise PipelineError(f"MLflow at {uri} does not answer: {error}") from error
     return client
+
+
+def connect_existing(configured: str | None) -> MlflowClient:
+    """`connect` for who only reads: a database that is not there would otherwise be made, and be empty."""
+    uri = tracking_uri(configured)
+    if _embedded_folder(uri) is not None and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise PipelineError(
+            f"MLflow at {uri}: no such database; it is made by the first run that is tracked. Set MLFLOW_TRACKING_URI "
+            "to where that was"
+        )
+    return connect(configured)
 
 
 def _embedded_folder(uri: str) -> Path | None:
@@ -184,11 +195,11 @@ class CurriculumRun:
 
     def stage(self, name: str, key: str) -> TrackedRun:
         """The child run of a stage; one that another parent began and did not end becomes this one's."""
-        tags = {_PARENT_TAG: self.run_id, "stage": name}
+        tags = {PARENT_TAG: self.run_id, "stage": name}
         run = self.patience(_find_or_create, self.client, self.experiment_id, name, key, tags)
-        before = run.data.tags.get(_PARENT_TAG)
+        before = run.data.tags.get(PARENT_TAG)
         if before != self.run_id:
-            self.patience(self.client.set_tag, run.info.run_id, _PARENT_TAG, self.run_id)
+            self.patience(self.client.set_tag, run.info.run_id, PARENT_TAG, self.run_id)
             if before is not None and self.patience(self.client.get_run, before).info.status == "RUNNING":
                 self.patience(self.client.set_terminated, before, "KILLED")
         return TrackedRun(self.client, run, self.patience)
@@ -219,11 +230,15 @@ class CurriculumRun:
         self.patience(self.client.update_run, run_id, status="RUNNING")
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(MlflowException):  # the error under way says more
-                self.client.set_terminated(run_id, "FAILED")
+                self.client.set_terminated(run_id, _end_by(error))
             raise
         self.patience(self.client.set_terminated, run_id, "FINISHED")
+
+
+def _end_by(error: BaseException) -> str:
+    return "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
 
 
 def run_link(uri: str, experiment: str, run_id: str) -> str:
@@ -252,9 +267,9 @@ def run_status(client: MlflowClient, run_id: str) -> Iterator[None]:
     client.update_run(run_id, status="RUNNING")
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(MlflowException):
-            client.set_terminated(run_id, "FAILED")
+            client.set_terminated(run_id, _end_by(error))
         raise
     client.set_terminated(run_id, "FINISHED")
 

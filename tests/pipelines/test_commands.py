@@ -237,8 +237,8 @@ class TestEvaluate:
     @pytest.mark.parametrize(
         ("reference", "fragment"),
         [
-            ("models:/gmflow@champion", "no such model"),
-            ("models:/gmflow/7", "no such model"),
+            ("models:/gmflow@champion", "no such database"),
+            ("models:/gmflow/7", "no such database"),
             ("nothing.pth", "nothing.pth"),
             ("gmflow@champion", "models:/NAME@ALIAS"),
         ],
@@ -499,6 +499,9 @@ class TestPredict:
         result = call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", *frames[:2])
         assert_one_line(result, frames[1])
         assert not list((tmp_path / "o").rglob("frame*"))
+        # What it had noted of itself keeps nobody out.
+        command = (pipelines.predict, "--model", weights, "--output", tmp_path / "o", "--precision", "bf16")
+        assert call(*command, frames[0], frames[2])[0] == 0
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -519,6 +522,11 @@ class TestCurriculum:
         result = call(pipelines.curriculum, "--config", workplace.write(), override)
         assert_one_line(result, *fragments)
         assert not list((workplace.folder / "storage").rglob("*.safetensors"))
+
+    @pytest.mark.parametrize("start", ["models:/gmflow@champion", "/no/weights.pth"])
+    def test_a_dry_run_misses_the_weights_to_start_from(self, call, workplace, start):
+        result = call(pipelines.curriculum, "--config", workplace.write(), "--dry-run", f"init_from={start}")
+        assert_one_line(result, start)
 
     def test_initial_weights_of_another_architecture(self, call, workplace, tmp_path):
         other = tmp_path / "other.safetensors"

@@ -76,11 +76,11 @@ def test_overrides_reach_sections_and_stages_by_name_or_number(small, load):
     ("override", "message"),
     [
         ("sead=3", r"unknown key sead; did you mean seed\?"),
-        ("stages.chairs.stpes=3", r"unknown key stages\.0\.stpes; did you mean steps\?"),
+        ("stages.chairs.stpes=3", r"unknown key stages\.chairs\.stpes; did you mean steps\?"),
         ("machine.num_worker=3", r"unknown key machine\.num_worker; did you mean num_workers\?"),
         ("stages.things.steps=3", r"no 'things' here; there is chairs"),
-        ("stages.chairs.steps=many", r"stages\.0\.steps: .*not 'many'"),
-        ("stages.chairs.steps=0", r"stages\.0\.steps: .*greater than 0"),
+        ("stages.chairs.steps=many", r"override .stages\.chairs\.steps=many.: stages\.chairs\.steps: .*not 'many'"),
+        ("stages.chairs.steps=0", r"stages\.chairs\.steps: .*greater than 0"),
         ("seed", r"write key=value"),
         ("seed.deeper=1", r"seed"),
         ("stages.chairs.crop=[32, 50]", r"stage chairs: crop \(32, 50\) must be divisible by 16"),
@@ -100,6 +100,19 @@ def test_what_is_wrong_is_one_line_naming_it(small, load, override, message):
     with pytest.raises(PipelineError, match=message) as caught:
         load(small, override)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_wrong_is_laid_to_what_said_it(small, load):
+    def told(*overrides: str) -> str:
+        with pytest.raises(PipelineError) as caught:
+            load(small, *overrides)
+        return str(caught.value)
+
+    assert told("seed=1", "stages.chairs.name=champion").startswith("override 'stages.chairs.name=champion': ")
+    assert told("machine={num_workers: 0}").startswith("override 'machine={num_workers: 0}': machine.num_workers: ")
+    assert "config.yaml with seed=1 machine.num_workers=5: stage chairs" in told("seed=1", "machine.num_workers=5")
+    small["stages"][0]["steps"] = 0
+    assert "config.yaml: stages.chairs.steps: " in told("seed=1")
 
 
 def test_a_missing_file_and_a_file_without_yaml_are_named(tmp_path):

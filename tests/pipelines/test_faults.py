@@ -107,9 +107,14 @@ class Job:
             time.sleep(0.05)
 
     def finish(self) -> None:
-        assert self.process.wait(WAIT_SECONDS) == 0, self.said()
+        assert self.end() == 0, self.said()
+
+    def end(self) -> int:
+        """The exit code; all was said then."""
+        code = self.process.wait(WAIT_SECONDS)
         for reader in self._readers:
             reader.join()
+        return code
 
     def step_of(self, pattern: str, after: int = 0) -> int:
         """The step that the first matching line names."""
@@ -255,7 +260,8 @@ def test_a_machine_that_is_to_go_during_a_validation_is_left_in_time(
     job.wait_for(r"step=2/4 rank=0 validated", after=resumed)
     assert not [line for line in job.lines[:resumed] if "validated" in line], "the notice came too late for this test"
     job.process.send_signal(signal.SIGINT)
-    job.process.wait(WAIT_SECONDS)
+    assert job.end() == 130
+    assert "interrupted; the same command goes on from here" in job.said()
 
 
 def test_a_lost_machine_is_gone_on_without_until_there_is_another(

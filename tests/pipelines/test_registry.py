@@ -1,6 +1,7 @@
 """Registered models from the shell: what there is, what differs, where the aliases are."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 
 import pipelines.export
 import pipelines.registry
-from gmflow import GMFlow, GMFlowConfig, load_model, save_weights
+from gmflow import GMFlow, GMFlowConfig, GMFlowError, load_model, save_weights
+from pipelines.errors import PipelineError
 from pipelines.training import registry, tracking
 from pipelines.training.config import MetricConfig
 
@@ -97,6 +99,37 @@ def test_a_missing_model_names_those_there_are(call, reference):
     assert (code, out) == (2, "")
     assert f"{reference}: no such model" in err
     assert "models:/gmflow@champion" in err
+
+
+def test_a_mistyped_database_is_said_and_not_made(call, tmp_path, monkeypatch):
+    missing = tmp_path / "mlfow.db"
+    uri = f"sqlite:///{missing}"
+    for task in (["list"], ["show", "models:/gmflow/1"]):
+        monkeypatch.setattr(tracking, "tracking_uri", lambda configured: uri)
+        code, _, err = call(pipelines.registry, *task)
+        assert (code, f"MLflow at {uri}: no such database" in err) == (2, True)
+    with pytest.raises(PipelineError, match="no such database"):
+        registry.resolve_model("models:/gmflow/1", uri)
+    assert not missing.exists()
+
+
+def test_a_damaged_weights_file_is_named_as_it_was_given(tmp_path):
+    given = tmp_path / "given.safetensors"
+    given.write_bytes(b"no weights")
+    with pytest.raises(GMFlowError, match=f"^{re.escape(str(given))}: damaged"):
+        registry.resolve_model(str(given))
+
+
+def test_a_version_whose_files_were_deleted_says_so(registered, tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = tracking.connect(uri)
+    lineage = registry.Lineage("chairs", "random", {}, "h", "sources:x", {})
+    stage_run = tracking.start_run(client, "r", "chairs", {}).info.run_id
+    version = registry.register(client, "gmflow", stage_run, registered / "1.safetensors", lineage, None)
+    for file in (tmp_path / "mlflow-artifacts").rglob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(PipelineError, match=f"models:/gmflow/{version.version}: .*its files were deleted"):
+        registry.resolve_model(f"models:/gmflow/{version.version}", uri)
 
 
 def test_what_is_no_reference_is_said(call):
