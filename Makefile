@@ -26,7 +26,7 @@ stack-down: setup
 # Everything; `make test PYTEST="-m 'not slow'"` for the quick part. Two at a time, because most of it waits; threads of
 # one that wait must not spin then, for they would take the other's cores.
 test: lint
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(PYTEST)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder $(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ computed again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from gmflow.attention import (
 from gmflow.eager import outside_graphs
 from gmflow.layer_norm import layer_norm_backward
 from gmflow.scratch import Scratch, add_product, put_product
+from gmflow.short_factors import short_factors
 
 
 class AttentionWeights(NamedTuple):
@@ -193,7 +195,9 @@ class _Meeting(NamedTuple):
 
     def weights(self, rows: slice, chunk: _Chunk, scale: float, scratch: Scratch) -> Tensor:
         """Of every key for these rows of the windows: `[n, l, L]`."""
-        return softmax_weights(self.query[:, rows], self.key, scale, scratch, chunk.crossing, rows)
+        rounded = self.value.dtype == torch.bfloat16 and self.query.dtype == torch.float32
+        with short_factors() if rounded else nullcontext():
+            return softmax_weights(self.query[:, rows], self.key, scale, scratch, chunk.crossing, rows)
 
     def attended(self, weights: Tensor, out: Tensor) -> Tensor:
         """Weights `[n, l, L]` → `[n, l, C]`."""

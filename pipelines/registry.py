@@ -15,7 +15,8 @@ from pathlib import Path
 
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking import MlflowClient
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group
 from rich.table import Table
 
 from datasets_etl.storage import FileStore
@@ -52,9 +53,10 @@ def list_versions(client: MlflowClient, name: str | None) -> Table:
     models = sorted(model.name for model in client.search_registered_models())
     if name is not None and name not in models:
         raise PipelineError(f"no model {name!r} at {client.tracking_uri}; there is {', '.join(models) or 'none'}")
-    table = Table(title=str(client.tracking_uri))
+    table = Table(title=str(client.tracking_uri), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("model", "stage", "aliases", "from", "EPE by validation set", "registered"):
-        table.add_column(column, overflow="fold")
+        # What is one word stays one, in 80 columns too.
+        table.add_column(column, overflow="fold", no_wrap=column not in ("aliases", "registered"))
     for model in [name] if name is not None else models:
         aliases = _aliases(client, model)
         for version in sorted(client.search_model_versions(f"name = '{model}'"), key=lambda v: -int(v.version)):
@@ -84,26 +86,28 @@ def describe(client: MlflowClient, version: ModelVersion) -> Table:
     return table
 
 
-def compare(client: MlflowClient, first: ModelVersion, second: ModelVersion) -> Table:
-    """Lineage where it differs, and every metric with its difference."""
+def compare(client: MlflowClient, first: ModelVersion, second: ModelVersion) -> Group:
+    """Lineage where it differs, one value below the other; then every metric with its difference."""
     titles = [f"{version.name}/{version.version}" for version in (first, second)]
-    table = Table(title=" and ".join(titles))
-    table.add_column("")
-    for title in titles:
-        table.add_column(title, justify="right", overflow="fold")
-    table.add_column("difference", justify="right")
+    lineage = Table(title=" and ".join(titles), show_header=False)
+    for _ in range(3):
+        lineage.add_column(overflow="fold")
     facts = [_facts(client, version) for version in (first, second)]
     for name in dict.fromkeys([*facts[0], *facts[1]]):
         values = [fact.get(name, "") for fact in facts]
-        if values[0] != values[1]:
-            table.add_row(name, *values, "")
-    table.add_section()
+        if values[0] != values[1] and name != "reference":
+            lineage.add_section()
+            lineage.add_row(name, titles[0], values[0])
+            lineage.add_row("", titles[1], values[1])
+    scores = Table("")
+    for title in (*titles, "difference"):
+        scores.add_column(title, justify="right")
     metrics = [_metrics(version) for version in (first, second)]
     for name in dict.fromkeys([*metrics[0], *metrics[1]]):
         values = [found.get(name, "") for found in metrics]
         difference = f"{float(values[1]) - float(values[0]):+.4g}" if all(values) else ""
-        table.add_row(name, *values, difference)
-    return table
+        scores.add_row(name, *values, difference)
+    return Group(lineage, scores)
 
 
 def pull(client: MlflowClient, version: ModelVersion, folder: Path) -> None:

@@ -305,8 +305,10 @@ def register_best(sweep: Sweep, rows: Sequence[Row], run: SweepRun, plan: TrialP
 
 
 def show_plan(sweep: Sweep) -> None:
-    """What `--dry-run` prints: every setting and trial, in order."""
+    """What `--dry-run` prints: every setting and trial, in order. Raises DataError or PipelineError without weights."""
     config = sweep.config
+    if config.weights is not None:
+        registry.check_reference(config.weights, config.mlflow.tracking_uri)
     console = sweep.view.console
     if config.probe is not None:
         table = Table(title=f"probe: {len(config.probed)} settings of {config.weights}")

@@ -11,11 +11,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import pipelines.curriculum
 import pipelines.etl
 import pipelines.evaluate
 import pipelines.predict
+import pipelines.sweep
 from datasets_etl import formats
 from datasets_etl.etl import run_etl
 from datasets_etl.manifest import Manifest
@@ -534,6 +536,22 @@ class TestCurriculum:
         result = call(pipelines.curriculum, "--config", workplace.write(), f"init_from={other}")
         assert_one_line(result, "other.safetensors")
         assert not list((workplace.folder / "storage").rglob("*.safetensors"))
+
+
+def test_a_sweeps_dry_run_misses_its_weights(call, manifests, tmp_path):
+    sets = [{"data": "chairs", "subset": "val"}]
+    config = {
+        "name": "probe",
+        "storage": str(tmp_path / "storage"),
+        "data": {"chairs": manifests["chairs"]},
+        "model": {"variant": "refine"},
+        "weights": "/no/weights.pth",
+        "objective": sets[0],
+        "probe": {"grid": {"attn_splits": [[1], [2]]}, "validation": sets},
+    }
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert_one_line(call(pipelines.sweep, "--config", path, "--dry-run"), "/no/weights.pth: no such file")
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def champion(call) -> str:
 def test_versions_are_listed_with_stage_metrics_lineage_and_aliases(call):
     code, out, _ = call(pipelines.registry, "list")
     assert code == 0
-    third, second, first = (line for line in out.splitlines() if "gmflow/" in line and "│" in line)
+    third, second, first = (line for line in out.splitlines() if line.strip().startswith("gmflow/"))
     assert [word in third for word in ("gmflow/3", "things", "champion", "gmflow/2", "c.val 2.000")] == [True] * 5
     assert "chairs" in second
     assert "random" in first
@@ -62,6 +62,34 @@ def test_comparing_shows_metrics_with_their_difference_and_lineage_that_differs(
     assert metric.replace("│", " ").split()[1:] == ["3", "2", "-1"]
     assert "file:///c1" in out
     assert "code_version" not in out  # the same
+
+
+def test_nothing_is_cut_in_a_terminal_of_80_columns(call, monkeypatch, tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = tracking.connect(uri)
+    weights = tmp_path / "w.safetensors"
+    save_weights(GMFlow(TINY), weights)
+    name, run_ids = "sintel.training-clean", []
+    for number in ("1", "2"):
+        lineage = registry.Lineage(
+            *("sintel", f"models:/gmflow/{number}", {"sintel": f"s3://bucket/sets/sintel/manifest-{number * 16}.json"}),
+            *(number * 12, "git:" + number * 40, {"val/sintel/training-clean/epe": 2.5}),
+        )
+        run_ids.append(tracking.start_run(client, "r", "sintel", {}).info.run_id)
+        registry.register(client, "gmflow", run_ids[-1], weights, lineage, None)
+    monkeypatch.setattr(tracking, "tracking_uri", lambda configured: uri)
+
+    def told(*arguments: str) -> str:
+        code, out, _ = call(pipelines.registry, *arguments)
+        assert code == 0
+        assert "…" not in out
+        return out
+
+    monkeypatch.setenv("COLUMNS", "80")
+    newest = next(line for line in told("list").splitlines() if line.strip().startswith("gmflow/2"))
+    assert all(word in newest.split() for word in ("gmflow/2", "sintel", "gmflow/2", name, "2.500"))
+    compared = told("compare", "models:/gmflow/1", "models:/gmflow/2")
+    assert all(word in compared for word in (*run_ids, "1" * 12, "2" * 12, f"val.{name}.epe"))
 
 
 def test_champion_rolls_back_by_one_command_step_by_step_and_is_promoted_again(call):
