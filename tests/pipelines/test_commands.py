@@ -544,7 +544,7 @@ def test_a_sweeps_dry_run_misses_its_weights(call, manifests, tmp_path):
         "name": "probe",
         "storage": str(tmp_path / "storage"),
         "data": {"chairs": manifests["chairs"]},
-        "model": {"variant": "refine"},
+        "model": {"variant": "refine", "attn_splits": [1, 2]},
         "weights": "/no/weights.pth",
         "objective": sets[0],
         "probe": {"grid": {"attn_splits": [[1], [2]]}, "validation": sets},
