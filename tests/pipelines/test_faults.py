@@ -315,7 +315,7 @@ def test_a_worker_that_hangs_and_servers_that_are_away_change_no_bit(
         job.wait_for(r"step=6/.* loss=")
         os.kill(train_workers(job.process.pid)[0], signal.SIGSTOP)
         hung = job.wait_for(r"hangs: no progress for 13 s while (computing|waiting).*; ended, to resume")
-        resumed = job.wait_for(r"resumes", after=hung)
+        resumed = job.wait_for(r"resumes|starts: ", after=hung)
         job.wait_for(r" loss=", after=resumed)
         tracking.kill()
         storage.kill()
