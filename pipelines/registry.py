@@ -55,8 +55,8 @@ def list_versions(client: MlflowClient, name: str | None) -> Table:
         raise PipelineError(f"no model {name!r} at {client.tracking_uri}; there is {', '.join(models) or 'none'}")
     table = Table(title=str(client.tracking_uri), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("model", "stage", "aliases", "from", "EPE by validation set", "registered"):
-        # What is one word stays one, in 80 columns too.
-        table.add_column(column, overflow="fold", no_wrap=column not in ("aliases", "registered"))
+        # In 80 columns names of sets may be wrapped, nothing else.
+        table.add_column(column, overflow="fold", no_wrap=not column.startswith("EPE"))
     for model in [name] if name is not None else models:
         aliases = _aliases(client, model)
         for version in sorted(client.search_model_versions(f"name = '{model}'"), key=lambda v: -int(v.version)):
@@ -65,10 +65,10 @@ def list_versions(client: MlflowClient, name: str | None) -> Table:
             table.add_row(
                 f"{model}/{version.version}",
                 version.tags.get("stage", "?"),
-                ", ".join(aliases.get(str(version.version), [])),
+                "\n".join(aliases.get(str(version.version), [])),
                 parent,
                 "\n".join(scores),
-                _when(version),
+                _when(version)[:10],
             )
     return table
 
