@@ -35,17 +35,16 @@ def claim_output(
         PipelineError: files there are of another job, of other inputs or of unknown origin, and not to be overwritten.
     """
     wanted = json.loads(json.dumps(job))
-    noted = _noted(output)
+    there = {found.key for found in output.walk()} - {_NOTE}
+    noted = _noted(output) if there else {}  # a run that failed before it wrote anything keeps nobody out
     told = dict(noted.pop(_INPUTS, {}))
-    if not any(found.key != _NOTE for found in output.walk()):
-        noted = {}  # of a run that failed before it wrote anything
     if noted and noted != wanted and not overwrite:
         differing = sorted(name for name in {*noted, *wanted} if noted.get(name) != wanted.get(name))
         listed = ", ".join(f"{name} {noted.get(name)!r}, not {wanted.get(name)!r}" for name in differing)
         raise PipelineError(f"{output.url} holds another run's files ({listed}); give another folder or --overwrite")
-    kept = set() if overwrite or not noted else {found.key for found in output.walk()}
+    kept = set() if overwrite or not noted else there
     if inputs and not overwrite:
-        kept = _made_of(inputs, told, output)
+        kept = _made_of(inputs, told, there, output.url)
     content = {**wanted, _INPUTS: inputs if overwrite else {**told, **inputs}} if inputs else wanted
     output.write(_NOTE, json.dumps(content, indent=1, sort_keys=True).encode())
     return kept
@@ -61,16 +60,16 @@ def _noted(output: ObjectStore) -> dict[str, Any]:
     return noted
 
 
-def _made_of(inputs: Mapping[str, str], told: Mapping[str, str], output: ObjectStore) -> set[str]:
-    """Keys of the files that are there and of these inputs. Raises PipelineError for one that is of others."""
+def _made_of(inputs: Mapping[str, str], told: Mapping[str, str], there: set[str], url: str) -> set[str]:
+    """Those of the keys whose files are of these inputs. Raises PipelineError for one that is of others."""
     kept = set()
-    for key in (found.key for found in output.walk()):
+    for key in sorted(there):
         wanted = _of_key(key, inputs)
         if wanted is None:
             continue
         if wanted != _of_key(key, told):
             raise PipelineError(
-                f"{output.url}/{key} is there already, of other input or not by this command; give another folder or "
+                f"{url}/{key} is there already, of other input or not by this command; give another folder or "
                 "--overwrite"
             )
         kept.add(key)

@@ -224,21 +224,9 @@ class CurriculumRun:
         """A finished stage's validation, against the number of the stage."""
         self._own.log(Record(number, {name: value for name, value in metrics.items() if name.startswith("val/")}))
 
-    @contextlib.contextmanager
-    def running(self, run_id: str) -> Iterator[None]:
-        """Marks a run as running, then as finished, or failed where the block raises."""
-        self.patience(self.client.update_run, run_id, status="RUNNING")
-        try:
-            yield
-        except BaseException as error:
-            with contextlib.suppress(MlflowException):  # the error under way says more
-                self.client.set_terminated(run_id, _end_by(error))
-            raise
-        self.patience(self.client.set_terminated, run_id, "FINISHED")
-
-
-def _end_by(error: BaseException) -> str:
-    return "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+    def running(self, run_id: str) -> contextlib.AbstractContextManager[None]:
+        """`run_status` of a run of this curriculum, which waits for a server that is away."""
+        return run_status(self.client, run_id, self.patience)
 
 
 def run_link(uri: str, experiment: str, run_id: str) -> str:
@@ -262,16 +250,21 @@ def environment() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def run_status(client: MlflowClient, run_id: str) -> Iterator[None]:
-    """Marks a run as running, then as finished, or failed where the block raises."""
-    client.update_run(run_id, status="RUNNING")
+def run_status(client: MlflowClient, run_id: str, patience: Patience | None = None) -> Iterator[None]:
+    """Marks a run as running, then as finished; as killed where the block is interrupted, as failed where it raises."""
+    call = patience or _at_once
+    call(client.update_run, run_id, status="RUNNING")
     try:
         yield
     except BaseException as error:
-        with contextlib.suppress(MlflowException):
-            client.set_terminated(run_id, _end_by(error))
+        with contextlib.suppress(MlflowException):  # the error under way says more
+            client.set_terminated(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-    client.set_terminated(run_id, "FINISHED")
+    call(client.set_terminated, run_id, "FINISHED")
+
+
+def _at_once(work: Callable[..., _Result], *arguments: Any, **named: Any) -> _Result:
+    return work(*arguments, **named)
 
 
 def start_run(client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str]) -> Run:

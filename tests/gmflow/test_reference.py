@@ -68,18 +68,19 @@ def plainly(model: GMFlow, image0: Tensor, image1: Tensor, **how: bool) -> list[
 def assert_of_the_reference(
     found: Sequence[Tensor], expected: Sequence[np.ndarray], plain: Callable[[], Sequence[Tensor]]
 ) -> None:
-    """Within the tolerance; on processors that round otherwise than the reference's, within it of the plain formulas'
-    distance there (on Intel's with AMX they are up to 0.004 px off by themselves).
+    """Within the tolerance; where the plain formulas themselves are not, as processors round differently, within their
+    distance more (on Intel's with AMX it is up to 0.004 px).
     """
 
     def errors(flows: Sequence[Tensor]) -> np.ndarray:
         pairs = zip(flows, expected, strict=True)
-        return np.array([np.abs(flow.detach().numpy() - theirs).max() for flow, theirs in pairs])
+        return np.array([np.abs(flow.detach().numpy() - wanted).max() for flow, wanted in pairs])
 
-    allowed = np.full(len(expected), TOLERANCE)
-    if (errors(found) > allowed).any():
-        allowed += errors(plain())
-    assert (errors(found) <= allowed).all(), (errors(found), allowed)
+    apart, allowed = errors(found), np.full(len(expected), TOLERANCE)
+    if (apart > allowed).any():
+        theirs = errors(plain())
+        allowed += np.where(theirs > TOLERANCE, theirs, 0.0)
+    assert (apart <= allowed).all(), (apart, allowed)
 
 
 @pytest.mark.parametrize("key", EVALUATED)

@@ -262,6 +262,9 @@ def test_a_machine_that_is_to_go_during_a_validation_is_left_in_time(
     job.process.send_signal(signal.SIGINT)
     assert job.end() == 130
     assert "interrupted; the same command goes on from here" in job.said()
+    client = MlflowClient(workplace.tracking_uri)
+    runs = client.search_runs([client.get_experiment_by_name("gmflow").experiment_id])
+    assert [run.info.status for run in runs] == ["KILLED", "KILLED"], "the stage's and the curriculum's"
 
 
 def test_a_lost_machine_is_gone_on_without_until_there_is_another(

@@ -132,8 +132,8 @@ def test_a_missing_model_names_those_there_are(call, reference):
 def test_a_mistyped_database_is_said_and_not_made(call, tmp_path, monkeypatch):
     missing = tmp_path / "mlfow.db"
     uri = f"sqlite:///{missing}"
+    monkeypatch.setattr(tracking, "tracking_uri", lambda configured: uri)
     for task in (["list"], ["show", "models:/gmflow/1"]):
-        monkeypatch.setattr(tracking, "tracking_uri", lambda configured: uri)
         code, _, err = call(pipelines.registry, *task)
         assert (code, f"MLflow at {uri}: no such database" in err) == (2, True)
     with pytest.raises(PipelineError, match="no such database"):
