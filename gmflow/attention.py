@@ -32,6 +32,9 @@ SCORES = 1 << 21
 ROWS = 1 << 9
 """Queries attended at a time where a map is so large that fewer would fit: of fewer, a product is slow."""
 
+ACCELERATOR_SCORES = 1 << 26
+"""The same elsewhere, where there are only gradients to compute: large enough to fill the device."""
+
 TOKENS = 1 << 11
 """Queries of several windows attended at a time on a CPU: their projections stay in the cache beside the scores."""
 
@@ -47,7 +50,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     On accelerators this is the fused kernel. That of the CPU takes a cheaper exponential and other partial sums:
     up to 0.004 px off the reference. There the scores are computed chunk by chunk, in the reference's order of
-    operations, and again in the backward pass.
+    operations. In the backward pass they are everywhere: the fused kernel's gradients in float32 differ from time to
+    time, and take as long or, made to add up in one order, many times as long (docs/performance.md).
 
     Args:
         query: `[N, L, C]`.
@@ -57,18 +61,19 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Returns:
         `[N, L, D]`.
     """
-    if computes_in_chunks(query.device):
-        out: Tensor = _chunked_attention(query, key, value)
-        return out
-    return fused_attention(query, key, value)
+    if torch.compiler.is_exporting():
+        return fused_attention(query, key, value)
+    out: Tensor = _chunked_attention(query, key, value)
+    return out
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The same as one operation. It takes no mask: one of `[L, M]` is what the fused kernels are there to avoid."""
-    wide = F.pad(value, (0, query.shape[-1] - value.shape[-1]))  # the fused kernels want values as wide as keys
+    narrower = query.shape[-1] - value.shape[-1]
+    wide = F.pad(value, (0, narrower)) if narrower else value  # the fused kernels want values as wide as keys
     # One head: with three dimensions PyTorch takes none of its fused kernels.
-    one_head = F.scaled_dot_product_attention(query.unsqueeze(1), key.unsqueeze(1), wide.unsqueeze(1))
-    return one_head.squeeze(1)[..., : value.shape[-1]]
+    one_head = F.scaled_dot_product_attention(query.unsqueeze(1), key.unsqueeze(1), wide.unsqueeze(1)).squeeze(1)
+    return one_head[..., : value.shape[-1]] if narrower else one_head
 
 
 def computes_in_chunks(device: torch.device) -> bool:
@@ -98,9 +103,12 @@ def row_slices(queries: int, rows: int) -> list[slice]:
     return [slice(row, min(row + rows, queries)) for row in range(0, queries, rows)]
 
 
-def _chunks(windows: int, queries: int, keys: int) -> Iterator[tuple[slice, slice]]:
+def _chunks(windows: int, queries: int, keys: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
     """Slices of windows and of their queries, to be attended in turn."""
-    many, rows = chunk_size(queries, keys)
+    if computes_in_chunks(device):
+        many, rows = chunk_size(queries, keys)
+    else:
+        many, rows = max(1, ACCELERATOR_SCORES // (queries * keys)), min(queries, max(1, ACCELERATOR_SCORES // keys))
     for window in range(0, windows, many):
         for part in row_slices(queries, rows):
             yield slice(window, min(window + many, windows)), part
@@ -136,10 +144,12 @@ class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         ctx.save_for_backward(query, key, value)
+        if not computes_in_chunks(query.device):
+            return fused_attention(query, key, value)
         out = value.new_empty(*query.shape[:2], value.shape[-1])
         scratch = Scratch(query)
         scale = query.shape[-1] ** -0.5
-        for windows, rows in _chunks(len(query), query.shape[1], key.shape[1]):
+        for windows, rows in _chunks(len(query), query.shape[1], key.shape[1], query.device):
             weights = softmax_weights(query[windows, rows], key[windows], scale, scratch)
             # Transposed: values of two columns, flow or positions, are a slow product as a right-hand side.
             mixed = torch.bmm(value[windows].transpose(1, 2), weights.transpose(1, 2))  # [n, D, l]
@@ -154,7 +164,7 @@ class _ChunkedAttention(torch.autograd.Function):
         to_value = torch.zeros_like(value) if ctx.needs_input_grad[2] else None
         scratch, upper_scratch = Scratch(query), Scratch(query)
         scale = query.shape[-1] ** -0.5
-        for windows, rows in _chunks(len(query), query.shape[1], key.shape[1]):
+        for windows, rows in _chunks(len(query), query.shape[1], key.shape[1], query.device):
             part, upper = query[windows, rows], gradient[windows, rows]
             weights = softmax_weights(part, key[windows], scale, scratch)
             if to_value is not None:

@@ -106,13 +106,13 @@ def _pairings(groups: tuple[WindowGroup, ...], *, cross: bool) -> list[Pairing]:
     pairings: list[Pairing] = []
     start = 0
     for group in groups:
-        size = group.windows * group.length
+        size, number = group.windows * group.length, len(pairings)
         if cross:  # windows of image 0 come first
             half, middle = group.windows // 2, start + size // 2
-            pairings.append(Pairing(start, middle, half, group.length, group.regions))
-            pairings.append(Pairing(middle, start, half, group.length, group.regions))
+            pairings.append(Pairing(start, number + 1, half, group.length, group.regions))
+            pairings.append(Pairing(middle, number, half, group.length, group.regions))
         else:
-            pairings.append(Pairing(start, start, group.windows, group.length, group.regions))
+            pairings.append(Pairing(start, number, group.windows, group.length, group.regions))
         start += size
     return pairings
 

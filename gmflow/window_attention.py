@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from gmflow.attention import (
     Crossing,
+    attention,
     chunk_size,
     computes_in_chunks,
     fused_attention,
@@ -50,14 +51,14 @@ class Pairing:
 
     Attributes:
         source: first token of the first window that attends.
-        target: first token of the first window that is attended to.
+        partner: number of the pairing whose `source` are the windows that are attended to.
         windows: how many.
         length: tokens in each.
         regions: as in `WindowGroup`.
     """
 
     source: int
-    target: int
+    partner: int
     windows: int
     length: int
     regions: Tensor | None
@@ -72,7 +73,7 @@ def window_attention(
         source: tokens that attend, `[T, C]` in window order; queries are of them.
         target: tokens that are attended to, `[T, C]` in window order; keys and values are of them.
         weights: of the layer.
-        pairings: every window once as a source and once as a target.
+        pairings: every window once as a source, in order, and once as a target.
         onto_source: add the result to the source.
 
     Returns:
@@ -92,16 +93,28 @@ def _fused(
     source: Tensor, target: Tensor, weights: AttentionWeights, pairings: list[Pairing], onto_source: bool
 ) -> Tensor:
     """Through the fused kernels; a grid built for them has no windows with regions."""
-    query, key = F.linear(source, weights.to_query), F.linear(target, weights.to_key)
-    value = F.linear(target, weights.to_value)
+    query, key, value = _projected(source, target, weights)
+    # Split, not sliced one by one: the gradient of a slice is a tensor of the whole, to be zeroed and added up.
+    sizes = [pairing.windows * pairing.length for pairing in pairings]
+    queries, keys, values = (torch.split(one, sizes) for one in (query, key, value))
+    attend = fused_attention if query.element_size() == 2 else attention
     parts: list[Tensor] = []
-    for pairing in pairings:
-        size, shape = pairing.windows * pairing.length, (pairing.windows, pairing.length, -1)
-        own, other = slice(pairing.source, pairing.source + size), slice(pairing.target, pairing.target + size)
-        parts.append(fused_attention(query[own].view(shape), key[other].view(shape), value[other].view(shape)))
-    merged = F.linear(torch.cat([part.flatten(0, 1) for part in parts]), weights.merge)
+    for pairing, own in zip(pairings, queries, strict=True):
+        shape = (pairing.windows, pairing.length, -1)
+        other = keys[pairing.partner].view(shape), values[pairing.partner].view(shape)
+        parts.append(attend(own.view(shape), *other).flatten(0, 1))
+    merged = F.linear(torch.cat(parts), weights.merge)
     message = F.layer_norm(merged, merged.shape[1:], weights.scale, weights.shift)
     return source + message if onto_source else message
+
+
+def _projected(source: Tensor, target: Tensor, weights: AttentionWeights) -> tuple[Tensor, ...]:
+    """Queries, keys and values `[T, C]`, in one product where they are of the same tokens and otherwise in two."""
+    if target is source:
+        matrices = torch.cat([weights.to_query, weights.to_key, weights.to_value])  # [3C, C]
+        return F.linear(source, matrices).chunk(3, dim=1)
+    key, value = F.linear(target, torch.cat([weights.to_key, weights.to_value])).chunk(2, dim=1)
+    return F.linear(source, weights.to_query), key, value
 
 
 @dataclass(frozen=True)
@@ -124,7 +137,7 @@ def _chunks(pairings: list[Pairing]) -> Iterator[_Chunk]:
             windows = min(many, pairing.windows - first)
             source, target = (
                 slice(start + first * length, start + (first + windows) * length)
-                for start in (pairing.source, pairing.target)
+                for start in (pairing.source, pairings[pairing.partner].source)
             )
             yield _Chunk(source, target, windows, row_slices(length, rows), crossing)
 
@@ -256,7 +269,7 @@ class _WindowAttention(torch.autograd.Function):
             kept = queries(everything), attended(everything)
             ctx.save_for_backward(source, target, *kept, to_query, to_key, to_value, merge, scale, shift)
             ctx.pairings, ctx.onto_source = pairings, onto_source
-            ctx.to_itself = target is source and all(one.source == one.target for one in pairings)
+            ctx.to_itself = target is source and all(one.partner == number for number, one in enumerate(pairings))
         return out
 
     @staticmethod
