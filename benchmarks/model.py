@@ -4,6 +4,8 @@
     python -m benchmarks.model --quick        # small images, one repetition
     python -m benchmarks.model --device cuda
 
+On a GPU passes are recorded and replayed, and training adds up in order, as in the pipelines.
+
 Work is counted, not assumed: once per row, the products in plain formulas (the oracle's operations: every window of a
 shifted grid whole, nothing recomputed). The peak is that of square matrix products, measured before and after every
 repetition; each row is the median of its repetitions. On a machine shared with others add `--threads 1 --clock cpu`:
@@ -45,13 +47,32 @@ class Case:
     precision: str = "fp32"
     checkpointing: str = "none"
     compile: bool = False
+    batch: int = 1
+    replay: bool = True
     repetitions: int = 3
     warm_up: bool = True
 
     @property
     def name(self) -> str:
         name = f"{self.variant} {self.mode} {self.height}x{self.width} {self.precision}"
-        return name + f" ckpt={self.checkpointing}" * (self.checkpointing != "none") + " compiled" * self.compile
+        name += f" batch {self.batch}" * (self.batch > 1) + f" ckpt={self.checkpointing}" * (
+            self.checkpointing != "none"
+        )
+        return name + " compiled" * self.compile + " not replayed" * (not self.replay)
+
+    def prepared(self, device: str, *, replay: bool) -> GMFlow:
+        """The model as this row runs it."""
+        training = self.mode == "train"
+        execution = ExecutionConfig(
+            self.precision,  # type: ignore[arg-type]
+            self.checkpointing,  # type: ignore[arg-type]
+            self.compile,
+            replay=replay,
+            same_bits=training,
+        )
+        model = GMFlow(VARIANTS[self.variant])
+        prepare_model(model.train(training), execution, device)
+        return model
 
 
 def matrix_gflop(config: GMFlowConfig, height: int, width: int, training: bool) -> float:
@@ -87,30 +108,28 @@ def measure(case: Case, device: str, threads: int, clock: str) -> dict[str, Any]
     """Median seconds, fraction of peak, GiB kept for backward and peak GiB of one case."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = GMFlow(VARIANTS[case.variant])
-    training = case.mode == "train"
-    execution = ExecutionConfig(case.precision, case.checkpointing, case.compile)  # type: ignore[arg-type]
-    prepare_model(model.train(training), execution, device)
-    image0, image1 = torch.rand(2, 1, 3, case.height, case.width, device=device) * 255
+    model, training = case.prepared(device, replay=case.replay and not case.compile), case.mode == "train"
+    image0, image1 = torch.rand(2, case.batch, 3, case.height, case.width, device=device) * 255
     step = _training_step(model, image0, image1) if training else _inference(model, image0, image1)
     now = _clock(clock, device)
-    if case.warm_up:
+    for _ in range(case.warm_up * (1 if device == "cpu" else 2)):  # on a GPU the second pass is recorded
         step()
+    memory = _peak_memory(device) if case.warm_up else 0  # a replayed pass asks for none
     seconds, peaks = [], [_peak(DTYPES[case.precision], device, now)]
     for _ in range(case.repetitions):
         start = now()
         step()
         seconds.append(now() - start)
         peaks.append(_peak(DTYPES[case.precision], device, now))
-    gflop = matrix_gflop(model.config, case.height, case.width, training)
+    gflop = case.batch * matrix_gflop(model.config, case.height, case.width, training)
     rates = [gflop / s / ((a + b) / 2) for s, a, b in zip(seconds, peaks[:-1], peaks[1:], strict=True)]
     return {
         "seconds": statistics.median(seconds),
         "gflop": gflop,
         "peak_gflops": statistics.median(peaks),
         "fraction": statistics.median(rates),
-        "saved_gib": _saved_bytes(model, image0, image1) / 2**30 if training else None,
-        "peak_gib": _peak_memory(device) / 2**30,
+        "saved_gib": _saved_bytes(case.prepared(device, replay=False), image0, image1) / 2**30 if training else None,
+        "peak_gib": (memory or _peak_memory(device)) / 2**30,
     }
 
 
@@ -190,13 +209,20 @@ def cases(quick: bool, compiled: bool, device: str) -> list[Case]:
     if quick:
         size = (128, 256)
         return [Case(v, m, *size, repetitions=1) for v in VARIANTS for m in ("inference", "train")]
-    precisions = ("fp32", "tf32", "bf16") if device.startswith("cuda") else ("fp32", "bf16")
+    on_gpu = device.startswith("cuda")
+    precisions = ("fp32", "tf32", "bf16") if on_gpu else ("fp32", "bf16")
     rows = [Case(v, "inference", 448, 1024, p) for v in VARIANTS for p in precisions]
     rows += [Case(v, "train", 384, 512, p) for v in VARIANTS for p in precisions]
     rows += [Case("refine", "train", 384, 512, checkpointing=c) for c in ("selective", "full")]
+    if on_gpu:  # which a single pair does not fill
+        rows += [Case("refine", "inference", 448, 1024, p, batch=8) for p in precisions]
+        rows += [Case("refine", "train", 384, 512, p, batch=8) for p in precisions]
+        rows += [
+            Case("refine", m, *s, "bf16", replay=False) for m, s in (("inference", (448, 1024)), ("train", (384, 512)))
+        ]
     growth = [(1088, 1920), (1440, 2560), (2176, 3840)]
-    # Minutes each: once, and cold.
-    return rows + [Case("refine", "inference", *size, repetitions=1, warm_up=False) for size in growth]
+    # On a CPU minutes each: once, and cold.
+    return rows + [Case("refine", "inference", *size, repetitions=1, warm_up=on_gpu) for size in growth]
 
 
 def main() -> None:
@@ -224,7 +250,7 @@ def main() -> None:
             continue
         saved = "–" if row["saved_gib"] is None else f"{row['saved_gib']:.2f} GiB"
         print(
-            f"{case.name:52} {row['seconds']:8.2f} {row['gflop']:8.0f} {row['peak_gflops']:8.0f} "
+            f"{case.name:52} {row['seconds']:8.4g} {row['gflop']:8.0f} {row['peak_gflops']:8.0f} "
             f"{row['fraction']:8.0%} {saved:>9} {row['peak_gib']:5.2f} GiB",
             flush=True,
         )

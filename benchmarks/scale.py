@@ -1,13 +1,12 @@
 """One whole curriculum on 1 to 1,000 GPUs, on paper: compute, network, storage, cost, and where it breaks first.
 
     python -m benchmarks.scale                          # everything, about two minutes; real samples by GMFLOW_SAMPLES
-    python -m benchmarks.scale --variant base --precision bf16 --utilisation 0.3
+    python -m benchmarks.scale --variant base --precision bf16
     python -m benchmarks.scale --only manifest --shards 100000
 
 What is measured here: operations of the model (the formulas of `benchmarks.model`), bytes of its parameters, gradients
 and checkpoints, bytes a sample has in real shards, and the order and the manifest at 10⁶ shards, by the project's own
-code. What is published is named in `PUBLISHED`. One figure is neither: how much of a GPU's peak the model reaches
-(`--utilisation`); nobody has measured it yet, so read hours and costs as inversely proportional to it.
+code; and, on one H100, how long the model takes (`SPEEDS`). What is published is named in `PUBLISHED`.
 """
 
 import argparse
@@ -43,10 +42,6 @@ console = Console(width=140)
 class Published:
     """Somebody else's figures, each with where it stands."""
 
-    # NVIDIA's data sheet of the H100 SXM, without sparsity, 10¹² operations a second.
-    tflops_fp32: float = 66.9
-    tflops_tf32: float = 494.7
-    tflops_bf16: float = 989.4
     # AWS, p5.48xlarge: eight H100, 3,200 Gbit/s between machines, 192 vCPU; EC2 Capacity Blocks' list, us-east-1, 2024.
     gpus_per_machine: int = 8
     network_gbit_s_per_gpu: float = 400.0
@@ -60,6 +55,18 @@ class Published:
 
 
 PUBLISHED = Published()
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of forward and backward passes on a GPU: a pass takes a fixed time, and each of its samples its work's."""
+
+    fixed_s: float
+    tflops: float
+
+
+# One H100, refine, 384x512 (docs/performance.md): bf16 from batches of 1 and 8, the others from 4 and 8.
+SPEEDS = {"fp32": Speed(0.027, 26.8), "tf32": Speed(0.0129, 49.9), "bf16": Speed(0.0186, 66.2)}
 
 # Samples a second of one core: decoding and augmenting, from docs/data.md (python -m benchmarks.data --only loading).
 LOADED_PER_CORE = {"chairs": 143.3, "sintel": 67.5, "kitti": 36.3}
@@ -89,11 +96,15 @@ class Measured:
 class Machine:
     """A GPU and its network."""
 
-    flops: float
-    utilisation: float
+    speed: Speed
+
+    def pass_seconds(self, samples: int, gflop_sample: float) -> float:
+        """Of samples that are computed together."""
+        return self.speed.fixed_s + self.sample_seconds(gflop_sample) * samples
 
     def sample_seconds(self, gflop: float) -> float:
-        return gflop * 1e9 / (self.flops * self.utilisation)
+        """Of one among many."""
+        return gflop / 1e3 / self.speed.tflops
 
     def all_reduce_seconds(self, size: int, world: int) -> float:
         """A ring over the slowest link; NVLink inside a machine is many times as fast and not counted."""
@@ -184,7 +195,7 @@ class StageWork:
     def seconds(self, machine: Machine, world: int, measured: Measured) -> tuple[float, float]:
         """(computing, in all-reduces). A rank with one sample more makes the others wait; nothing overlaps."""
         largest = max(len(rank_positions(0, self.stage.global_batch, rank, world)) for rank in range(world))
-        computing = self.stage.steps * largest * machine.sample_seconds(self.gflop_sample)
+        computing = self.stage.steps * machine.pass_seconds(largest, self.gflop_sample)
         computing += machine.sample_seconds(self.gflop_validation) / world
         meeting = self.stage.steps * machine.all_reduce_seconds(measured.parameter_bytes, world)
         return computing, meeting
@@ -409,10 +420,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=parts, help="one of the two parts")
     parser.add_argument("--variant", choices=sorted(VARIANTS), default="refine")
-    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="whose peak counts")
-    parser.add_argument(
-        "--utilisation", type=float, default=0.4, help="of that peak; an assumption (default: %(default)s)"
-    )
+    parser.add_argument("--precision", choices=tuple(SPEEDS), default="fp32", help="whose speed counts")
     parser.add_argument("--gpus", default="1,2,4,8,16,64,256,1000", help="(default: %(default)s)")
     parser.add_argument("--shards", type=int, default=10**6)
     parser.add_argument("--per-shard", type=int, default=1)
@@ -424,12 +432,11 @@ def main() -> None:
         if not measured.sample_bytes:
             print("GMFLOW_SAMPLES is not set: no bytes a sample", file=sys.stderr)
         work = [StageWork.of(config, stage) for stage in config.stages]
-        peak = getattr(PUBLISHED, f"tflops_{arguments.precision}") * 1e12
-        machine = Machine(peak, arguments.utilisation)
+        machine = Machine(SPEEDS[arguments.precision])
         counts = [int(text) for text in arguments.gpus.split(",")]
         console.print(
-            f"{arguments.variant}, {arguments.precision}: {arguments.utilisation:.0%} of {peak / 1e12:,.1f} TFLOP/s "
-            "(the share is assumed)"
+            f"{arguments.variant}, {arguments.precision}: {1000 * machine.speed.fixed_s:.1f} ms a pass and "
+            f"{machine.speed.tflops:.1f} TFLOP/s"
         )
         show_work(work, measured)
         show_runs(counts, work, machine, measured)
