@@ -6,6 +6,7 @@ The model says what is computed and knows none of this; here is the one place th
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from gmflow.backbone import Backbone, ResidualBlock
 from gmflow.convolution import narrow_way_back
 from gmflow.errors import GMFlowError
 from gmflow.model import FlowOutput, GMFlow
+from gmflow.replay import replay_passes
 from gmflow.transformer import FeedForward, TransformerBlock
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -54,19 +56,27 @@ class ExecutionConfig:
             layer and the residual blocks; "full": whole transformer blocks and the residual blocks.
         compile: run through `torch.compile`.
         ddp: wrap into DistributedDataParallel over the default process group.
+        replay: on an NVIDIA GPU, record the operations of a pass once for each shape of images and replay them
+            (`gmflow/replay.py`): the same numbers, without the time that asking for each of them takes.
+        same_bits: on an NVIDIA GPU, sum in the same order every time, so that a step repeated is the same to the last
+            bit; on a CPU it is anyway. A setting of the process.
 
     Raises:
-        GMFlowError: an unknown value.
+        GMFlowError: an unknown value, or `replay` of a compiled model.
     """
 
     precision: Precision = "fp32"
     checkpointing: Checkpointing = "none"
     compile: bool = False
     ddp: bool = False
+    replay: bool = False
+    same_bits: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("precision", self.precision, get_args(Precision))
         _check_choice("checkpointing", self.checkpointing, get_args(Checkpointing))
+        if self.compile and self.replay:
+            raise GMFlowError("replay records what runs as it is; choose it or compile")
 
 
 def prepare_model(
@@ -104,11 +114,11 @@ def prepare_model(
     if place.type == "cpu" and keep_freed_memory:
         _keep_freed_memory()
     if place.type == "cuda":
-        # The layout of cuDNN's convolutions on tensor cores. Instance norm makes its input contiguous, so in the
-        # residual blocks it lasts no longer than a convolution; it spares changing the weights at every step, and the
-        # features come in the order in which the transformer reads them. What that gains has not been measured.
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         _allow_tf32(config.precision)
+        if config.same_bits:
+            _sum_in_order()
+        if config.replay:
+            replay_passes(model)
     if config.compile:
         model.compile()
     if not config.ddp:
@@ -147,6 +157,13 @@ def _prepared_for(model: nn.Module) -> ExecutionConfig | None:
 def _allow_tf32(precision: Precision) -> None:
     """Settings of the process, not of a model; PyTorch's own defaults round in convolutions only."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+
+
+def _sum_in_order() -> None:
+    """Settings of the process: no kernels whose threads add up in the order in which they come."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is made
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a help for debugging that takes time
+    torch.use_deterministic_algorithms(True)
 
 
 def _keep_freed_memory() -> None:

@@ -219,7 +219,7 @@ def main() -> None:
     sets = chosen_sets(arguments.data, arguments.subset, arguments.limit)
     model = resolve_model(arguments.model)
     if not arguments.ray:  # tasks prepare their own
-        prepare_model(model, ExecutionConfig(arguments.precision), arguments.device)
+        prepare_model(model, ExecutionConfig(arguments.precision, replay=True), arguments.device)
     output = open_store(arguments.output) if arguments.output else None
     scores = score_sets(model, sets, arguments, output)
     show(scores)

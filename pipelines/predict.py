@@ -246,7 +246,7 @@ def main() -> None:
     output = open_store(arguments.output)
     _check_inputs_survive(clips, output, options)
     model = resolve_model(arguments.model)
-    prepare_model(model, ExecutionConfig(arguments.precision), arguments.device)
+    prepare_model(model, ExecutionConfig(arguments.precision, replay=True), arguments.device)
     kept = claim_output(output, options.job(model), inputs_of(clips, options), overwrite=arguments.overwrite)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:

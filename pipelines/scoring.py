@@ -186,7 +186,7 @@ def _score_part(
 @functools.lru_cache(maxsize=1)
 def _model_of(weights: bytes, precision: Precision, device: torch.device) -> GMFlow:
     model = decode_weights(weights)
-    prepare_model(model, ExecutionConfig(precision), device)
+    prepare_model(model, ExecutionConfig(precision, replay=True), device)
     return model
 
 

@@ -153,7 +153,7 @@ def main() -> None:
     manifest = Manifest.load(arguments.data)
     benchmark = benchmark_of(manifest)
     model = resolve_model(arguments.model)
-    prepare_model(model, ExecutionConfig(arguments.precision), arguments.device)
+    prepare_model(model, ExecutionConfig(arguments.precision, replay=True), arguments.device)
     folder = arguments.output.absolute()
     paths = predict_submission(model, manifest, folder, arguments.precision, overwrite=arguments.overwrite)
     if benchmark.bundled:

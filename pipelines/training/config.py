@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 from datasets_etl.augment import AugmentConfig
 from datasets_etl.cache import SampleCache
 from gmflow import GMFlowConfig
-from gmflow.execution import Precision
+from gmflow.execution import ExecutionConfig, Precision
 from pipelines.errors import PipelineError
 
 
@@ -179,6 +179,8 @@ class MachineConfig(_Frozen):
         cache: keeps samples on the machines' own disks; None: each is read from storage every time.
         checkpointing: activations recomputed in the backward pass instead of kept.
         compile: the model through torch.compile.
+        replay: on GPUs, record a step's operations once and replay them, unless the model is compiled: the same bits in
+            less time where micro-batches are small, for memory that validation cannot use.
         max_failures: how often a stage is started again after a worker failed, without a new checkpoint in between; 0:
             never.
         hang_timeout_s: a worker without progress for as long is ended, so that the stage resumes.
@@ -196,6 +198,7 @@ class MachineConfig(_Frozen):
     cache: CacheConfig | None = None
     checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
+    replay: bool = True
     max_failures: NonNegativeInt = 3
     hang_timeout_s: PositiveFloat = 900.0
     storage_patience_s: PositiveFloat = 120.0
@@ -210,6 +213,17 @@ class MachineConfig(_Frozen):
                 "a worker that waits for storage does not hang"
             )
         return self
+
+    def execution(self, precision: Precision, *, ddp: bool = False) -> ExecutionConfig:
+        """How a model is trained on this machine."""
+        return ExecutionConfig(
+            precision=precision,
+            checkpointing=self.checkpointing,
+            compile=self.compile,
+            ddp=ddp,
+            replay=self.replay and not self.compile,
+            same_bits=True,
+        )
 
 
 class MlflowConfig(_Frozen):

@@ -141,17 +141,11 @@ class _Worker:
         self.looked_out = time.monotonic()
 
     def _prepare(self) -> nn.Module:
-        machine = self.job.machine
-        execution = ExecutionConfig(
-            precision=self.job.precision,
-            checkpointing=machine.checkpointing,
-            compile=machine.compile,
-            ddp=self.world_size > 1,
-        )
+        execution = self.job.machine.execution(self.job.precision, ddp=self.world_size > 1)
         if self.state.average is not None:
             average = self.state.average.module
             assert isinstance(average, GMFlow)
-            prepare_model(average, ExecutionConfig(precision=self.job.precision))
+            prepare_model(average, ExecutionConfig(precision=self.job.precision, replay=execution.replay))
         return prepare_model(self.model, execution)
 
     def resume(self) -> None:

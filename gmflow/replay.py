@@ -1,0 +1,198 @@
+"""A model's passes on an NVIDIA GPU, recorded once for a shape of images and replayed from then on (CUDA graphs).
+
+A pass is some thousand small operations. For a few images at a time a GPU is done with them long before the processor
+has asked for the next; a recording asks for all of them at once. The operations are the same, so the numbers are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from gmflow.model import FlowOutput, GMFlow
+
+KEPT = 4
+"""Recordings: each holds the memory of its pass."""
+
+Forward = Callable[..., FlowOutput]
+
+
+class _Recording(Protocol):
+    def __call__(self, image0: Tensor, image1: Tensor) -> FlowOutput: ...
+
+
+def replay_passes(model: GMFlow) -> None:
+    """Record the passes of a model on a GPU and replay them; changes it in place.
+
+    The first pass of a shape and mode runs as it is, which also warms up what must not be recorded, the second one is
+    recorded. In training a backward pass must follow its forward pass before the next one.
+    """
+    model.forward = partial(_forward, Recordings(), model, model.forward)  # type: ignore[method-assign]
+
+
+def _forward(
+    recordings: Recordings,
+    model: GMFlow,
+    forward: Forward,
+    image0: Tensor,
+    image1: Tensor,
+    *,
+    bidirectional: bool = False,
+) -> FlowOutput:
+    learns = torch.is_grad_enabled()
+    key = (image0.shape, image1.shape, model.training, learns, bidirectional)
+    recording = recordings.of(key, lambda: _record(model, forward, image0, image1, bidirectional, learns))
+    if recording is None:
+        return forward(image0, image1, bidirectional=bidirectional)
+    return recording(image0, image1)
+
+
+class Recordings:
+    """By what they are of; those used last are kept. A copy has none: they are of the original's memory."""
+
+    def __init__(self) -> None:
+        self._seen: set[Any] = set()
+        self._kept: OrderedDict[Any, _Recording] = OrderedDict()
+
+    def of(self, key: Any, record: Callable[[], _Recording]) -> _Recording | None:
+        """The recording of this key, made now where it is seen a second time; None the first time."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        if key not in self._seen:
+            self._seen.add(key)
+            return None
+        while len(self._kept) >= KEPT:
+            self._kept.popitem(last=False)
+        self._kept[key] = record()
+        return self._kept[key]
+
+    def __reduce__(self) -> tuple[type[Recordings], tuple[()]]:
+        return Recordings, ()
+
+
+def _record(
+    model: GMFlow, forward: Forward, image0: Tensor, image1: Tensor, bidirectional: bool, learns: bool
+) -> _Recording:
+    images = [image0.detach().clone(), image1.detach().clone()]
+    compute = partial(forward, *images, bidirectional=bidirectional)
+    if not learns:
+        return _InferencePass(images, compute)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with _aliases(model) as aliases:
+        return _TrainingPass(images, compute, parameters, [aliases[parameter] for parameter in parameters])
+
+
+@contextlib.contextmanager
+def _aliases(model: nn.Module) -> Iterator[dict[nn.Parameter, Tensor]]:
+    """Within the block the model computes with tensors of the same memory as its parameters; by parameter.
+
+    A parameter whose gradients somebody waits for, such as DistributedDataParallel, ties what is recorded to the stream
+    on which that began, which must not be.
+    """
+    places = [(module._parameters, name) for module in model.modules() for name in module._parameters]
+    own = [parameters[name] for parameters, name in places]
+    aliases = {one: one.detach().requires_grad_(one.requires_grad) for one in own if one is not None}
+    try:
+        for (parameters, name), one in zip(places, own, strict=True):
+            parameters[name] = None if one is None else aliases[one]  # type: ignore[assignment]
+        yield aliases
+    finally:
+        for (parameters, name), one in zip(places, own, strict=True):
+            parameters[name] = one
+
+
+class _Graph:
+    """Operations on the current GPU that can be asked for all at once; so far asked for once, to be recorded."""
+
+    def __init__(self, pool: Any) -> None:
+        self._graph, self._pool = torch.cuda.CUDAGraph(), pool
+
+    def record(self, compute: Callable[[], Any]) -> Any:
+        # Of this thread: what others do meanwhile, such as pinning the next batch, is none of the recording's business.
+        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+            return compute()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class _InferencePass:
+    def __init__(self, images: list[Tensor], compute: Callable[[], FlowOutput]) -> None:
+        self._images = images
+        self._graph = _Graph(torch.cuda.graph_pool_handle())
+        self._out: FlowOutput = self._graph.record(compute)
+
+    def __call__(self, image0: Tensor, image1: Tensor) -> FlowOutput:
+        _put(self._images, (image0, image1))
+        self._graph.replay()
+        backward = None if self._out.backward_flow is None else self._out.backward_flow.clone()
+        return _output([prediction.clone() for prediction in self._out.predictions], backward)
+
+
+class _TrainingPass:
+    """Forward and backward pass, and between them what a loss says of the predictions."""
+
+    def __init__(
+        self,
+        images: list[Tensor],
+        compute: Callable[[], FlowOutput],
+        parameters: list[nn.Parameter],
+        aliases: list[Tensor],
+    ) -> None:
+        self.images, self.parameters = images, parameters
+        pool = torch.cuda.graph_pool_handle()
+        self.forward, self.backward = _Graph(pool), _Graph(pool)
+        predictions = self.forward.record(lambda: compute().predictions)
+        self.upper = [torch.zeros_like(prediction) for prediction in predictions]
+
+        def gradients() -> Tensor:
+            found = torch.autograd.grad(predictions, aliases, self.upper, materialize_grads=True)
+            return torch.cat([gradient.flatten() for gradient in found])  # one copy a pass instead of many
+
+        self.gradients: Tensor = self.backward.record(gradients)
+        self.predictions = [prediction.detach() for prediction in predictions]
+        self.turn = 0
+
+    def __call__(self, image0: Tensor, image1: Tensor) -> FlowOutput:
+        predictions = _Replay.apply(self, image0, image1, *self.parameters)  # type: ignore[no-untyped-call]
+        return _output(predictions, None)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recorded: _TrainingPass, image0: Tensor, image1: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        _put(recorded.images, (image0, image1))
+        recorded.forward.replay()
+        recorded.turn += 1
+        ctx.recorded, ctx.turn = recorded, recorded.turn
+        return tuple(prediction.clone() for prediction in recorded.predictions)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upper: Tensor) -> tuple[Tensor | None, ...]:
+        recorded: _TrainingPass = ctx.recorded
+        if ctx.turn != recorded.turn:
+            raise RuntimeError(
+                "another forward pass took the memory of this one; do each backward pass before the next"
+            )
+        _put(recorded.upper, upper)
+        recorded.backward.replay()
+        parts = torch.split(recorded.gradients.clone(), [parameter.numel() for parameter in recorded.parameters])
+        return None, None, None, *(part.view_as(one) for part, one in zip(parts, recorded.parameters, strict=True))
+
+
+def _put(memory: Iterable[Tensor], tensors: Iterable[Tensor]) -> None:
+    for own, given in zip(memory, tensors, strict=True):
+        own.copy_(given)
+
+
+def _output(predictions: Sequence[Tensor], backward: Tensor | None) -> FlowOutput:
+    return FlowOutput(predictions[-1], backward, tuple(predictions))
