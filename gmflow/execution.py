@@ -185,6 +185,7 @@ def _wrap_parts(model: GMFlow, config: ExecutionConfig) -> None:
     """
     for module in model.modules():
         if config.precision in _DTYPES and isinstance(module, Backbone):
+            module.narrow_way_back = True
             module.forward = partial(_wide_in_training, module.forward)  # type: ignore[method-assign]
             for convolution in (part for part in module.modules() if isinstance(part, nn.Conv2d)):
                 narrow_way_back(convolution, _DTYPES[config.precision])
