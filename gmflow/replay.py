@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from gmflow.errors import GMFlowError
 from gmflow.model import FlowOutput, GMFlow
 
 KEPT = 4
@@ -32,7 +33,8 @@ def replay_passes(model: GMFlow) -> None:
     """Record the passes of a model on a GPU and replay them; changes it in place.
 
     The first pass of a shape and mode runs as it is, which also warms up what must not be recorded, the second one is
-    recorded. In training a backward pass must follow its forward pass before the next one.
+    recorded. In training a backward pass must follow its forward pass before the next one. Passes whose gradients are
+    asked for of images or of both directions always run as they are.
     """
     model.forward = partial(_forward, Recordings(), model, model.forward)  # type: ignore[method-assign]
 
@@ -47,11 +49,18 @@ def _forward(
     bidirectional: bool = False,
 ) -> FlowOutput:
     learns = torch.is_grad_enabled()
-    key = (image0.shape, image1.shape, model.training, learns, bidirectional)
-    recording = recordings.of(key, lambda: _record(model, forward, image0, image1, bidirectional, learns))
-    if recording is None:
+    if learns and (bidirectional or image0.requires_grad or image1.requires_grad):
         return forward(image0, image1, bidirectional=bidirectional)
-    return recording(image0, image1)
+    of_images = tuple((image.shape, image.dtype, image.device) for image in (image0, image1))
+    modes = model.training, learns, torch.is_inference_mode_enabled(), bidirectional
+    # A model that was moved has its parameters elsewhere in memory.
+    key = of_images, modes, next(model.parameters()).data_ptr()
+    recording = recordings.of(key, lambda: _record(model, forward, image0, image1, bidirectional, learns))
+    if recording is not None:
+        return recording(image0, image1)
+    out = forward(image0, image1, bidirectional=bidirectional)
+    recordings.saw(key)
+    return out
 
 
 class Recordings:
@@ -62,17 +71,20 @@ class Recordings:
         self._kept: OrderedDict[Any, _Recording] = OrderedDict()
 
     def of(self, key: Any, record: Callable[[], _Recording]) -> _Recording | None:
-        """The recording of this key, made now where it is seen a second time; None the first time."""
+        """The recording of this key, made now where it was seen before; otherwise None."""
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
         if key not in self._seen:
-            self._seen.add(key)
             return None
         while len(self._kept) >= KEPT:
             self._kept.popitem(last=False)
         self._kept[key] = record()
         return self._kept[key]
+
+    def saw(self, key: Any) -> None:
+        """A pass of this key went well as it is."""
+        self._seen.add(key)
 
     def __reduce__(self) -> tuple[type[Recordings], tuple[()]]:
         return Recordings, ()
@@ -180,8 +192,9 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, *upper: Tensor) -> tuple[Tensor | None, ...]:
         recorded: _TrainingPass = ctx.recorded
         if ctx.turn != recorded.turn:
-            raise RuntimeError(
-                "another forward pass took the memory of this one; do each backward pass before the next"
+            raise GMFlowError(
+                "another forward pass took the memory of this one; do each backward pass before the next forward pass, "
+                "or prepare the model without replay"
             )
         _put(recorded.upper, upper)
         recorded.backward.replay()

@@ -37,7 +37,9 @@ def test_what_is_seen_twice_is_recorded_and_what_was_used_last_is_kept() -> None
             recorded.append(key)
             return key
 
-        return recordings.of(key, record)
+        found = recordings.of(key, record)
+        recordings.saw(key)
+        return found
 
     assert [ask(0), ask(0), ask(0)] == [None, 0, 0]
     assert recorded == [0]
@@ -53,8 +55,8 @@ def test_what_is_seen_twice_is_recorded_and_what_was_used_last_is_kept() -> None
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])  # noqa: S301
 def test_a_copy_has_no_recordings(copied: Callable[[Recordings], Recordings]) -> None:
     recordings = Recordings()
-    for _ in range(2):
-        recordings.of("key", lambda: lambda *_: None)  # type: ignore[arg-type,return-value]
+    recordings.saw("key")
+    assert recordings.of("key", lambda: lambda *_: None) is not None  # type: ignore[arg-type,return-value]
     assert copied(recordings).of("key", lambda: pytest.fail("recorded at once")) is None
 
 
@@ -76,11 +78,16 @@ class Again:
                 own.copy_(new)
 
 
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_replayed_inference_keeps_what_it_gave(bidirectional: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs: list[Again] = []
-    monkeypatch.setattr("gmflow.replay._Graph", lambda pool: graphs.append(Again(pool)) or graphs[-1])
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Again]:
+    made: list[Again] = []
+    monkeypatch.setattr("gmflow.replay._Graph", lambda pool: made.append(Again(pool)) or made[-1])
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    return made
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_replayed_inference_keeps_what_it_gave(bidirectional: bool, graphs: list[Again]) -> None:
     plain, replayed = tiny().eval(), tiny().eval()
     replay_passes(replayed)
     pairs = [images(seed=seed) for seed in range(4)] + [images(height=96)]
@@ -94,6 +101,36 @@ def test_replayed_inference_keeps_what_it_gave(bidirectional: bool, monkeypatch:
         assert (one.backward_flow is None) == (not bidirectional)
         if one.backward_flow is not None:
             assert torch.equal(one.backward_flow, other.backward_flow)
+
+
+def test_what_differs_in_more_than_values_is_not_replayed(graphs: list[Again]) -> None:
+    """Replayed it would be wrong: rounded, of other parameters, or without the gradients that were asked for."""
+    model = tiny().eval()
+    replay_passes(model)
+    image0, image1 = images()
+    with torch.inference_mode():
+        model(image0, image1)
+        model(image0.double(), image1.double())
+    with torch.no_grad():
+        model(image0, image1)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()  # as `model.to` does
+        model(image0, image1)
+    for _ in range(3):
+        assert model(image0, image1, bidirectional=True).backward_flow.requires_grad
+        wanted = image0.clone().requires_grad_()
+        model(wanted, image1).flow.sum().backward()
+        assert wanted.grad is not None
+    assert not graphs
+
+
+def test_what_fails_is_not_recorded(graphs: list[Again]) -> None:
+    model = tiny().eval()
+    replay_passes(model)
+    for _ in range(3):
+        with torch.inference_mode(), pytest.raises(GMFlowError, match="divisible"):
+            model(*images(height=65))
+    assert not graphs
 
 
 def test_aliases_share_memory_and_take_the_gradients() -> None:
