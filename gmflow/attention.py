@@ -63,7 +63,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     if torch.compiler.is_exporting():
         return fused_attention(query, key, value)
-    out: Tensor = _chunked_attention(query, key, value)
+    out: Tensor = _attention(query, key, value)
     return out
 
 
@@ -140,7 +140,9 @@ def softmax_weights(
     return torch.softmax(scores, dim=-1, out=scores)
 
 
-class _ChunkedAttention(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
+    """Fused or chunk by chunk on the way there, chunk by chunk on the way back."""
+
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         ctx.save_for_backward(query, key, value)
@@ -182,7 +184,7 @@ def softmax_backward(to_weights: Tensor, weights: Tensor) -> Tensor:
     return found
 
 
-_chunked_attention = outside_graphs(_ChunkedAttention.apply)
+_attention = outside_graphs(_Attention.apply)
 
 
 def neighbourhood_attention(query: Tensor, key: Tensor, value: Tensor, radius: int, *, exclude_outside: bool) -> Tensor:
