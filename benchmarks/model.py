@@ -30,6 +30,7 @@ from torch import Tensor
 from gmflow import GMFlow, GMFlowConfig
 from gmflow.execution import ExecutionConfig, prepare_model
 from gmflow.loss import sequence_loss
+from gmflow.replay import WARM_UPS
 
 VARIANTS = {"base": GMFlowConfig.base(), "refine": GMFlowConfig.refine()}
 # Of the products that give the peak. What tells tf32 from fp32 is a setting of the process, made by `prepare_model`.
@@ -55,9 +56,8 @@ class Case:
     @property
     def name(self) -> str:
         name = f"{self.variant} {self.mode} {self.height}x{self.width} {self.precision}"
-        name += f" batch {self.batch}" * (self.batch > 1) + f" ckpt={self.checkpointing}" * (
-            self.checkpointing != "none"
-        )
+        name += f" batch {self.batch}" * (self.batch > 1)
+        name += f" ckpt={self.checkpointing}" * (self.checkpointing != "none")
         return name + " compiled" * self.compile + " not replayed" * (not self.replay)
 
     def prepared(self, device: str, *, replay: bool) -> GMFlow:
@@ -112,7 +112,7 @@ def measure(case: Case, device: str, threads: int, clock: str) -> dict[str, Any]
     image0, image1 = torch.rand(2, case.batch, 3, case.height, case.width, device=device) * 255
     step = _training_step(model, image0, image1) if training else _inference(model, image0, image1)
     now = _clock(clock, device)
-    for _ in range(case.warm_up * (1 if device == "cpu" else 2)):  # on a GPU the second pass is recorded
+    for _ in range(case.warm_up * (1 if device == "cpu" else WARM_UPS)):
         step()
     memory = _peak_memory(device) if case.warm_up else 0  # a replayed pass asks for none
     seconds, peaks = [], [_peak(DTYPES[case.precision], device, now)]

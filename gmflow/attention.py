@@ -29,11 +29,11 @@ STRIP = 1 << 22
 SCORES = 1 << 21
 """Scores computed at a time on a CPU: 8 MiB of float32, which stay in the cache (docs/performance.md)."""
 
-ROWS = 1 << 9
-"""Queries attended at a time where a map is so large that fewer would fit: of fewer, a product is slow."""
-
 ACCELERATOR_SCORES = 1 << 26
 """The same elsewhere, where there are only gradients to compute: large enough to fill the device."""
+
+ROWS = 1 << 9
+"""Queries attended at a time where a map is so large that fewer would fit: of fewer, a product is slow."""
 
 TOKENS = 1 << 11
 """Queries of several windows attended at a time on a CPU: their projections stay in the cache beside the scores."""

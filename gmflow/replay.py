@@ -22,6 +22,9 @@ from gmflow.model import FlowOutput, GMFlow
 KEPT = 4
 """Recordings: each holds the memory of its pass."""
 
+WARM_UPS = 2
+"""Passes of a shape that take longer than those to come: one as it is, and one that is recorded."""
+
 Forward = Callable[..., FlowOutput]
 
 

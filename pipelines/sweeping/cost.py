@@ -22,6 +22,7 @@ from datasets_etl.storage import ObjectStore
 from gmflow import GMFlow, GMFlowConfig
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import padded_flow
+from gmflow.replay import WARM_UPS
 from pipelines.sweeping.config import CostConfig
 
 
@@ -132,8 +133,8 @@ class _Meter:
         prepare_model(built, ExecutionConfig(self.precision, replay=True), self.device, keep_freed_memory=False)
         if model not in self.peaks:
             self.peaks[model] = self._peak_bytes(built)
-        if self.config.use_gpu:  # a model's first pass runs as it is, and its second one is recorded
-            for _ in range(2):
+        if self.config.use_gpu:  # each model anew: recordings are its own
+            for _ in range(WARM_UPS):
                 self._forward(built)
         now = time.process_time if self.config.clock == "cpu" else time.perf_counter
         start = now()

@@ -11,6 +11,7 @@ import torch
 from gmflow import GMFlow
 from gmflow.execution import prepare_model
 from gmflow.loss import sequence_loss
+from gmflow.replay import WARM_UPS
 from pipelines.training.config import CurriculumConfig, StageConfig
 from pipelines.training.memory import peak_bytes
 
@@ -62,7 +63,7 @@ def _measure(config: CurriculumConfig, stage: StageConfig) -> tuple[float, float
     flow = torch.zeros(batch, 2, *stage.crop, device=device)
     valid = torch.ones(batch, *stage.crop, dtype=torch.bool, device=device)
     seconds = []
-    warm_ups = 2 if machine.use_gpu else 1  # on a GPU the second pass is recorded
+    warm_ups = WARM_UPS if machine.use_gpu else 1
     for _ in range(warm_ups + _REPEATS):
         before = time.perf_counter()
         predictions = prepared(frames, frames).predictions
