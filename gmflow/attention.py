@@ -38,6 +38,9 @@ ROWS = 1 << 9
 TOKENS = 1 << 11
 """Queries of several windows attended at a time on a CPU: their projections stay in the cache beside the scores."""
 
+BF16_MATRIX_UNITS: bool = torch.cpu.get_capabilities().get("amx_bf16", False)
+"""Of this machine's CPU."""
+
 ALL = slice(None)
 """Every row."""
 
@@ -67,12 +70,16 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out
 
 
-def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same as one operation. It takes no mask: one of `[L, M]` is what the fused kernels are there to avoid."""
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """The same as one operation. It takes no mask: one of `[L, M]` is what the fused kernels are there to avoid.
+
+    `scale` is that of the scores, 1 / √C where it is left out.
+    """
     narrower = query.shape[-1] - value.shape[-1]
     wide = F.pad(value, (0, narrower)) if narrower else value  # the fused kernels want values as wide as keys
     # One head: with three dimensions PyTorch takes none of its fused kernels.
-    one_head = F.scaled_dot_product_attention(query.unsqueeze(1), key.unsqueeze(1), wide.unsqueeze(1)).squeeze(1)
+    heads = query.unsqueeze(1), key.unsqueeze(1), wide.unsqueeze(1)
+    one_head = F.scaled_dot_product_attention(*heads, scale=scale).squeeze(1)
     return one_head[..., : value.shape[-1]] if narrower else one_head
 
 
@@ -82,6 +89,19 @@ def computes_in_chunks(device: torch.device) -> bool:
     An exported program is one graph for all sizes: it takes the fused operation, not the loop over chunks.
     """
     return device.type == "cpu" and not torch.compiler.is_exporting()
+
+
+def fuses_windows(device: torch.device) -> bool:
+    """Whether attention within windows is the fused operation there, and windows around the border are cut up for it.
+
+    It is everywhere but on a CPU, and in bf16 on a CPU that has units for its matrices: scores that never leave the
+    cache cost such a CPU half the time (docs/performance.md).
+    """
+    return not computes_in_chunks(device) or (BF16_MATRIX_UNITS and _autocasts_to_bf16())
+
+
+def _autocasts_to_bf16() -> bool:
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 def chunk_size(queries: int, keys: int) -> tuple[int, int]:

@@ -5,9 +5,6 @@ The model says what is computed and knows none of this; here is the one place th
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +19,7 @@ from gmflow.backbone import Backbone, ResidualBlock
 from gmflow.convolution import narrow_way_back
 from gmflow.errors import GMFlowError
 from gmflow.model import FlowOutput, GMFlow
+from gmflow.process import allow_tf32, flush_denormals, keep_freed_memory_for_reuse, sum_in_order
 from gmflow.replay import replay_passes
 from gmflow.transformer import FeedForward, TransformerBlock
 
@@ -36,8 +34,6 @@ _RECOMPUTED: dict[str, tuple[type[nn.Module], ...]] = {
 }
 # Where a model keeps how it was prepared: its copies carry it with them.
 _PREPARED_FOR = "_prepared_for"
-# Of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,8 @@ def prepare_model(
     """Make a model run as configured.
 
     The model is changed in place (its parameters and their names are not) and returned, in a
-    `DistributedDataParallel` where that was asked for: its `.module` is the model.
+    `DistributedDataParallel` where that was asked for: its `.module` is the model. On a CPU the thread that calls this
+    takes numbers below 1e-38 for zero from then on, and so do those that it computes with: run the model in it.
 
     Args:
         model: freshly built or loaded; not prepared before.
@@ -111,12 +108,14 @@ def prepare_model(
     vars(model)[_PREPARED_FOR] = config
     _wrap_parts(model, config)
     place = next(model.parameters()).device
-    if place.type == "cpu" and keep_freed_memory:
-        _keep_freed_memory()
+    if place.type == "cpu":
+        flush_denormals()
+        if keep_freed_memory:
+            keep_freed_memory_for_reuse()
     if place.type == "cuda":
-        _allow_tf32(config.precision)
+        allow_tf32(rounds=config.precision != "fp32")
         if config.same_bits:
-            _sum_in_order()
+            sum_in_order()
         if config.replay:
             replay_passes(model)
     if config.compile:
@@ -152,30 +151,6 @@ def runs_in(model: nn.Module, precision: Precision | None) -> Precision:
 
 def _prepared_for(model: nn.Module) -> ExecutionConfig | None:
     return vars(model).get(_PREPARED_FOR)
-
-
-def _allow_tf32(precision: Precision) -> None:
-    """Settings of the process, not of a model; PyTorch's own defaults round in convolutions only."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
-
-
-def _sum_in_order() -> None:
-    """Settings of the process: no kernels whose threads add up in the order in which they come."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is made
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a help for debugging that takes time
-    torch.use_deterministic_algorithms(True)
-
-
-def _keep_freed_memory() -> None:
-    """Settings of the process: glibc's allocator gives freed memory to the next tensor, not back to the system.
-
-    By default large tensors are fresh pages each time, which the system zeroes one by one: a sixth of the time of
-    inference (docs/performance.md). The process then keeps as much as it needed at its peak.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # other C libraries have none
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def _wrap_parts(model: GMFlow, config: ExecutionConfig) -> None:

@@ -24,6 +24,7 @@ from gmflow.attention import (
     chunk_size,
     computes_in_chunks,
     fused_attention,
+    fuses_windows,
     row_slices,
     softmax_backward,
     softmax_weights,
@@ -32,6 +33,9 @@ from gmflow.eager import outside_graphs
 from gmflow.layer_norm import layer_norm_backward
 from gmflow.scratch import Scratch, add_product, put_product
 from gmflow.short_factors import short_factors
+
+FUSED_TOKENS = 1 << 13
+"""Tokens of several windows that go through a layer at a time where its attention is fused."""
 
 
 class AttentionWeights(NamedTuple):
@@ -81,10 +85,9 @@ def window_attention(
     """
     if computes_in_chunks(source.device):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else source.dtype
-        # Rounding scores to 16 bits costs up to 0.025 px; a training step bears it, for half the time and memory.
-        scores = dtype if torch.is_grad_enabled() else source.dtype
+        fused = fuses_windows(source.device) and all(pairing.regions is None for pairing in pairings)
         learns = torch.is_grad_enabled()
-        out: Tensor = _chunked_window_attention(source, target, *weights, pairings, onto_source, dtype, scores, learns)
+        out: Tensor = _chunked_window_attention(source, target, *weights, pairings, onto_source, dtype, fused, learns)
         return out
     return _fused(source, target, weights, pairings, onto_source)
 
@@ -129,10 +132,10 @@ class _Chunk:
     crossing: Crossing | None
 
 
-def _chunks(pairings: list[Pairing]) -> Iterator[_Chunk]:
+def _chunks(pairings: list[Pairing], *, fused: bool = False) -> Iterator[_Chunk]:
     for pairing in pairings:
         length, crossing = pairing.length, None if pairing.regions is None else Crossing.of(pairing.regions)
-        many, rows = chunk_size(length, length)
+        many, rows = (max(1, FUSED_TOKENS // length), length) if fused else chunk_size(length, length)
         for first in range(0, pairing.windows, many):
             windows = min(many, pairing.windows - first)
             source, target = (
@@ -176,9 +179,9 @@ class _Factors(NamedTuple):
 class _Meeting(NamedTuple):
     """The queries of some windows, and the keys and values they meet.
 
-    Where scores have 16 bits, keys and values are those of the tokens less their window's mean. To a softmax, what all
-    of a query's scores have in common is nothing, nor is what all of their gradients have in common: it would only be
-    rounded.
+    Where scores have 16 bits, keys and values can be `centred`: those of the tokens less their window's mean. To a
+    softmax, what all of a query's scores have in common is nothing, nor is what all of their gradients have in common:
+    it would only be rounded. The fused operation's scores are never rounded.
     """
 
     target: Tensor
@@ -191,11 +194,13 @@ class _Meeting(NamedTuple):
     """`[n, 1, C]`"""
 
     @classmethod
-    def of(cls, query: Tensor, target: Tensor, windows: int, factors: _Factors, projected: Scratch) -> _Meeting:
+    def of(
+        cls, query: Tensor, target: Tensor, windows: int, factors: _Factors, projected: Scratch, *, centred: bool = True
+    ) -> _Meeting:
         """Of queries and of tokens of the target, `[n*L, C]` each."""
         dtype, channels = factors.merge.dtype, target.shape[1]
         mean_value = None
-        if dtype != target.dtype and factors.scores == dtype:
+        if centred and dtype != target.dtype and factors.scores == dtype:
             apart = target.view(windows, -1, channels)
             mean = apart.mean(dim=1, keepdim=True)  # [n, 1, C]
             mean_value = mean.to(dtype) @ factors.to_key_and_value[channels:].T
@@ -240,24 +245,31 @@ class _WindowAttention(torch.autograd.Function):
         pairings: list[Pairing],
         onto_source: bool,
         dtype: torch.dtype,
-        scores_dtype: torch.dtype,
+        fused: bool,
         learns: bool,
     ) -> Tensor:
+        # Rounding scores to 16 bits costs up to 0.025 px; a training step bears it, for half the time and memory.
+        scores_dtype = dtype if fused or learns else source.dtype
         factors = _Factors.of(to_query, to_key, to_value, merge, dtype, scores_dtype)
         out = torch.empty_like(source)
         queries, attended = _memory(source, dtype, whole=learns), _memory(source, dtype, whole=learns)
         projected, merged, rounded = (Scratch(factors.merge) for _ in range(3))
         scores = Scratch(source.new_empty(0, dtype=scores_dtype))
-        for chunk in _chunks(pairings):
+        for chunk in _chunks(pairings, fused=fused):
             own = source[chunk.source]
             query = torch.mm(own.to(dtype), factors.to_query.T, out=queries(chunk.source))
-            meeting = _Meeting.of(query, target[chunk.target], chunk.windows, factors, projected)
-            values = attended(chunk.source).view(meeting.query.shape)
-            for rows in chunk.rows:
-                weights = meeting.weights(rows, chunk, factors.after, scores)
-                if weights.dtype != dtype:
-                    weights = rounded.view(*weights.shape).copy_(weights)
-                meeting.attended(weights, values[:, rows])
+            meeting = _Meeting.of(query, target[chunk.target], chunk.windows, factors, projected, centred=not fused)
+            if fused:
+                values = fused_attention(meeting.query, meeting.key, meeting.value, factors.after)
+                if learns:
+                    attended(chunk.source).view(values.shape).copy_(values)
+            else:
+                values = attended(chunk.source).view(meeting.query.shape)
+                for rows in chunk.rows:
+                    weights = meeting.weights(rows, chunk, factors.after, scores)
+                    if weights.dtype != dtype:
+                        weights = rounded.view(*weights.shape).copy_(weights)
+                    meeting.attended(weights, values[:, rows])
             update = torch.mm(values.flatten(0, 1), factors.merge.T, out=merged.view(*own.shape))
             message = F.layer_norm(update.to(source.dtype), scale.shape, scale, shift)
             if onto_source:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmflow.attention import computes_in_chunks
+from gmflow.attention import fuses_windows
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _strips(length: int, splits: int, shifted: bool, device: torch.device) -> li
         return [(coordinates.view(splits, size), None)]
     coordinates = torch.cat([coordinates[shift:], coordinates[:shift]]).view(splits, size)
     whole, around = (coordinates[:-1], None), coordinates[-1:]
-    if computes_in_chunks(device):
+    if not fuses_windows(device):
         return [whole, (around, (coordinates[-1] < shift).long())]
     if not torch.compiler.is_exporting() and size == 2 * shift:  # one graph for all sizes knows nothing of evenness
         return [whole, (around.view(2, shift), None)]  # two windows of one size: half as many calls

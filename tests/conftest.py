@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -26,6 +27,13 @@ class _ByFile(LoadScopeScheduling):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
     return _ByFile(config, log)
+
+
+@pytest.fixture(autouse=True)
+def _denormals() -> Iterator[None]:
+    """As they were: a model that is prepared flushes them, and other tests draw them."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 def _folder(variable: str) -> Path:

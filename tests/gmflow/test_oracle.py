@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gmflow import GMFlow, GMFlowConfig
-from gmflow.attention import ROWS, SCORES, TOKENS, attention, chunk_size, neighbourhood_attention
+from gmflow.attention import ROWS, SCORES, TOKENS, attention, chunk_size, fused_attention, neighbourhood_attention
 from gmflow.convolution import narrow_way_back
 from gmflow.execution import ExecutionConfig, prepare_model
 from gmflow.feedforward import feed_forward
@@ -241,7 +243,7 @@ def test_same_input_same_bits() -> None:
 @pytest.fixture
 def accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path that accelerators take, through the fused kernels, here on the CPU."""
-    for module in ("attention", "window_attention", "windows"):
+    for module in ("attention", "window_attention"):
         monkeypatch.setattr(f"gmflow.{module}.computes_in_chunks", lambda device: False)
 
 
@@ -273,14 +275,21 @@ def test_the_accelerators_windows_have_no_regions_and_few_shapes(window: tuple[i
     assert torch.equal(grid.order.sort().values, torch.arange(2 * height * width))
 
 
-@pytest.mark.parametrize("rows", [None, 5], ids=["whole windows", "parts of a window"])
+@pytest.mark.parametrize("way", ["fused", "whole windows", "parts of a window"])
 @pytest.mark.parametrize("onto_source", [False, True])
-def test_window_attention_in_16_bits(rows: int | None, onto_source: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cross", [False, True])
+def test_window_attention_in_16_bits(way: str, onto_source: bool, cross: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where tokens have much in common: rounding what every key of a window shares would swamp what differs."""
-    grid = window_grid(2, 8, 12, 2, shifted=True, device=torch.device("cpu"))
-    if rows is not None:
+    monkeypatch.setattr("gmflow.attention.BF16_MATRIX_UNITS", way == "fused")
+    if way == "fused":
+        monkeypatch.setattr("gmflow.window_attention.FUSED_TOKENS", 48)
+    if way == "parts of a window":
         monkeypatch.setattr("gmflow.attention.ROWS", 1)
-        monkeypatch.setattr("gmflow.attention.SCORES", rows * 24)
+        monkeypatch.setattr("gmflow.attention.SCORES", 5 * 24)
+    bf16 = torch.autocast("cpu", dtype=torch.bfloat16)
+    with bf16:
+        grid = window_grid(2, 8, 12, 2, shifted=True, device=torch.device("cpu"))
+    assert all(group.regions is None for group in grid.groups) == (way == "fused")
     torch.manual_seed(0)
     layer = AttentionLayer(64)
     source, target = (random(192, 64, seed=seed).detach().float() for seed in (1, 2))
@@ -288,16 +297,40 @@ def test_window_attention_in_16_bits(rows: int | None, onto_source: bool, monkey
     upper = torch.randn(source.shape, generator=torch.Generator().manual_seed(3))
 
     def run() -> list[Tensor]:
-        out = layer(*inputs, grid.groups, cross=False, onto_source=onto_source)
+        out = layer(*inputs, grid.groups, cross=cross, onto_source=onto_source)
         assert out.dtype == torch.float32
         return [out, *torch.autograd.grad(out, [*inputs, *layer.parameters()], upper)]
 
     wanted = run()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with bf16:
         found = run()
     for one, other in zip(found, wanted, strict=True):
         assert (one - other).norm() < 0.015 * other.norm()
     assert not torch.equal(found[0], wanted[0])  # it did compute in 16 bits
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_cpu_fuses_windows_in_bf16_where_it_has_units_for_it(
+    precision: torch.dtype | None, learns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gmflow.attention.BF16_MATRIX_UNITS", True)
+    calls: list[torch.dtype] = []
+
+    def counted(query: Tensor, *others: Any) -> Tensor:
+        calls.append(query.dtype)
+        return fused_attention(query, *others)
+
+    monkeypatch.setattr("gmflow.window_attention.fused_attention", counted)
+    model = GMFlow(CONFIGS[2]).train(learns)
+    with torch.autocast("cpu", dtype=precision, enabled=precision is not None), torch.set_grad_enabled(learns):
+        model(*images(64, 96))
+    assert set(calls) == ({torch.bfloat16} if precision == torch.bfloat16 else set())
+    monkeypatch.setattr("gmflow.attention.BF16_MATRIX_UNITS", False)
+    calls.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        model(*images(64, 96))
+    assert not calls
 
 
 @pytest.mark.parametrize("biased", [False, True])

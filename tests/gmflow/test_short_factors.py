@@ -52,6 +52,7 @@ def test_the_setting_ends_with_the_last_block_that_wants_it():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_model_rounds_scores_factors_in_bf16_only_and_leaves_the_setting_alone(precision, monkeypatch):
     """Of the scores only: matching and propagation of the same forward pass multiply all bits."""
+    monkeypatch.setattr("gmflow.attention.BF16_MATRIX_UNITS", False)  # scores of the fused operation are its own
     config = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
     model = prepare_model(GMFlow(config).eval(), ExecutionConfig(precision))
     seen: dict[bool, int] = {True: 0, False: 0}

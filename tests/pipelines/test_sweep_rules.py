@@ -433,7 +433,9 @@ def test_settings_that_share_their_features_are_computed_as_alone_to_the_bit(pre
 def test_a_costs_model_runs_as_others_do_but_leaves_the_allocator_it_measures_alone(precision, monkeypatch):
     ran = []
     monkeypatch.setattr(cost, "padded_flow", lambda model, *images: ran.append(runs_in(model, None)))
-    monkeypatch.setattr(execution, "_keep_freed_memory", lambda: pytest.fail("the process keeps what is freed"))
+    monkeypatch.setattr(
+        execution, "keep_freed_memory_for_reuse", lambda: pytest.fail("the process keeps what is freed")
+    )
     measured = CostConfig(height=32, width=32, cpus=torch.get_num_threads())
     meter = cost._Meter.__ray_metadata__.modified_class(measured, precision)
     meter.measure(replace(REFINE, backbone_channels=(4, 4, 4), feature_channels=4, num_layers=1))
