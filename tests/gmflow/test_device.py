@@ -80,7 +80,9 @@ def test_attention_on_an_accelerator_takes_no_mask_and_memory_that_grows_with_th
     """A mask of a window's tokens squared would be 4 GiB here, and rules out flash attention."""
     masks: list[Tensor | None] = []
 
-    def kernel(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def kernel(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, scale: float | None
+    ) -> Tensor:
         masks.append(attn_mask)
         return query + key + value  # what needs no scores; PyTorch has no fused kernel for the device below
 
