@@ -94,8 +94,8 @@ def computes_in_chunks(device: torch.device) -> bool:
 def fuses_windows(device: torch.device) -> bool:
     """Whether attention within windows is the fused operation there, and windows around the border are cut up for it.
 
-    It is everywhere but on a CPU, and in bf16 on a CPU that has units for its matrices: scores that never leave the
-    cache cost such a CPU half the time (docs/performance.md).
+    It is everywhere but on a CPU, and in bf16 on a CPU that has units for its matrices, which scores that are stored
+    would hold up: it takes half as long there (docs/performance.md).
     """
     return not computes_in_chunks(device) or (BF16_MATRIX_UNITS and _autocasts_to_bf16())
 

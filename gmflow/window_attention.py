@@ -228,7 +228,8 @@ class _Meeting(NamedTuple):
 class _WindowAttention(torch.autograd.Function):
     """Multiplies in `dtype`; sums over chunks, normalises and adds in that of `source`.
 
-    Scores may be of a wider type only where nothing is to be learnt: no gradient is wanted.
+    Scores of chunks may be of a wider type only where nothing is to be learnt: no gradient is wanted. Where windows are
+    fused on the way there, they are attended chunk by chunk on the way back, which is faster for small ones.
     """
 
     @staticmethod
