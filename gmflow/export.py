@@ -43,13 +43,12 @@ class _ImagesToFlow(nn.Module):
 
 
 def minimum_size(model: GMFlow) -> int:
-    """The smallest height and width an exported program takes: its windows must move by at least two features.
+    """The smallest height and width an exported program takes: its windows must have at least two features a side.
 
-    A window that does not move, or by a single feature, is another graph.
+    One of a single feature is another graph.
     """
     config = model.config
-    moving = (4 * stride * splits for stride, splits in zip(config.strides, config.attn_splits, strict=True))
-    needed = max((size for size, splits in zip(moving, config.attn_splits, strict=True) if splits > 1), default=16)
+    needed = max(2 * stride * splits for stride, splits in zip(config.strides, config.attn_splits, strict=True))
     return -(-needed // model.size_multiple) * model.size_multiple
 
 

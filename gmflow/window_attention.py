@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gmflow.attention import (
+    CROSSING_PENALTY,
     Crossing,
     attention,
     chunk_size,
@@ -95,7 +96,7 @@ def window_attention(
 def _fused(
     source: Tensor, target: Tensor, weights: AttentionWeights, pairings: list[Pairing], onto_source: bool
 ) -> Tensor:
-    """Through the fused kernels; a grid built for them has no windows with regions."""
+    """Through the fused kernels; a grid built for them has windows with regions in an exported program only."""
     query, key, value = _projected(source, target, weights)
     # Split, not sliced one by one: the gradient of a slice is a tensor of the whole, to be zeroed and added up.
     sizes = [pairing.windows * pairing.length for pairing in pairings]
@@ -103,12 +104,28 @@ def _fused(
     attend = fused_attention if query.element_size() == 2 else attention
     parts: list[Tensor] = []
     for pairing, own in zip(pairings, queries, strict=True):
-        shape = (pairing.windows, pairing.length, -1)
+        shape = (pairing.windows, pairing.length, source.shape[1])
         other = keys[pairing.partner].view(shape), values[pairing.partner].view(shape)
-        parts.append(attend(own.view(shape), *other).flatten(0, 1))
+        if pairing.regions is None:
+            attended = attend(own.view(shape), *other)
+        else:
+            attended = _attended_within(pairing.regions, own.view(shape), *other)
+        parts.append(attended.flatten(0, 1))
     merged = F.linear(torch.cat(parts), weights.merge)
     message = F.layer_norm(merged, merged.shape[1:], weights.scale, weights.shift)
     return source + message if onto_source else message
+
+
+def _attended_within(regions: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention within the regions of windows, without a mask, which would be of the size of all scores.
+
+    Four channels more of queries and keys tell the regions apart: the scores of pairs of one region have
+    `-CROSSING_PENALTY` more than others', as in the reference, where those of different regions have as much less.
+    """
+    scale = query.shape[-1] ** -0.5
+    mark = F.one_hot(regions, 4).to(query.dtype) * (-CROSSING_PENALTY / scale) ** 0.5  # [n, L, 4]
+    marks = mark.repeat(query.shape[0] // len(regions), 1, 1)  # [N, L, 4]
+    return fused_attention(torch.cat([query, marks], dim=2), torch.cat([key, marks], dim=2), value, scale)
 
 
 def _projected(source: Tensor, target: Tensor, weights: AttentionWeights) -> tuple[Tensor, ...]:
@@ -134,7 +151,7 @@ class _Chunk:
 
 def _chunks(pairings: list[Pairing], *, fused: bool = False) -> Iterator[_Chunk]:
     for pairing in pairings:
-        length, crossing = pairing.length, None if pairing.regions is None else Crossing.of(pairing.regions)
+        length, crossing = pairing.length, None if pairing.regions is None else Crossing.of(pairing.regions[0])
         many, rows = (max(1, FUSED_TOKENS // length), length) if fused else chunk_size(length, length)
         for first in range(0, pairing.windows, many):
             windows = min(many, pairing.windows - first)

@@ -23,8 +23,9 @@ class WindowGroup:
     Attributes:
         windows: how many.
         length: tokens in each.
-        regions: int64 `[length]`; tokens of different regions are no neighbours in the map. None where all are,
-            and everywhere on the fused path.
+        regions: int64 `[n, length]`, of n windows in turn: of 1, or in an exported program of all of a map. Tokens of
+            different regions are no neighbours in the map. None where all are, as in all windows cut up for the fused
+            kernels.
     """
 
     windows: int
@@ -53,7 +54,8 @@ def window_grid(maps: int, height: int, width: int, splits: int, *, shifted: boo
     Windows that the border runs through consist of two or four regions. Where attention is computed in chunks, as the
     reference does it, they are whole and have `regions`: a mask for a few, none for most. The fused kernels take no
     masks, so there every region is a window of its own. Nothing but rounding tells the two apart: the reference gives
-    a pair of different regions e^-100 of its weight.
+    a pair of different regions e^-100 of its weight. An exported program is one graph for all sizes: the fewer kinds of
+    windows, the smaller. There all are alike, and have regions.
     """
     starts = torch.arange(maps, device=device).view(-1, 1, 1, 1, 1) * (height * width)
     order: list[Tensor] = []
@@ -64,9 +66,9 @@ def window_grid(maps: int, height: int, width: int, splits: int, *, shifted: boo
             order.append((starts + within).flatten())
             regions = None
             if row_regions is not None or column_regions is not None:
-                y = torch.zeros_like(rows[0]) if row_regions is None else row_regions
-                x = torch.zeros_like(columns[0]) if column_regions is None else column_regions
-                regions = (2 * y[:, None] + x).flatten()
+                y = torch.zeros_like(rows[:1]) if row_regions is None else row_regions
+                x = torch.zeros_like(columns[:1]) if column_regions is None else column_regions
+                regions = (2 * y[:, None, :, None] + x[None, :, None, :]).flatten(2).flatten(0, 1)
             length = rows.shape[1] * columns.shape[1]
             groups.append(WindowGroup(maps * len(rows) * len(columns), length, regions))
     tokens = torch.cat(order)
@@ -76,17 +78,21 @@ def window_grid(maps: int, height: int, width: int, splits: int, *, shifted: boo
 
 
 def _strips(length: int, splits: int, shifted: bool, device: torch.device) -> list[tuple[Tensor, Tensor | None]]:
-    """The windows' coordinates along one axis `[windows, size]`: whole ones, and the one around the border."""
+    """The windows along one axis, whole ones and the one around the border: coordinates and regions `[n, size]`."""
     size = length // splits
     shift = size // 2 if shifted else 0
     coordinates = torch.arange(length, device=device)
+    if shifted and torch.compiler.is_exporting():
+        coordinates = torch.where(coordinates + shift < length, coordinates + shift, coordinates + shift - length)
+        coordinates = coordinates.view(splits, size)
+        return [(coordinates, (coordinates < shift).long())]
     if shift == 0:
         return [(coordinates.view(splits, size), None)]
     coordinates = torch.cat([coordinates[shift:], coordinates[:shift]]).view(splits, size)
     whole, around = (coordinates[:-1], None), coordinates[-1:]
     if not fuses_windows(device):
-        return [whole, (around, (coordinates[-1] < shift).long())]
-    if not torch.compiler.is_exporting() and size == 2 * shift:  # one graph for all sizes knows nothing of evenness
+        return [whole, (around, (around < shift).long())]
+    if size == 2 * shift:
         return [whole, (around.view(2, shift), None)]  # two windows of one size: half as many calls
     return [whole, (around[:, : size - shift], None), (around[:, size - shift :], None)]
 

@@ -47,14 +47,22 @@ def files(base: GMFlow, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("shape", [(1, 64, 64), (2, 96, 160), (3, 192, 112)])
-def test_one_file_serves_every_batch_and_size(base: GMFlow, files: Path, shape: tuple[int, int, int]) -> None:
+@pytest.fixture(scope="module")
+def loaded(files: Path) -> Any:
+    """`base.pt2`, as somebody without this library calls it."""
+    return torch.export.load(str(files / "base.pt2")).module()
+
+
+# The smallest there is; windows of 6×10 features; of 13×7, which no shift parts in halves.
+@pytest.mark.parametrize("shape", [(1, 32, 32), (2, 96, 160), (3, 208, 112)])
+def test_one_file_serves_every_batch_and_size(
+    base: GMFlow, files: Path, loaded: Any, shape: tuple[int, int, int]
+) -> None:
     batch, height, width = shape
     generator = torch.Generator().manual_seed(batch)
     images = [torch.rand(batch, 3, height, width, generator=generator) * 255 for _ in range(2)]
     wanted = flow_of(base, *images)
     assert wanted.std() > 1  # not all alike, so that the comparison says something
-    loaded = torch.export.load(str(files / "base.pt2")).module()
     np.testing.assert_allclose(loaded(*images).detach().numpy(), wanted, atol=0.01)
     np.testing.assert_allclose(run_onnx(files / "base.onnx", *images), wanted, atol=0.01)
 
@@ -63,28 +71,27 @@ def test_files_tell_their_configuration_and_sizes(base: GMFlow, files: Path) -> 
     told = {"gmflow_config": "", "size_multiple": "", "minimum_size": ""}
     torch.export.load(str(files / "base.pt2"), extra_files=told)
     assert GMFlowConfig.from_dict(json.loads(told["gmflow_config"])) == base.config
-    assert (told["size_multiple"], told["minimum_size"]) == ("16", "64")
+    assert (told["size_multiple"], told["minimum_size"]) == ("16", "32")
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     session = onnxruntime.InferenceSession(str(files / "base.onnx"), providers=["CPUExecutionProvider"])
     assert session.get_modelmeta().custom_metadata_map == told
 
 
-def test_a_size_below_the_minimum_is_refused_not_computed_wrongly(files: Path) -> None:
-    loaded = torch.export.load(str(files / "base.pt2")).module()
+def test_a_size_below_the_minimum_is_refused_not_computed_wrongly(loaded: Any) -> None:
     with pytest.raises(Exception, match="Guard failed"):
-        loaded(*torch.zeros(2, 1, 3, 48, 64))
+        loaded(*torch.zeros(2, 1, 3, 16, 64))
 
 
 @pytest.mark.parametrize(
     ("config", "smallest"),
     [
-        (GMFlowConfig.base(), 64),
-        (GMFlowConfig.refine(), 128),
+        (GMFlowConfig.base(), 32),
+        (GMFlowConfig.refine(), 64),
         (GMFlowConfig(attn_splits=(1,)), 16),
-        (GMFlowConfig(attn_splits=(3,)), 96),
+        (GMFlowConfig(attn_splits=(3,)), 48),
     ],
 )
-def test_minimum_size_is_a_multiple_where_windows_move_by_two(config: GMFlowConfig, smallest: int) -> None:
+def test_minimum_size_is_a_multiple_where_windows_have_two_features_a_side(config: GMFlowConfig, smallest: int) -> None:
     assert minimum_size(GMFlow(config)) == smallest
 
 
@@ -99,7 +106,7 @@ def test_wrong_suffixes_and_folders_are_refused_before_anything_is_computed(tmp_
 
 @pytest.mark.slow
 def test_published_weights_agree_on_a_real_pair(reference: Path, reference_crop: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Within 0.02 px on a crop; measured on whole pairs: at most 0.025 px, 0.00014 px on average (docs/inference.md).
+    """Within 0.02 px on a crop; measured on whole pairs: at most 0.0056 px, 0.00005 px on average (docs/inference.md).
 
     As ONNX too, which takes minutes to write at this depth, and is left to the small model above.
     """
