@@ -50,8 +50,6 @@ from tests.pipelines.conftest import train_workers
 ROOT = Path(__file__).parents[1]
 # Steps at a run's beginning that count for nothing: caches, allocator, and the other workers' start.
 WARM_UP = 10
-# Long enough for some steps of every model, short enough that the machine is as fast in a turn as in the next.
-TURN_S = 4.0
 TURNS = 5
 """Turns of each program a round."""
 ENDLESS = 100_000
@@ -64,12 +62,16 @@ console = Console(width=130)
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained: seconds a step or a fraction of one."""
+    """What is trained, and for how many seconds at a time.
+
+    Long enough for two records of a stage on Ray, short enough that the machine is as fast in a turn as in the next.
+    """
 
     model: dict[str, object]
     crop: tuple[int, int]
     global_batch: int
     micro_batch: int
+    turn_s: float
 
 
 SIZES = {
@@ -78,8 +80,9 @@ SIZES = {
         crop=(64, 96),
         global_batch=8,
         micro_batch=4,
+        turn_s=4.0,
     ),
-    "base": Size({}, crop=(128, 192), global_batch=2, micro_batch=1),
+    "base": Size({}, crop=(128, 192), global_batch=2, micro_batch=1, turn_s=12.0),
 }
 
 
@@ -166,7 +169,7 @@ def overhead(bench: Bench) -> Iterator[Row]:
     programs |= {f"bare {'+'.join(map(str, groups))}": bare_loop(bench, groups) for groups in ([1], [2], [1, 1])}
     try:
         warmed_up(list(programs.values()), WARM_UP)
-        for done in take_turns(list(programs.values()), TURNS * bench.rounds, TURN_S):
+        for done in take_turns(list(programs.values()), TURNS * bench.rounds, bench.size.turn_s):
             console.print(f"turn {done} of {TURNS * bench.rounds}")
     finally:
         for program in programs.values():
