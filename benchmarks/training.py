@@ -210,6 +210,8 @@ class StageOnRay:
             for (_, since, _), (_, until, value) in pairwise(told)
             if self.program.within_a_turn(since / 1000, until / 1000)
         ]
+        if not whole:
+            raise RuntimeError("no two records within a turn; make turns longer")
         return statistics.median(whole)
 
 
