@@ -141,13 +141,15 @@ def _checked(path: str | Path, suffix: str) -> Path:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The converter tells of operators it knows nothing of (torchvision's) and of its progress."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    """The converter tells of operators it knows nothing of (torchvision's), its progress, and types it guesses."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,23 @@ def files(base: GMFlow, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     exported = export_model(base)
     exported.save_program(folder / "base.pt2")
+    heard = _Ear()
+    logging.getLogger().addHandler(heard)
     exported.save_onnx(folder / "base.onnx")
+    logging.getLogger().removeHandler(heard)
+    assert heard.lines == [], "what the converter has to say is nothing to a user"
     return folder
+
+
+class _Ear(logging.Handler):
+    """Whatever is logged from `logging.WARNING` on."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
 @pytest.fixture(scope="module")
