@@ -95,7 +95,8 @@ def fuses_windows(device: torch.device) -> bool:
     """Whether attention within windows is the fused operation there, and windows around the border are cut up for it.
 
     It is everywhere but on a CPU, and in bf16 on a CPU that has units for its matrices, which scores that are stored
-    would hold up: it takes half as long there (docs/performance.md).
+    would hold up: it takes half as long there (docs/performance.md). It is in an exported program too, whose windows
+    stay whole.
     """
     return not computes_in_chunks(device) or (BF16_MATRIX_UNITS and _autocasts_to_bf16())
 
