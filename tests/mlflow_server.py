@@ -3,16 +3,13 @@
 import contextlib
 import os
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 from infra.local_stack.settings import free_ports
 from tests.seaweedfs import S3Server
 from tests.server_process import ServerProcess
-
-_WAIT_SECONDS = 120
+from tests.waiting import answers, wait_until
 
 
 class MlflowServer(ServerProcess):
@@ -38,19 +35,11 @@ class MlflowServer(ServerProcess):
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
         self.launch(command, environment)
-        self._wait()
+        wait_until(self._answers, lambda: self.said, every_s=0.3)
 
-    def _wait(self) -> None:
-        deadline = time.monotonic() + _WAIT_SECONDS
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=2)
-            except OSError:
-                assert not self.ended, self.said
-                assert time.monotonic() < deadline, self.said
-                time.sleep(0.3)
-            else:
-                return
+    def _answers(self) -> bool:
+        assert not self.ended, self.said
+        return answers(f"{self.url}/health")
 
 
 @contextlib.contextmanager

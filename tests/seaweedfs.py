@@ -1,16 +1,17 @@
 """A real S3 server (SeaweedFS) with authentication, on loopback, that can be killed and started again."""
 
 import contextlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
 
 from infra.local_stack import seaweedfs
 from infra.local_stack.settings import free_ports
 from tests.server_process import ServerProcess
+from tests.waiting import wait_until
 
 
 class S3Server(ServerProcess):
@@ -33,7 +34,7 @@ class S3Server(ServerProcess):
         access_key, secret_key = self.environment["AWS_ACCESS_KEY_ID"], self.environment["AWS_SECRET_ACCESS_KEY"]
         environment = seaweedfs.environment(access_key, secret_key, ("data",))
         self.launch(seaweedfs.command(self.folder, self._port), environment)
-        self._wait()
+        wait_until(self._takes_objects, lambda: self.said[-2000:], every_s=0.2)
 
     def client(self):
         return boto3.client(
@@ -45,17 +46,13 @@ class S3Server(ServerProcess):
             config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1}),
         )
 
-    def _wait(self) -> None:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                self.client().put_object(Bucket="data", Key="ready", Body=b"")
-            except Exception as error:
-                if self.ended or time.monotonic() > deadline:
-                    raise RuntimeError(f"the S3 server did not start: {self.said[-2000:]}") from error
-                time.sleep(0.2)
-            else:
-                return
+    def _takes_objects(self) -> bool:
+        assert not self.ended, self.said[-2000:]
+        try:
+            self.client().put_object(Bucket="data", Key="ready", Body=b"")
+        except (BotoCoreError, ClientError):
+            return False
+        return True
 
 
 @contextlib.contextmanager

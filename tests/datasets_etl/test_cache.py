@@ -17,6 +17,7 @@ from datasets_etl.cache import SampleCache
 from datasets_etl.loader import MixturePart, PositionDataset
 from datasets_etl.manifest import Manifest, SampleEntry, ShardEntry
 from tests.datasets_etl.test_loader import AUGMENTATION, same
+from tests.waiting import wait_until
 
 SHARD = ShardEntry(name="s.tar", bytes=0, sha256="a" * 64, samples=())
 
@@ -121,10 +122,7 @@ def test_processes_share_it_and_a_kill_leaves_it_whole(tmp_path: Path):
     try:
         for process in processes:
             process.start()
-        deadline = time.monotonic() + 60
-        while kept_samples(tmp_path) < 10:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: kept_samples(tmp_path) >= 10)
         time.sleep(1)
         assert all(process.is_alive() for process in processes)
     finally:

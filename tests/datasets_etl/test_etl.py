@@ -18,6 +18,7 @@ from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
 from datasets_etl.storage import FileStore, open_store
 from datasets_etl.synthetic import synthetic_pair
+from tests.waiting import WAIT_SECONDS
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -56,7 +57,7 @@ running = threading.Thread(target=lambda: spans.extend(span for _, span in run_t
 running.start()
 time.sleep(1)
 cluster.add_node(num_cpus=3)
-running.join(120)
+running.join()
 print("at once", max(sum(start <= moment < end for start, end in spans) for moment, _ in spans))
 """
 
@@ -65,7 +66,9 @@ print("at once", max(sum(start <= moment < end for start, end in spans) for mome
 def test_a_cluster_that_begins_empty_is_filled_once_it_has_grown():
     """As under an autoscaler, which adds machines for tasks that wait."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    done = subprocess.run([sys.executable, "-c", GROWING], env=clean, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", GROWING], env=clean, capture_output=True, text=True, timeout=WAIT_SECONDS
+    )
     assert done.stdout.splitlines()[-1:] == ["at once 3"], done.stderr
 
 

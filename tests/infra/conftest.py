@@ -20,8 +20,8 @@ from infra.local_stack.errors import StackError
 from infra.local_stack.services import require_postgresql
 from infra.local_stack.settings import Stack, free_ports
 from tests.conftest import ROOT
+from tests.waiting import WAIT_SECONDS
 
-WAIT_SECONDS = 600
 PORT_OPTIONS = ("--s3-port", "--mlflow-port", "--postgres-port", "--ray-port", "--dashboard-port")
 
 

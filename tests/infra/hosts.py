@@ -8,10 +8,11 @@ import os
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests.waiting import wait_until
 
 # What a host does before its command: as on a stock Debian, its own name leads to loopback.
 _BOOT = """
@@ -82,17 +83,18 @@ class Host:
         return found
 
     def shut_down(self) -> None:
-        deadline = time.monotonic() + 60
-        while pids := list(self.processes()):
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            for process in self.started:
-                process.poll()
-            assert time.monotonic() < deadline, pids
-            time.sleep(0.1)
+        wait_until(self._killed, self.processes)
         for process in self.started:
             process.wait()
+
+    def _killed(self) -> bool:
+        pids = list(self.processes())
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for process in self.started:
+            process.poll()
+        return not pids
 
 
 def _ip(*arguments: str) -> None:

@@ -7,16 +7,16 @@ import contextlib
 import json
 import re
 import signal
-import time
 
 import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 
 from datasets_etl.synthetic import write_dataset
-from tests.infra.conftest import WAIT_SECONDS, RunningStack, stack_command
+from tests.infra.conftest import RunningStack, stack_command
+from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # clusters of many processes, on machines at work
+pytestmark = pytest.mark.slow
 
 STEPS = 60
 TOLD = list(range(2, STEPS + 1, 2))
@@ -69,20 +69,22 @@ def submit_until_a_further_checkpoint(stack: RunningStack, job: str, manifest: s
         *("--", "python", *curriculum(manifest, name)),
     )
     assert begun.returncode == 0, begun.stderr
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not checkpoints(stack, name) - before:
-        assert time.monotonic() < deadline, stack.job("logs", job).stdout
-        assert stack.ask(f"/api/jobs/{job}")["status"] in ("PENDING", "RUNNING"), stack.job("logs", job).stdout
-        time.sleep(0.2)
+
+    def written() -> bool:
+        assert runs(stack, job), stack.job("logs", job).stdout
+        return bool(checkpoints(stack, name) - before)
+
+    wait_until(written, lambda: stack.job("logs", job).stdout, every_s=0.2)
     assert not [key for key in stack.keys("training", name) if key.endswith("/result.json")]
 
 
 def wait_for_end(stack: RunningStack, job: str) -> None:
     """A job that is told to stop has some seconds to do so."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while stack.ask(f"/api/jobs/{job}")["status"] in ("PENDING", "RUNNING"):
-        assert time.monotonic() < deadline, stack.job("logs", job).stdout
-        time.sleep(0.2)
+    wait_until(lambda: not runs(stack, job), lambda: stack.job("logs", job).stdout, every_s=0.2)
+
+
+def runs(stack: RunningStack, job: str) -> bool:
+    return stack.ask(f"/api/jobs/{job}")["status"] in ("PENDING", "RUNNING")
 
 
 def test_a_stopped_job_and_a_cluster_that_died_resume_to_the_bit(stack: RunningStack, manifest: str, undisturbed: str):

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.infra.conftest import WAIT_SECONDS
 from tests.infra.hosts import Host, connected_hosts, possible
 from tests.infra.metadata_server import give_notice
 from tests.infra.test_cluster_files import AUTOSCALER, CLUSTER, pre_stop
-from tests.infra.test_hosts import BIN, ask, nodes_alive, start_ray, wait_until
+from tests.infra.test_hosts import BIN, ask, nodes_alive, start_ray, wait_for
+from tests.waiting import WAIT_SECONDS
 
 pytestmark = [
     pytest.mark.slow,
@@ -38,7 +38,7 @@ def hosts(tmp_path: Path):
     with connected_hosts(("head", "spot"), tmp_path, clean) as hosts:
         head = hosts["head"]
         start_ray(head, "--head", "--num-cpus=0", "--port=6379", f"--dashboard-host={head.address}", settings=SETTINGS)
-        wait_until(lambda: nodes_alive(head, jobs(head)) == 1, "Ray's head", head)
+        wait_for(lambda: nodes_alive(head, jobs(head)) == 1, "Ray's head", head)
         yield hosts
 
 
@@ -70,10 +70,10 @@ def test_a_spot_instance_of_the_autoscalers_leaves_and_is_not_joined_again(hosts
     spot.start(sys.executable, "-m", "tests.infra.metadata_server", address, "80", str(notice))
     commands = " && ".join(f"({line})" for line in AUTOSCALER["worker_start_ray_commands"])
     in_container(spot, head, f"{commands} && exec sleep infinity")
-    wait_until(lambda: nodes_alive(head, jobs(head)) == 2, "a second node", spot)
-    wait_until(lambda: "preemption.py watch" in "".join(spot.processes().values()), "a watch", spot)
+    wait_for(lambda: nodes_alive(head, jobs(head)) == 2, "a second node", spot)
+    wait_for(lambda: "preemption.py watch" in "".join(spot.processes().values()), "a watch", spot)
     give_notice(notice, 120)
-    wait_until(lambda: nodes_alive(head, jobs(head)) == 1, "the node's end", head)
+    wait_for(lambda: nodes_alive(head, jobs(head)) == 1, "the node's end", head)
     (reason,) = reasons_of_the_dead(head)
     assert "EC2 takes this spot instance at" in reason
     again = in_container(spot, head, commands)

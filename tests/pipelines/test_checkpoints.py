@@ -13,8 +13,7 @@ import torch
 from datasets_etl.storage import PATIENCE_VARIABLE, FileStore, ObjectStore, open_store
 from pipelines.training.checkpoints import CheckpointStore, CheckpointWriter, KeepPolicy, OtherFormatError
 from tests.seaweedfs import S3Server, running
-
-WAIT_SECONDS = 60
+from tests.waiting import WAIT_SECONDS
 
 
 def snapshot(step: int, size: int = 50) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +29,9 @@ from pipelines.training.plan import StagePlan
 from pipelines.training.registry import resolve_model
 from pipelines.training.stage import StageJob
 from tests.pipelines.conftest import Call, Workplace, train_workers, workplace_in
+from tests.waiting import output_of, wait_until
 
 pytestmark = pytest.mark.slow
-
-WAIT_SECONDS = 240
 
 # No output depends on these (an instance norm follows, or a softmax over what they shift), so their gradient is nothing
 # but rounding, which Adam scales up to whole steps.
@@ -42,7 +40,7 @@ FREE_BIASES = ("shortcut.bias", "propagation.key.bias")
 
 def run(workplace: Workplace, *overrides: str) -> str:
     process = workplace.start("curriculum.py", "--config", str(workplace.write()), *overrides)
-    output, errors = process.communicate(timeout=WAIT_SECONDS)
+    output, errors = output_of(process)
     assert process.returncode == 0, errors
     return output
 
@@ -58,12 +56,13 @@ def final_weights(workplace: Workplace, stage: str) -> dict[str, torch.Tensor]:
 
 def wait_for_checkpoint(process: subprocess.Popen[str], workplace: Workplace, stage: str, count: int = 2) -> None:
     """Until the stage has that many checkpoints."""
-    deadline = time.monotonic() + WAIT_SECONDS
     pattern = f"storage/tiny-{stage}-*/checkpoints/step_*.json"
-    while len(list(workplace.folder.glob(pattern))) < count:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, f"no checkpoint of {stage}"
-        time.sleep(0.02)
+
+    def written() -> bool:
+        assert process.poll() is None, process.communicate()
+        return len(list(workplace.folder.glob(pattern))) >= count
+
+    wait_until(written)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +94,7 @@ def test_killed_workers_and_a_killed_driver_change_no_bit(undisturbed: Workplace
     damage_newest_checkpoint(workplace, "mix")
 
     again = workplace.start("curriculum.py", "--config", config)
-    output, errors = again.communicate(timeout=WAIT_SECONDS)
+    output, errors = output_of(again)
     assert again.returncode == 0, errors
     assert "damaged checkpoint" in errors
     assert "stage=chairs finished earlier" in output
@@ -108,10 +107,7 @@ def test_killed_workers_and_a_killed_driver_change_no_bit(undisturbed: Workplace
 
 def wait_for_end(pids: list[int]) -> None:
     """Workers go on for some seconds after their driver was killed, and write checkpoints."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        assert time.monotonic() < deadline, "orphans do not end"
-        time.sleep(0.1)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
 def damage_newest_checkpoint(workplace: Workplace, stage: str) -> None:

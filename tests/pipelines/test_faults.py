@@ -31,10 +31,10 @@ from pipelines.training.config import CurriculumConfig, load_config
 from tests.mlflow_server import mlflow_running
 from tests.pipelines.conftest import Workplace, train_workers, workplace_in
 from tests.seaweedfs import S3Server, running
+from tests.waiting import WAIT_SECONDS, output_of, wait_until
 
 pytestmark = pytest.mark.slow
 
-WAIT_SECONDS = 300
 RAY_LOOKS_EVERY_S = 20  # for machines that came, whatever the interval asked for
 
 # Steps long enough for something to happen in the middle of a stage. Few and at a low rate, because another number of
@@ -97,14 +97,15 @@ class Job:
 
     def wait_for(self, pattern: str, after: int = 0) -> int:
         """Until a line matches; the index behind it."""
-        deadline = time.monotonic() + WAIT_SECONDS
-        while True:
-            for number, line in enumerate(self.lines[after:], start=after):
-                if re.search(pattern, line):
-                    return number + 1
-            assert self.process.poll() is None, self.said()
-            assert time.monotonic() < deadline, self.said()
-            time.sleep(0.05)
+        behind: list[int] = []
+
+        def said() -> bool:
+            behind.extend(n + 1 for n, line in enumerate(self.lines) if n >= after and re.search(pattern, line))
+            assert behind or self.process.poll() is None, self.said()
+            return bool(behind)
+
+        wait_until(said, self.said)
+        return behind[0]
 
     def finish(self) -> None:
         assert self.end() == 0, self.said()
@@ -309,7 +310,7 @@ def test_a_worker_that_hangs_and_servers_that_are_away_change_no_bit(
         source = str(Path(workplace.config["data"]["chairs"].removeprefix("file://")).parents[2] / "chairs")
         command = ("etl.py", "--dataset", "chairs", "--source", source, "--target", "s3://data/sets")
         etl = workplace.start(*command, **storage.settings)
-        manifest, errors = etl.communicate(timeout=WAIT_SECONDS)
+        manifest, errors = output_of(etl)
         assert etl.returncode == 0, errors
         overrides = [*SLOW, f"data.chairs={manifest.splitlines()[-1]}", "storage=s3://data/runs"]
         overrides += ["machine.hang_timeout_s=13", "machine.storage_patience_s=12"]

@@ -24,8 +24,8 @@ from pipelines.cluster import free_port
 from tests.conftest import ROOT
 from tests.infra.metadata_server import MetadataServer, give_notice
 from tests.pipelines.conftest import Call
+from tests.waiting import WAIT_SECONDS, output_of, wait_until
 
-WAIT_SECONDS = 120
 SCRIPT = str(ROOT / "pipelines/preemption.py")
 ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
 
@@ -51,13 +51,6 @@ class Metadata:
         self.server.shutdown()
         self.server.server_close()
         self._thread.join()
-
-
-def wait_until(happened) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -296,7 +289,7 @@ def test_ec2s_notice_drains_the_node_of_a_real_ray(machine: Machine, metadata: M
     metadata.wait_for_questions(1)
     assert machine.deadline is None
     metadata.give_notice(120)
-    said, errors = watch.communicate(timeout=WAIT_SECONDS)
+    said, errors = output_of(watch)
     assert (watch.returncode, errors) == (0, "")
     assert re.fullmatch(r"told Ray that this machine is taken in \d+ s\n", said)
     assert time.time() < machine.deadline / 1000 < time.time() + 120
@@ -309,5 +302,5 @@ def test_ec2s_notice_drains_the_node_of_a_real_ray(machine: Machine, metadata: M
 def test_a_hook_drains_the_node_of_a_real_ray(machine: Machine):
     machine.start_work()
     drain = machine.start(SCRIPT, "drain", "--seconds", "45")
-    assert (*drain.communicate(timeout=WAIT_SECONDS), drain.returncode) == ("", "", 0)
+    assert (*output_of(drain), drain.returncode) == ("", "", 0)
     assert time.time() < machine.deadline / 1000 < time.time() + 45

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from datasets_etl.synthetic import synthetic_pair
 from gmflow import GMFlow, GMFlowConfig, predict_flow, save_weights
 from pipelines.training import registry, tracking
 from tests.seaweedfs import free_ports
+from tests.waiting import WAIT_SECONDS, answers, wait_until
 
 TINY = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
 
@@ -129,16 +129,13 @@ def url(registered: Registered) -> Iterator[str]:
             stderr=log,
             start_new_session=True,
         )
-    deadline = time.monotonic() + 240
+
+    def ready() -> bool:
+        assert process.poll() is None, log_path.read_text()
+        return answers(f"http://127.0.0.1:{port}/ping")
+
     try:
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=2)
-                break
-            except OSError:
-                assert process.poll() is None, log_path.read_text()
-                assert time.monotonic() < deadline, log_path.read_text()
-                time.sleep(0.3)
+        wait_until(ready, log_path.read_text, every_s=0.3)
         yield f"http://127.0.0.1:{port}/invocations"
     finally:
         os.killpg(process.pid, signal.SIGTERM)
@@ -147,7 +144,7 @@ def url(registered: Registered) -> Iterator[str]:
 
 def ask(url: str, content: dict[str, Any]) -> Any:
     request = urllib.request.Request(url, json.dumps(content).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as answer:
+    with urllib.request.urlopen(request, timeout=WAIT_SECONDS) as answer:
         return json.load(answer)["predictions"]
 
 

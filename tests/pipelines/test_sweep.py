@@ -5,12 +5,11 @@ import io
 import json
 import signal
 import subprocess
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
@@ -21,10 +20,10 @@ from gmflow import GMFlow, GMFlowConfig, save_weights
 from gmflow.metrics import FlowMetrics
 from pipelines.training.registry import resolve_model
 from tests.pipelines.conftest import Workplace
+from tests.waiting import kill_tree, output_of, wait_until
 
 pytestmark = pytest.mark.slow
 
-WAIT_SECONDS = 800  # a guard against hanging: what is slow is not wrong
 METRIC = "val/chairs/val/epe"
 CROP = (slice(64, 256), slice(128, 384))  # of the reference values
 
@@ -35,23 +34,17 @@ def start(workplace: Workplace, *arguments: str) -> subprocess.Popen[str]:
 
 def run(workplace: Workplace, *arguments: str) -> str:
     process = start(workplace, *arguments)
-    try:
-        output, errors = process.communicate(timeout=WAIT_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        pytest.fail(f"hangs: {process.communicate()}")
+    output, errors = output_of(process)
     assert process.returncode == 0, errors
     return output
 
 
-def wait_until(process: subprocess.Popen[str], reached: Any) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not reached():
+def wait_for(process: subprocess.Popen[str], reached: Callable[[], object]) -> None:
+    def reached_on_the_way() -> bool:
         assert process.poll() is None, process.communicate()
-        if time.monotonic() > deadline:
-            process.kill()
-            pytest.fail(f"not reached: {process.communicate()}")
-        time.sleep(0.05)
+        return bool(reached())
+
+    wait_until(reached_on_the_way)
 
 
 def table_of(workplace: Workplace) -> dict[str, dict[str, str]]:
@@ -103,7 +96,7 @@ def probed(
     }
     workplace = Workplace(folder, config)
     process = start(workplace)
-    wait_until(process, lambda: any((folder / "storage").glob("probe/accuracy/*.json")))
+    wait_for(process, lambda: any((folder / "storage").glob("probe/accuracy/*.json")))
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = {path: path.stat().st_mtime_ns for path in (folder / "storage").glob("probe/accuracy/*.json")}
@@ -212,10 +205,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, manifests: dict[str, str]) -
     workplace = Workplace(folder, config)
     trials = folder / "storage" / "tune" / "trials"
     process = start(workplace)
-    wait_until(process, lambda: len(ended_trials(trials)) == 3 and interrupted_trial(trials))
-    for each in psutil.Process(process.pid).children(recursive=True):  # workers outlive their driver
-        each.kill()
-    process.kill()
+    wait_for(process, lambda: len(ended_trials(trials)) == 3 and interrupted_trial(trials))
+    kill_tree(process)
     told, errors = process.communicate()
     assert "resumes" not in told
     assert "Traceback" not in told + errors, "a trial that fails is a line, not a trace"

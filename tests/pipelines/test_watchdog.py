@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from tests.conftest import ROOT
+from tests.waiting import WAIT_SECONDS
 
 SCRIPT = """
 import sys, threading, time
@@ -13,14 +14,14 @@ from pipelines.training.watchdog import Watchdog
 def tell(line):
     print(line, flush=True)
 
-watchdog = Watchdog(1.0, tell)
+watchdog = Watchdog(2.0, tell)
 with watchdog.watching():
-    time.sleep(1.5)  # before the first progress: a start may take as long as it likes
-    for step in range(8):
+    time.sleep(2.5)  # before the first progress: a start may take as long as it likes
+    for step in range(5):
         watchdog.progress(f"computing in step {step}")
-        time.sleep(0.25)
+        time.sleep(0.5)
     if sys.argv[1] == "hangs":
-        watchdog.progress("waiting for the other workers in step 8")
+        watchdog.progress("waiting for the other workers in step 5")
         threading.Event().wait()
 print("done")
 """
@@ -31,14 +32,20 @@ def run(case: str, folder: Path) -> subprocess.CompletedProcess[str]:
     script.write_text(SCRIPT)
     command = [sys.executable, str(script), case]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}
+        command,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_SECONDS,
+        check=False,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT)},
     )
 
 
 def test_a_hang_ends_the_process_and_says_where(tmp_path: Path):
     ended = run("hangs", tmp_path)
     assert ended.returncode == 70
-    reason = "no progress for 1 s while waiting for the other workers in step 8"
+    reason = "no progress for 2 s while waiting for the other workers in step 5"
     assert ended.stdout == f"hangs: {reason}; ended, to resume\n"
     assert "script.py" in ended.stderr, "the stacks of all threads"
 
