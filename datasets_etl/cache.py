@@ -21,13 +21,17 @@ from datasets_etl.manifest import SampleEntry, ShardEntry
 # Each has a lock of its own, so that loader processes seldom wait for each other.
 _PARTS = 8
 
+# Of the disk, for checkpoints, logs and Ray: a twentieth, at most 2 GiB.
+_SHARE_LEFT_FREE = 20
+_LEFT_FREE_BYTES = 2 << 30
+
 
 @dataclass(frozen=True)
 class SampleCache:
     """A folder that holds at most `limit_bytes` of samples; the ones stored longest ago make room for new ones.
 
-    What cannot be kept (a full disk, a lock held too long) or is not what it was (a machine that lost power) is read
-    from storage again. Travels to loader processes as it is.
+    What cannot be kept (a disk about to be full, a lock held too long) or is not what it was (a machine that lost
+    power) is read from storage again. Travels to loader processes as it is.
     """
 
     folder: Path
@@ -41,7 +45,9 @@ class SampleCache:
             return data
         data = fetch()
         with contextlib.suppress(OSError, sqlite3.Error, diskcache.Timeout):
-            _opened(self, os.getpid()).set(key, data)
+            kept = _opened(self, os.getpid())
+            if _has_room(self.folder):
+                kept.set(key, data)
         return data
 
     def _kept(self, key: str) -> bytes | None:
@@ -49,6 +55,12 @@ class SampleCache:
             data = _opened(self, os.getpid()).get(key)
             return data if isinstance(data, bytes) else None
         return None
+
+
+def _has_room(folder: Path) -> bool:
+    """Whether the disk has some left for others. On a full one diskcache would leave files that no table knows of."""
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize > min(disk.f_blocks * disk.f_frsize // _SHARE_LEFT_FREE, _LEFT_FREE_BYTES)
 
 
 @functools.lru_cache(maxsize=4)

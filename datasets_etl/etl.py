@@ -14,7 +14,7 @@ from datasets_etl.manifest import build
 from datasets_etl.samples import check_size
 from datasets_etl.shards import ShardPlan, WrittenShard, finished_shard, plan_shards, raw_files, write_shard
 from datasets_etl.sources import SOURCES, SampleRef, Source, SourceTree
-from datasets_etl.storage import ObjectInfo, open_store
+from datasets_etl.storage import ObjectInfo, ObjectStore, open_store
 
 DEFAULT_SHARD_BYTES = 512 * 2**20
 
@@ -67,15 +67,15 @@ def run_etl(
         source: `file://` or `s3://` URL or path of the raw dataset in its official layout.
         target: URL or path; the dataset goes to `target/dataset/`.
         workers: shards written at a time; None for one for each CPU of the cluster.
-        shard_bytes: raw bytes of pixels and flow in a shard.
+        shard_bytes: raw bytes of pixels and flow in a shard, which lies in a temporary folder while it is written.
         strict: whether a damaged pair stops the run. Otherwise it is left out, and the manifest says why.
         index: how to list the pairs where not as `SOURCES[dataset]` does, such as `chairs.index_by_hash`.
         on_progress: called with samples done and samples in all.
 
     Raises:
         DataError: the source is missing, empty or of another layout, or files of a pair differ in size, or all pairs of
-            a subset are damaged, or one is and the run is strict. No manifest is written then; finished shards stay,
-            and the same call goes on from them.
+            a subset are damaged, or one is and the run is strict, or shards are written where not all nodes see them.
+            No manifest is written then; finished shards stay, and the same call goes on from them.
     """
     tree, objects = _open_source(source)
     refs = (index or SOURCES[dataset])(tree)
@@ -97,6 +97,7 @@ def run_etl(
     for (plan, *_), shard in run_tasks(_write_task, missing, workers):
         written[plan.index] = shard
         report()
+    _require_within_reach(store, [written[plan.index] for plan, *_ in missing])
 
     shards = [written[plan.index] for plan in plans]
     for shard in shards:
@@ -182,7 +183,7 @@ def _check_sizes(
         except DamagedError as error:
             return error
 
-    paths = list(dict.fromkeys(path for ref in refs for path in _sized_files(ref)))
+    paths = list(dict.fromkeys(path for ref in refs for path in raw_files(ref)))
     with ThreadPoolExecutor(max_workers=_HEADERS_AT_ONCE) as pool:
         sizes = dict(zip(paths, pool.map(size_of, paths), strict=True))
 
@@ -201,13 +202,9 @@ def _check_sizes(
     return pixels, quarantined
 
 
-def _sized_files(ref: SampleRef) -> list[str]:
-    return [path for path in (ref.image0, ref.image1, ref.flow) if path is not None]
-
-
 def _common_size(ref: SampleRef, sizes: Mapping[str, tuple[int, int] | DamagedError]) -> tuple[int, int]:
     found = []
-    for path in _sized_files(ref):
+    for path in raw_files(ref):
         size = sizes[path]
         if isinstance(size, DamagedError):
             raise size
@@ -222,6 +219,16 @@ def _require_some_of_each(refs: Sequence[SampleRef], quarantined: Mapping[str, s
     for ref in refs:
         if not left[ref.subset]:
             raise DataError(f"{source}: every pair of {ref.subset} is damaged, the first: {quarantined[ref.key]}")
+
+
+def _require_within_reach(store: ObjectStore, shards: Iterable[WrittenShard]) -> None:
+    """Raises DataError for a shard that the node which wrote it alone can see: others could not train from it."""
+    for shard in shards:
+        if shard.entry is not None and store.size(shard.entry.name) != shard.entry.bytes:
+            raise DataError(
+                f"{store.url}/{shard.entry.name}: written by another node, and not to be seen from here: "
+                "--target must be storage that all nodes share, such as s3://BUCKET/PREFIX"
+            )
 
 
 def _refuse_quarantined(shards: Iterable[WrittenShard], source: str) -> None:

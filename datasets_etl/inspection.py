@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from datasets_etl.errors import DataError
+from datasets_etl.errors import DamagedError, DataError
 from datasets_etl.etl import run_tasks
 from datasets_etl.manifest import Manifest, SampleEntry, ShardEntry
 from datasets_etl.samples import FlowSample, decode_sample
@@ -41,6 +41,9 @@ def verify_manifest(
 
     Returns:
         What is wrong, in the manifest's order; empty for a whole dataset.
+
+    Raises:
+        DataError: storage does not answer, or denies access.
     """
     found: dict[str, list[Damage]] = {}
     done = 0
@@ -54,11 +57,16 @@ def verify_manifest(
     return [damage for shard in manifest.shards for damage in found[shard.name]]
 
 
-def _verify_task(root: str, shard: ShardEntry) -> list[Damage]:
+def _verify_task(root: str, shard: ShardEntry) -> list[Damage] | DataError:
+    store = open_store(root)
     try:
-        data = open_store(root).read(shard.name)
-    except DataError as error:
+        if store.size(shard.name) is None:
+            return [Damage(shard.name, "it is not there")]
+        data = store.read(shard.name)
+    except DamagedError as error:
         return [Damage(shard.name, str(error))]
+    except DataError as error:  # of storage, and nothing is known of the shard
+        return error
     problems = []
     if len(data) != shard.bytes:
         problems.append(f"{len(data)} bytes instead of {shard.bytes}")

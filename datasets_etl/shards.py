@@ -1,17 +1,18 @@
 """Pure planning of shards, and writing one of them."""
 
+import contextlib
 import hashlib
 import json
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from webdataset import TarWriter
 
-from datasets_etl.errors import DamagedError
+from datasets_etl.errors import DamagedError, DataError
 from datasets_etl.manifest import FORMAT_VERSION, SampleEntry, ShardEntry
 from datasets_etl.samples import SCHEMA_VERSION, SampleFacts, encode_sample
 from datasets_etl.sources import SampleRef, SourceTree
@@ -101,11 +102,12 @@ def write_shard(plan: ShardPlan, tree: SourceTree, store: ObjectStore, *, strict
     """Encode a shard's samples, upload the tar under a name with its hash, then the record that it is finished.
 
     A damaged pair is left out; when `strict`, it is a DamagedError and nothing is written. Of a shard with nothing
-    but damaged pairs nothing is written either.
+    but damaged pairs nothing is written either. Raises DataError where storage does, or the temporary folder is full.
     """
-    with tempfile.TemporaryDirectory(prefix="gmflow-shard-") as folder:
-        path = Path(folder) / "shard.tar"
-        facts, quarantined = _write_tar(plan, tree, path, strict)
+    with _scratch() as folder:
+        path = folder / "shard.tar"
+        with _telling_of(folder):
+            facts, quarantined = _write_tar(plan, tree, path, strict)
         if not facts:
             return WrittenShard(None, quarantined)
         digest = file_sha256(path)
@@ -120,6 +122,26 @@ def write_shard(plan: ShardPlan, tree: SourceTree, store: ObjectStore, *, strict
     record = {"shard": asdict(entry), "quarantined": quarantined}
     store.write(plan.record_name, json.dumps(record, sort_keys=True).encode())
     return WrittenShard(entry, quarantined)
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """A temporary folder. Raises DataError where there is no room for one."""
+    with contextlib.ExitStack() as stack:
+        with _telling_of(Path(tempfile.gettempdir())):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gmflow-shard-"))
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def _telling_of(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{folder}: {error.strerror or error}; a shard is written there first: set TMPDIR to a folder with more "
+            "room where Ray runs, or give a smaller --shard-mib"
+        ) from error
 
 
 def _write_tar(

@@ -45,7 +45,9 @@ _SIGNATURES = 4096
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """One listed object. `stamp` changes when the content does (modification time or ETag)."""
+    """One listed object. `stamp` changes when the content does: an ETag; of a file, its times and size, among them that
+    of the last change of its entry, which no program that unpacks or copies sets back.
+    """
 
     key: str
     size: int
@@ -161,7 +163,7 @@ class FileStore:
             with self._errors(key):
                 status = self._status(key)
             if status is not None:
-                yield ObjectInfo(key, status.st_size, str(status.st_mtime_ns))
+                yield ObjectInfo(key, status.st_size, f"{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_size}")
 
     def _status(self, key: str) -> os.stat_result | None:
         """None for a file that was deleted since it was listed; a link to nothing is an error."""
@@ -223,18 +225,21 @@ _PASSING = (
 _BUSY = (429, 500, 502, 503, 504)
 
 
-def _may_pass(error: BaseException | None) -> bool:
+def may_pass(error: BaseException | None) -> bool:
+    """Whether an S3 client's error says that the server is away or busy, rather than that it refuses."""
     if isinstance(error, s3_errors.ClientError):
         # A server that lost its memory of an upload in parts has to be given all of it again.
         lost = error.response["Error"]["Code"] == "NoSuchUpload"
         return lost or error.response["ResponseMetadata"]["HTTPStatusCode"] in _BUSY
     if isinstance(error, boto3.exceptions.S3UploadFailedError):
-        return _may_pass(error.__cause__ or error.__context__)
+        return may_pass(error.__cause__ or error.__context__)
     return isinstance(error, _PASSING)
 
 
 PATIENCE_VARIABLE = "GMFLOW_STORAGE_PATIENCE_S"
-"""Environment: seconds for which a server that is away or busy is asked again; a mistyped endpoint shows as late."""
+"""Environment: seconds for which a server that is away or busy is asked again, once in any case: a single connection
+that fell silent may outlast them. A mistyped endpoint shows as late.
+"""
 
 
 @contextlib.contextmanager
@@ -250,13 +255,14 @@ def waiting_for_storage(seconds: float) -> Iterator[None]:
 
 
 def _out_of_patience(state: tenacity.RetryCallState) -> bool:
-    return (state.seconds_since_start or 0.0) > float(os.environ.get(PATIENCE_VARIABLE, "10"))
+    spent = (state.seconds_since_start or 0.0) > float(os.environ.get(PATIENCE_VARIABLE, "10"))
+    return spent and state.attempt_number > 1
 
 
 # Every request is idempotent: reads, listings, deletions, and writes of whole objects. botocore's own retries come
 # first, but they cover neither bodies that break off nor a server that is away for seconds.
 _retry = tenacity.retry(
-    retry=tenacity.retry_if_exception(_may_pass),
+    retry=tenacity.retry_if_exception(may_pass),
     stop=_out_of_patience,
     wait=tenacity.wait_exponential_jitter(multiplier=0.3, max=10.0),
     reraise=True,

@@ -403,7 +403,7 @@ def _write_kitti(studio: _Studio, pairs: int, held_out: int) -> None:
 def _write_hd1k(studio: _Studio, pairs: int, held_out: int) -> None:
     for number, scene, frames, rng in studio.scenes(pairs + held_out):
         for time in range(frames):
-            stem = f"{number:06d}_{10 * (time + 1):04d}"
+            stem = f"{number:06d}_{10 + time:04d}"
             studio.write(f"hd1k_input/image_2/{stem}.png", encode_frame_png(scene.render(time)))
             # The last frame's flow is published too, though the frame after it is not.
             flow, _ = scene.flow(time, time + 1)

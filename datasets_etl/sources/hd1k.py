@@ -2,7 +2,7 @@
 
     hd1k_input/image_2/000000_0010.png        hd1k_flow_gt/flow_occ/000000_0010.png
 
-Subset: "training" (1,047 pairs): neighbouring frames of a sequence; its last frame starts no pair.
+Subset: "training" (1,047 pairs): frames of a sequence that follow each other; its last frame starts no pair.
 """
 
 import re
@@ -19,7 +19,8 @@ _FILE = re.compile(
 
 
 def index(tree: SourceTree) -> list[SampleRef]:
-    """Every pair. Neighbours are next to each other in the listing: the frames' numbers go up in larger steps.
+    """Every pair. Frames follow each other where their numbers are one step apart, the smallest step of the listing:
+    a frame before a gap starts no pair, because its flow leads to a frame that is not there.
 
     Raises:
         DataError: no frames, or a frame without flow or flow without its frame.
@@ -40,9 +41,11 @@ def index(tree: SourceTree) -> list[SampleRef]:
             scenes[match["scene"]].append(match["frame"])
         else:
             require(tree, files, f"{images}{match['scene']}_{match['frame']}.png", match[0])
+    neighbours = [(scene, *pair) for scene, frames in scenes.items() for pair in pairwise(sorted(frames))]
+    step = min((int(following) - int(frame) for _, frame, following in neighbours), default=0)
     refs = []
-    for scene, frames in scenes.items():
-        for frame, following in pairwise(sorted(frames)):
+    for scene, frame, following in neighbours:
+        if int(following) - int(frame) == step:
             image0 = f"{images}{scene}_{frame}.png"
             refs.append(
                 SampleRef(

@@ -154,7 +154,9 @@ class StageConfig(_Frozen):
 
 
 class CacheConfig(_Frozen):
-    """A folder on each machine's own disk that keeps samples read from storage, up to a size in GiB."""
+    """A folder on each machine's own disk that keeps samples read from storage, up to a size in GiB, and for as long as
+    a twentieth of the disk is free, or 2 GiB.
+    """
 
     folder: str
     gib: PositiveFloat

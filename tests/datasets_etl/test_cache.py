@@ -87,6 +87,22 @@ def test_a_folder_that_takes_nothing_is_no_reason_to_stop(tmp_path: Path):
     assert asked == [1, 1]
 
 
+def test_a_disk_smaller_than_the_bound_is_not_filled(small_disk):
+    """On a full one every further sample would leave a file that nothing counts, and checkpoints had no room."""
+    folder = small_disk(12)
+    cache = SampleCache(folder, 1 << 30)
+    for number in range(400):
+        assert cache.read(SHARD, entry(number), lambda n=number: content(n)) == content(number)
+    assert shutil.disk_usage(folder).free > 400_000
+    tables = sqlite3.connect(":memory:")
+    known = 0
+    for part in folder.glob("0*/cache.db"):
+        tables.execute(f"ATTACH '{part}' AS part")
+        known += tables.execute("SELECT count(*) FROM part.Cache").fetchone()[0]
+        tables.execute("DETACH part")
+    assert kept_samples(folder) == known > 50
+
+
 def test_no_pickle_in_the_folder_is_opened(tmp_path: Path):
     cache = SampleCache(tmp_path, 10 << 20)
     cache.read(SHARD, entry(1), lambda: content(1))

@@ -5,17 +5,20 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from datasets_etl import formats
+from datasets_etl import etl, formats
 from datasets_etl.errors import DataError
-from datasets_etl.etl import EtlResult, run_etl
+from datasets_etl.etl import EtlResult, run_etl, run_tasks
 from datasets_etl.inspection import MOTION_EDGES, Damage, motion_histogram, spread, verify_manifest
 from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
+from datasets_etl.shards import plan_shards, write_shard
+from datasets_etl.sources import SOURCES, SourceTree
 from datasets_etl.storage import FileStore, open_store
 from datasets_etl.synthetic import synthetic_pair
 from tests.waiting import WAIT_SECONDS
@@ -196,6 +199,47 @@ def test_a_size_mismatch_is_an_error_before_anything_is_written(raw_chairs, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_mask_of_another_size_is_an_error_before_anything_is_written(raw_kitti, tmp_path):
+    source = tmp_path / "raw"
+    shutil.copytree(raw_kitti, source)
+    smaller = source / "training/flow_noc/000001_10.png"
+    flow, valid = formats.decode_kitti_flow(smaller.read_bytes(), "")
+    smaller.write_bytes(formats.encode_kitti_flow(flow[:-8], valid[:-8]))
+    with pytest.raises(DataError, match=r"raw: training/image_2/000001_10\.png is .* but training/flow_noc/000001_10"):
+        run_etl("kitti", str(source), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_that_only_the_node_which_wrote_them_can_see_are_not_published(raw_chairs, tmp_path, monkeypatch):
+    """A folder of each node's own as --target: training elsewhere would miss them."""
+
+    def on_other_nodes(work, tasks, at_once):
+        for task, shard in run_tasks(work, tasks, at_once):
+            (tmp_path / "chairs" / shard.entry.name).unlink()
+            yield task, shard
+
+    monkeypatch.setattr(etl, "run_tasks", on_other_nodes)
+    with pytest.raises(
+        DataError, match=r"chairs/shards/chairs-00000-\w+\.tar: written by another node, .*all nodes share"
+    ):
+        run_etl("chairs", str(raw_chairs), str(tmp_path))
+    assert not list(tmp_path.rglob("manifest-*"))
+
+
+def test_a_temporary_folder_that_is_full_is_said_in_a_line(raw_chairs, small_disk, tmp_path, monkeypatch):
+    disk = small_disk(1)
+    monkeypatch.setattr(tempfile, "tempdir", str(disk))
+    (disk / "filler").write_bytes(bytes(990_000))
+    store = open_store(str(raw_chairs))
+    files = [info.key for info in store.walk()]
+    tree = SourceTree(str(raw_chairs), files, store.read)
+    refs = SOURCES["chairs"](tree)
+    (plan,) = plan_shards(refs, {ref.key: 1 for ref in refs}, dict.fromkeys(files, ""), 2**30)
+    with pytest.raises(DataError, match=r"No space left on device; .* set TMPDIR .* --shard-mib"):
+        write_shard(plan, tree, open_store(str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("damage", ["size", "content"])
 def test_a_subset_with_nothing_but_damaged_pairs_is_an_error(raw_chairs, tmp_path, damage):
     source = tmp_path / "raw"
@@ -259,7 +303,15 @@ class TestVerify:
         damages = verify_manifest(copy)
         assert {damage.shard for damage in damages} == {copy.shards[0].name, copy.shards[1].name}
         assert damages[0].problem == f"{copy.shards[0].bytes - 12_000} bytes instead of {copy.shards[0].bytes}"
-        assert damages[-1].problem.endswith("no such file")
+        assert damages[-1].problem == "it is not there"
+
+    def test_storage_that_cannot_be_read_is_no_damage(self, copy, tmp_path):
+        """Else whoever follows the advice deletes sound shards."""
+        path = tmp_path / "chairs" / copy.shards[1].name
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(DataError, match=rf"{copy.shards[1].name}: Is a directory"):
+            verify_manifest(copy)
 
     def test_a_sample_that_is_not_what_the_manifest_says_is_found(self, copy):
         shard = copy.shards[0]

@@ -82,7 +82,7 @@ def hd1k_files() -> list[str]:
     files = []
     for scene in range(36):
         for i in range(31 if scene < 3 else 30):  # 36 sequences, 1,083 frames
-            name = f"{scene:06d}_{10 * i:04d}.png"
+            name = f"{scene:06d}_{10 + i:04d}.png"
             files += [
                 f"hd1k_input/image_2/{name}",
                 f"hd1k_flow_gt/flow_occ/{name}",
@@ -274,10 +274,23 @@ def test_kitti_pairs_carry_both_ground_truths() -> None:
 def test_hd1k_pairs_are_neighbours_and_never_cross_sequences() -> None:
     refs = SOURCES["hd1k"](whole("hd1k"))
     assert [ref.image1 for ref in refs if ref.scene == "000000"][:2] == [
-        "hd1k_input/image_2/000000_0010.png",
-        "hd1k_input/image_2/000000_0020.png",
+        "hd1k_input/image_2/000000_0011.png",
+        "hd1k_input/image_2/000000_0012.png",
     ]
     assert all(f"/{ref.scene}_" in ref.image0 and f"/{ref.scene}_" in ref.image1 for ref in refs)
+
+
+@pytest.mark.parametrize("step", [1, 10])
+def test_hd1k_frames_around_a_gap_are_no_pair(step: int) -> None:
+    """The flow of the frame before it leads to the one that is missing."""
+    numbers = [step * number for number in (1, 2, 4, 5)]
+    stems = [f"{scene:06d}_{number:04d}.png" for scene in (0, 1) for number in numbers]
+    refs = SOURCES["hd1k"](
+        listing([f"{kind}/{stem}" for kind in ("hd1k_input/image_2", "hd1k_flow_gt/flow_occ") for stem in stems])
+    )
+    assert [(ref.scene, int(ref.frame) // step) for ref in refs] == [
+        (scene, number) for scene in ("000000", "000001") for number in (1, 4)
+    ]
 
 
 def test_only_kitti_and_hd1k_are_sparse() -> None:
@@ -350,13 +363,13 @@ def test_two_copies_below_the_root_are_ambiguous(dataset: str) -> None:
         ("kitti", listing([p for p in kitti_files() if "image_2/000003" not in p]), "training/image_2/000003_10.png"),
         (
             "hd1k",
-            listing([p for p in hd1k_files() if p != "hd1k_input/image_2/000002_0040.png"]),
-            "hd1k_input/image_2/000002_0040.png",
+            listing([p for p in hd1k_files() if p != "hd1k_input/image_2/000002_0014.png"]),
+            "hd1k_input/image_2/000002_0014.png",
         ),
         (
             "hd1k",
-            listing([p for p in hd1k_files() if p != "hd1k_flow_gt/flow_occ/000002_0040.png"]),
-            "hd1k_flow_gt/flow_occ/000002_0040.png",
+            listing([p for p in hd1k_files() if p != "hd1k_flow_gt/flow_occ/000002_0014.png"]),
+            "hd1k_flow_gt/flow_occ/000002_0014.png",
         ),
     ],
 )

@@ -70,6 +70,17 @@ def test_a_stamp_changes_with_the_content(store):
     assert before.stamp != after.stamp
 
 
+def test_a_files_stamp_changes_where_who_unpacks_it_again_sets_its_time(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"one")
+    (before,) = open_store(str(tmp_path)).walk()
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    path.write_bytes(b"two")
+    os.utime(path, ns=times)
+    (after,) = open_store(str(tmp_path)).walk()
+    assert before.stamp != after.stamp
+
+
 def test_a_walk_passes_a_thousand_keys_on_s3(s3, tmp_path):
     store = open_store(f"s3://data/{tmp_path.name}")
     for number in range(1005):

@@ -77,6 +77,14 @@ def test_a_network_that_stays_broken_is_one_line_not_damage(store, proxy, monkey
     assert "\n" not in str(caught.value)
 
 
+def test_a_connection_that_fell_silent_for_longer_than_the_patience_is_made_again(store, proxy, monkeypatch):
+    """By default a server may be silent for a minute, and a command waits for ten seconds."""
+    monkeypatch.setenv(storage.PATIENCE_VARIABLE, "0.2")
+    proxy.faults = ["stall"]
+    assert store.read_range("x", 0, 5000) == CONTENT[:5000]
+    assert [met for *_, met in proxy.seen] == ["stall", None]
+
+
 def test_an_object_that_is_too_short_is_damage_at_once(store, proxy):
     with pytest.raises(DamagedError, match=r"2400 bytes at offset 100000 instead of 5000"):
         store.read_range("x", 100_000, 5000)
