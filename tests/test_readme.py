@@ -64,6 +64,20 @@ def test_a_command_is_understood_by_its_script(line):
         assert swept.weights == "models:/gmflow@champion"
 
 
+def test_what_commands_write_here_lies_below_runs():
+    """Anything else would be uploaded with every job from then on: tests/infra/test_uploads.py."""
+    written = [path for line in COMMANDS for path in outputs(*shlex.split(line)[1:])]
+    assert len(written) >= 10
+    assert [path for path in written if not path.startswith("runs/")] == []
+
+
+def outputs(script, *arguments):
+    """Files and folders of this machine that a command names for what it makes."""
+    parsed = vars(SCRIPTS[script].parse_arguments(list(arguments)))
+    named = [*parsed.get("outputs", []), parsed.get("output"), parsed.get("folder")]
+    return [str(path) for path in named if path is not None]
+
+
 @pytest.mark.parametrize("line", JOBS)
 def test_a_job_is_understood_by_its_script(line):
     options, entrypoint = line.split(" -- python ")

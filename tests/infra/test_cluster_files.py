@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import boto3
 import jsonschema
 import kubernetes_validate
 import pytest
@@ -31,7 +32,8 @@ KUBERAY = INFRA / "kuberay"
 DOCKERFILE = (INFRA / "docker" / "Dockerfile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines())
-YAML_FILES = sorted(path for path in INFRA.rglob("*.yaml"))
+# kuberay/secrets.yaml is what a user filled in.
+YAML_FILES = sorted(path for path in INFRA.rglob("*.yaml") if path.name != "secrets.yaml")
 RAY_SCHEMA = json.loads((ROOT / "tests/infra/ray.io_v1.schema.json").read_text())
 KUBERNETES = "1.33"
 
@@ -110,19 +112,32 @@ class TestCompose:
         path.write_text(re.sub(r"=$", "=value", (INFRA / "environment.example").read_text(), flags=re.MULTILINE))
         return path
 
-    def config(self, environment: Path) -> subprocess.CompletedProcess[str]:
-        return tool("docker-compose", "--file", INFRA / "compose.yaml", "--env-file", environment, "config", "-q")
+    def config(self, environment: Path, *options: str, profiles: str = "") -> subprocess.CompletedProcess[str]:
+        files = ("--file", INFRA / "compose.yaml", "--env-file", environment)
+        return tool("docker-compose", *files, "config", *options, COMPOSE_PROFILES=profiles)
 
     def test_compose_takes_it(self, environment: Path):
-        assert_accepts(self.config(environment))
+        assert_accepts(self.config(environment, "--quiet"))
         assert_accepts(tool("check-jsonschema", "--builtin-schema", "vendor.compose-spec", INFRA / "compose.yaml"))
 
-    @pytest.mark.parametrize("name", re.findall(r"^(\w+)=", (INFRA / "environment.example").read_text(), re.MULTILINE))
+    @pytest.mark.parametrize("name", re.findall(r"^(\w+)=$", (INFRA / "environment.example").read_text(), re.MULTILINE))
     def test_it_starts_without_no_secret(self, environment: Path, name: str):
         environment.write_text(re.sub(rf"^{name}=.*\n", "", environment.read_text(), flags=re.MULTILINE))
-        done = self.config(environment)
+        done = self.config(environment, "--quiet")
         assert done.returncode != 0
         assert name in done.stderr
+
+    @pytest.mark.parametrize(("line", "workers"), [("RAY_WORKERS=2", 2), ("RAY_WORKERS=5", 5), ("", 2)])
+    def test_the_number_of_workers_is_the_files(self, environment: Path, line: str, workers: int):
+        """Not a command's: a later `up` without --scale, for another profile say, would go back to one."""
+        text = environment.read_text()
+        assert "RAY_WORKERS=2\n" in text
+        environment.write_text(text.replace("RAY_WORKERS=2\n", f"{line}\n"))
+        for profiles in ("", "monitoring"):
+            done = self.config(environment, "--format", "json", profiles=profiles)
+            assert_accepts(done)
+            assert json.loads(done.stdout)["services"]["ray-worker"]["deploy"]["replicas"] == workers
+        assert "--scale" not in (INFRA / "compose.yaml").read_text()
 
     def test_ports_are_open_on_loopback_only(self):
         published = [port for service in COMPOSE["services"].values() for port in service.get("ports", [])]
@@ -284,12 +299,15 @@ class TestAgreement:
         cpu, cuda = (f"gmflow-ray:{PROJECT['version']}-{kind}" for kind in ("cpu", "cuda"))
         assert set(re.findall(r"-t (\S+)", DOCKERFILE)) == {cpu, cuda}
         assert {COMPOSE["services"][name]["image"] for name in ("mlflow", "ray-head", "ray-worker")} == {cpu}
+        # Several machines pull them. Without a registry a name is one of Docker Hub's own, docker.io/library/….
+        cpu, cuda = (f"YOUR_REGISTRY/{image}" for image in (cpu, cuda))
+        assert set(re.findall(r"docker push (\S+)", DOCKERFILE)) == {cpu, cuda}
         for spec in CLUSTER_SPECS.values():
             head, *workers = (container["image"] for container in containers(spec))
             assert (head, set(workers)) == (cpu, {cuda})
         (deployment,) = [document for document in documents("mlflow.yaml") if document["kind"] == "Deployment"]
         assert deployment["spec"]["template"]["spec"]["containers"][0]["image"] == cpu
-        assert AUTOSCALER["docker"]["image"].rpartition("/")[2] == cuda
+        assert AUTOSCALER["docker"]["image"] == cuda
 
     def test_python(self):
         (version,) = set(re.findall(r"^ARG PYTHON=(\S+)", DOCKERFILE, re.MULTILINE))
@@ -361,6 +379,33 @@ class TestAgreement:
         assert "--port=5000" in compose["mlflow"]["command"]
         assert "--allowed-hosts=mlflow:5000,localhost:5000,127.0.0.1:5000" in compose["mlflow"]["command"]
 
+    def test_databases(self):
+        """MLflow keeps runs in one and accounts in another, and makes neither."""
+        in_compose, in_pods = (INFRA / "compose.yaml").read_text(), (KUBERAY / "secrets.example.yaml").read_text()
+        postgresql = COMPOSE["services"]["postgresql"]["environment"]
+        for text, made in ((in_compose, [postgresql["POSTGRES_DB"]]), (in_pods, [])):
+            used = re.findall(r"postgresql\+psycopg2://.*@postgresql:5432/(\w+)", text)
+            made += re.findall(r"CREATE DATABASE (\w+);", text)
+            assert sorted(used) == sorted(made) == ["mlflow", "mlflow_auth"]
+
+    def test_the_order_of_steps_on_kubernetes(self):
+        header = (KUBERAY / "secrets.example.yaml").read_text().partition("apiVersion")[0]
+        assert "cp infra/kuberay/secrets.example.yaml infra/kuberay/secrets.yaml\n" in header
+        applied = re.findall(r"kubectl apply -f infra/kuberay/(\S+)", header)
+        assert applied == ["secrets.yaml", "mlflow.yaml", "raycluster.yaml", "rayjob.yaml"]
+        steps = [header.index(text) for text in ("infra/docker/Dockerfile", "CREATE DATABASE", "kubectl apply")]
+        assert steps == sorted(steps)
+
+    def test_jobs_are_submitted_to_kubernetes_with_kuberays_token(self):
+        """It lies in a secret of the cluster's name; the service's name follows from that too."""
+        header = (KUBERAY / "raycluster.yaml").read_text().partition("apiVersion")[0]
+        name = CLUSTER["metadata"]["name"]
+        assert CLUSTER["spec"]["authOptions"] == {"mode": "token"}
+        assert (
+            f"RAY_AUTH_TOKEN=$(kubectl get secret {name} --template='{{{{.data.auth_token}}}}' | base64 -d)" in header
+        )
+        assert f"kubectl port-forward service/{name}-head-svc 8265" in header
+
     def test_no_password_is_hashed_for_every_request(self):
         """MLflow would: tenths of a second each."""
         _, server = documents("secrets.example.yaml")
@@ -386,6 +431,41 @@ class TestAgreement:
         for spec in CLUSTER_SPECS.values():
             groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
             assert {group["rayStartParams"]["metrics-export-port"] for group in groups} == {port}
+
+
+class TestStorageOnKubernetes:
+    """Where S3 and its credentials are looked for with the environment that secrets.example.yaml gives to pods."""
+
+    @pytest.fixture(autouse=True)
+    def environment(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            monkeypatch.delenv(name)
+        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            monkeypatch.setenv(name, str(tmp_path / "none"))
+        clients, _ = documents("secrets.example.yaml")
+        for name, value in clients["stringData"].items():
+            monkeypatch.setenv(name, value)
+
+    def endpoint(self, service: str) -> str:
+        return boto3.session.Session().client(service).meta.endpoint_url
+
+    def test_both_are_those_of_aws(self):
+        """STS turns a service account's token into credentials; S3's endpoint would know nothing of that."""
+        assert self.endpoint("s3") == "https://s3.amazonaws.com"
+        assert self.endpoint("sts") == "https://sts.us-east-1.amazonaws.com"
+
+    def test_another_server_is_named_for_s3_alone(self, monkeypatch: pytest.MonkeyPatch):
+        """By the line that is commented out."""
+        ((variable, url),) = re.findall(
+            r"^  # (AWS_\w+): (https://\S+)$", (KUBERAY / "secrets.example.yaml").read_text(), re.MULTILINE
+        )
+        monkeypatch.setenv(variable, url)
+        assert self.endpoint("s3") == url
+        assert self.endpoint("sts") == "https://sts.us-east-1.amazonaws.com"
+        (deployment,) = [document for document in documents("mlflow.yaml") if document["kind"] == "Deployment"]
+        (server,) = deployment["spec"]["template"]["spec"]["containers"]
+        (given,) = [each["valueFrom"] for each in server["env"] if each["name"] == "MLFLOW_S3_ENDPOINT_URL"]
+        assert given == {"secretKeyRef": {"name": "gmflow-clients", "key": variable, "optional": True}}
 
 
 def test_docker_is_not_needed_for_any_of_this():
