@@ -31,6 +31,7 @@ _FLO_MAGIC = b"PIEH"  # 202021.25 as a little-endian float32 (Middlebury)
 _FLO_HEADER = 12
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _JPEG_MAGIC = b"\xff\xd8\xff"
+_JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
 _PNM_GAP = rb"(?:\s|#[^\n]*\n)+"
 _PNM_HEADER = re.compile(rb"P([56])" + _PNM_GAP + rb"(\d+)" + _PNM_GAP + rb"(\d+)" + _PNM_GAP + rb"(\d+)\s")
 _PFM_HEADER = re.compile(rb"P([Ff])\s+(\d+)\s+(\d+)\s+([-+]?[\d.]+(?:[eE][-+]?\d+)?)[ \t]*\r?\n")
@@ -148,11 +149,16 @@ def encode_kitti_flow(flow: Flow, valid: Mask) -> bytes:
 # ---------------------------------------------------------------------------------------------- frames
 
 
-def decode_frame(data: bytes, name: str) -> Frame:
+def decode_frame(data: bytes, name: str, *, allow_trailer: bool = False) -> Frame:
     """Reads an 8-bit PPM, PGM, PNG or JPEG, told apart by content.
 
     Grey becomes RGB, an alpha channel is dropped, and a JPEG's orientation tag is not applied (the flow
     belongs to the stored pixels).
+
+    Args:
+        data: the whole file.
+        name: what to call it in an error.
+        allow_trailer: take a JPEG with bytes after its end, too, as phones write them.
 
     Returns:
         uint8 [H, W, 3], RGB.
@@ -168,7 +174,9 @@ def decode_frame(data: bytes, name: str) -> Frame:
             raise _bad(name, f"has {data[24]} bits a channel; frames have 8", "convert it, or is it flow?")
     elif data.startswith(_JPEG_MAGIC):
         _checked_size(*_jpeg_size(data, name), name)
-        if not data.endswith(b"\xff\xd9"):
+        if allow_trailer and not _jpeg_ends(data):
+            raise _bad(name, "is a truncated JPEG", _DAMAGED)
+        if not allow_trailer and not data.endswith(_JPEG_END):
             raise _bad(name, "is a JPEG without an end, or with bytes after it", _DAMAGED)
     else:
         raise _bad(name, "is not a binary PPM, PNG or JPEG image", "check what the file is")
@@ -348,6 +356,14 @@ def _jpeg_size(data: bytes, name: str) -> tuple[int, int]:
             return height, width
         position += 2 + struct.unpack_from(">H", data, position + 2)[0]
     raise _bad(name, f"is a JPEG that does not tell its size in its first {len(data)} bytes", _DAMAGED)
+
+
+def _jpeg_ends(data: bytes) -> bool:
+    """Whether an end follows where the pixels begin: a thumbnail in front of them has one of its own."""
+    position = 2
+    while position + 4 <= len(data) and data[position : position + 2] != _JPEG_SCAN:
+        position += 2 + struct.unpack_from(">H", data, position + 2)[0]
+    return data.find(_JPEG_END, position) >= 0
 
 
 def _imdecode(data: bytes, flags: int, name: str) -> npt.NDArray[np.uint8]:

@@ -110,7 +110,8 @@ def predict_flow(
         frame1: RGB, uint8 `[H, W, 3]`, the same size.
         padding: "sintel" or "kitti", see `Padding`.
         precision: "fp32", "bf16" or "fp16", of a model that `prepare_model` has not prepared, "fp32" where it is left
-            out; a prepared model runs as it was prepared, and another precision is refused.
+            out; a prepared model runs as it was prepared, and another precision is refused. On an NVIDIA GPU, the
+            "fp32" of an unprepared model rounds as PyTorch is set, by default the factors of convolutions to 10 bits.
         tiling: cut frames that are larger than its tiles, see `gmflow.tiling`.
 
     Returns:

@@ -7,6 +7,7 @@ has asked for the next; a recording asks for all of them at once. The operations
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -37,7 +38,8 @@ def replay_passes(model: GMFlow) -> None:
 
     The first pass of a shape and mode runs as it is, which also warms up what must not be recorded, the second one is
     recorded. In training a backward pass must follow its forward pass before the next one. Passes whose gradients are
-    asked for of images or of both directions always run as they are.
+    asked for of images or of both directions always run as they are. Where the GPU's memory does not suffice, the
+    recordings go, and what they were of runs as it is from then on.
     """
     model.forward = partial(_forward, Recordings(), model, model.forward)  # type: ignore[method-assign]
 
@@ -51,17 +53,35 @@ def _forward(
     *,
     bidirectional: bool = False,
 ) -> FlowOutput:
+    as_it_is = partial(forward, image0, image1, bidirectional=bidirectional)
     learns = torch.is_grad_enabled()
     if learns and (bidirectional or image0.requires_grad or image1.requires_grad):
-        return forward(image0, image1, bidirectional=bidirectional)
+        return as_it_is()
     of_images = tuple((image.shape, image.dtype, image.device) for image in (image0, image1))
     modes = model.training, learns, torch.is_inference_mode_enabled(), bidirectional
     # A model that was moved has its parameters elsewhere in memory.
     key = of_images, modes, next(model.parameters()).data_ptr()
-    recording = recordings.of(key, lambda: _record(model, forward, image0, image1, bidirectional, learns))
+    record = partial(_record, model, forward, image0, image1, bidirectional, learns)
+    with contextlib.suppress(torch.cuda.OutOfMemoryError):
+        return _replayed(recordings, key, record, as_it_is, image0, image1)
+    # Here, where the error no longer holds the tensors of the pass that failed.
+    recordings.give_up(key)
+    torch.cuda.empty_cache()
+    return as_it_is()
+
+
+def _replayed(
+    recordings: Recordings,
+    key: Any,
+    record: Callable[[], _Recording],
+    as_it_is: Callable[[], FlowOutput],
+    image0: Tensor,
+    image1: Tensor,
+) -> FlowOutput:
+    recording = recordings.of(key, record)
     if recording is not None:
         return recording(image0, image1)
-    out = forward(image0, image1, bidirectional=bidirectional)
+    out = as_it_is()
     recordings.saw(key)
     return out
 
@@ -71,6 +91,7 @@ class Recordings:
 
     def __init__(self) -> None:
         self._seen: set[Any] = set()
+        self._given_up: set[Any] = set()
         self._kept: OrderedDict[Any, _Recording] = OrderedDict()
 
     def of(self, key: Any, record: Callable[[], _Recording]) -> _Recording | None:
@@ -78,7 +99,7 @@ class Recordings:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        if key not in self._seen:
+        if key not in self._seen or key in self._given_up:
             return None
         while len(self._kept) >= KEPT:
             self._kept.popitem(last=False)
@@ -88,6 +109,11 @@ class Recordings:
     def saw(self, key: Any) -> None:
         """A pass of this key went well as it is."""
         self._seen.add(key)
+
+    def give_up(self, key: Any) -> None:
+        """Memory ran out in a pass of this key: drop all recordings, and make none of it or of what they were of."""
+        self._given_up |= {key, *self._kept}
+        self._kept.clear()
 
     def __reduce__(self) -> tuple[type[Recordings], tuple[()]]:
         return Recordings, ()
@@ -125,24 +151,34 @@ def _aliases(model: nn.Module) -> Iterator[dict[nn.Parameter, Tensor]]:
 
 
 class _Graph:
-    """Operations on the current GPU that can be asked for all at once; so far asked for once, to be recorded."""
+    """Operations on a GPU that can be asked for all at once; so far asked for once, to be recorded."""
 
-    def __init__(self, pool: Any) -> None:
-        self._graph, self._pool = torch.cuda.CUDAGraph(), pool
+    def __init__(self, pool: Any, device: torch.device) -> None:
+        self._graph, self._pool, self._device = torch.cuda.CUDAGraph(), pool, device
 
     def record(self, compute: Callable[[], Any]) -> Any:
         # Of this thread: what others do meanwhile, such as pinning the next batch, is none of the recording's business.
-        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(
+            self._graph, pool=self._pool, stream=_stream(self._device), capture_error_mode="thread_local"
+        )
+        with torch.cuda.device(self._device), recording:
             return compute()
 
     def replay(self) -> None:
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """On which a GPU's passes are recorded: one for all, because cuBLAS keeps a workspace for each that it meets."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class _InferencePass:
     def __init__(self, images: list[Tensor], compute: Callable[[], FlowOutput]) -> None:
         self._images = images
-        self._graph = _Graph(torch.cuda.graph_pool_handle())
+        self._graph = _Graph(torch.cuda.graph_pool_handle(), images[0].device)
         self._out: FlowOutput = self._graph.record(compute)
 
     def __call__(self, image0: Tensor, image1: Tensor) -> FlowOutput:
@@ -163,8 +199,8 @@ class _TrainingPass:
         aliases: list[Tensor],
     ) -> None:
         self.images, self.parameters = images, parameters
-        pool = torch.cuda.graph_pool_handle()
-        self.forward, self.backward = _Graph(pool), _Graph(pool)
+        pool, device = torch.cuda.graph_pool_handle(), images[0].device
+        self.forward, self.backward = _Graph(pool, device), _Graph(pool, device)
         predictions = self.forward.record(lambda: compute().predictions)
         self.upper = [torch.zeros_like(prediction) for prediction in predictions]
 

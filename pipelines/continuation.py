@@ -11,7 +11,7 @@ from pipelines.errors import PipelineError
 
 _NOTE = "made_by.json"
 _INPUTS = "inputs"
-_FRAME_NUMBER = re.compile(r"_\d{6}(?=[._][^/]*$)")
+_FRAME_NUMBER = re.compile(r"(.*)_\d{6,}(?=[._][^/]*$)")  # the last: a video's own name may hold such numbers
 
 ANY_FRAME = "_*"
 """Stands for a video's frame number, `_000123`, in a key: how many frames it has shows at its end."""
@@ -77,4 +77,4 @@ def _made_of(inputs: Mapping[str, str], told: Mapping[str, str], there: set[str]
 
 
 def _of_key(key: str, inputs: Mapping[str, str]) -> str | None:
-    return inputs.get(key) or inputs.get(_FRAME_NUMBER.sub(ANY_FRAME, key))
+    return inputs.get(key) or inputs.get(_FRAME_NUMBER.sub(rf"\1{ANY_FRAME}", key))

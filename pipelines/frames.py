@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ class Clip:
             yield from self._video_frames()
             return
         for name, path in zip(self.names, self.files, strict=True):
-            yield name, formats.decode_frame(path.read_bytes(), str(path))
+            yield name, formats.decode_frame(path.read_bytes(), str(path), allow_trailer=True)
 
     def _video_frames(self) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
         capture = cv2.VideoCapture(str(self.files[0]))
@@ -101,8 +102,8 @@ class Clip:
 def find_clips(paths: Sequence[str]) -> list[Clip]:
     """Every folder and every video is a clip of its own; the single files together are one, in the order given.
 
-    Frames are named after their files. Where that would give two frames one name, their folders are added; where that
-    is not enough, their numbers.
+    A folder's frames go by the numbers in their names: 2.png comes before 10.png. Frames are named after their files.
+    Where that would give two frames one name, their folders are added; where that is not enough, their numbers.
 
     Raises:
         PipelineError: nothing there, or a clip of a single frame.
@@ -133,10 +134,15 @@ def find_clips(paths: Sequence[str]) -> list[Clip]:
 
 
 def _frames_of(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in FRAME_SUFFIXES)
+    found = sorted((path for path in folder.iterdir() if path.suffix.lower() in FRAME_SUFFIXES), key=_by_numbers)
     if len(found) < 2:
         raise PipelineError(f"{folder}: {len(found)} frames in it; two or more of {', '.join(FRAME_SUFFIXES)} needed")
     return found
+
+
+def _by_numbers(file: Path) -> tuple[list[str | int], str]:
+    parts = re.split(r"(\d+)", file.stem)  # text and digits in turn
+    return [int(part) if n % 2 else part for n, part in enumerate(parts)], file.name
 
 
 def _unique_names(files: Sequence[Path]) -> list[str]:

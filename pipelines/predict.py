@@ -5,6 +5,7 @@ where it stopped.
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import tempfile
@@ -128,18 +129,19 @@ def predict_clip(
     """Write the files of every pair of a clip; those `kept` from an earlier run are not made again."""
     wanted = VIDEO in options.formats and _video_key(clip) not in kept
     with tempfile.TemporaryDirectory(prefix="gmflow-video-") as folder:
-        video = SideBySideVideo(Path(folder) / "video.mp4", clip.rate, with_truth=options.truth is not None)
-        with video:
+        path = Path(folder) / "video.mp4"
+        opened = SideBySideVideo(path, clip.rate, with_truth=options.truth is not None)
+        with opened if wanted else contextlib.nullcontext() as video:
             for result in _results(model, clip, output, options, kept, need_all=wanted):
                 if result is not None:
                     for name in options.files:
                         if _key(result.pair, name) not in kept:
                             output.write(_key(result.pair, name), FLOW_FORMATS[name].encode(result))
-                    if wanted:
+                    if video is not None:
                         video.add(result)
                 on_pair()
         if wanted:
-            output.upload(video.path, _video_key(clip))
+            output.upload(path, _video_key(clip))
 
 
 def _results(

@@ -14,20 +14,30 @@ from pipelines.flow_files import Result
 from pipelines.training.pictures import titled
 
 _CODEC = "mp4v"  # in every build of OpenCV
+# What MPEG-4 holds: sides of 13 bits, and even; a rate's numerator of 16 bits.
+_LONGEST_SIDE = 8190
+_LARGEST_NUMERATOR = 65535
 
 
 class SideBySideVideo:
-    """Writes an MP4, picture by picture, to a local file."""
+    """Writes an MP4, picture by picture, to a local file.
+
+    Pictures too large for MPEG-4 are shrunk, and the rate, below 1000 frames a second, is the nearest it can hold.
+
+    Raises:
+        PipelineError: when it is entered, OpenCV cannot write such videos here.
+    """
 
     def __init__(self, path: Path, rate: float, *, with_truth: bool) -> None:
         self.path = path
         self.with_truth = with_truth
-        self.rate = rate
+        self.rate = _nearest_rate(rate)
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)
         self._scale: float | None = None
 
     def __enter__(self) -> Self:
+        self._opened((16, 16)).release()  # before anybody computes what cannot be written
         return self
 
     def __exit__(
@@ -41,8 +51,7 @@ class SideBySideVideo:
         if self._scale is None:
             speed = np.hypot(*np.moveaxis(result.prediction.flow, 2, 0))
             self._scale = result.scale or max(1.25 * float(np.percentile(speed, 99)), 1.0)
-        picture = _panels(result, self._scale, with_truth=self.with_truth)
-        picture = picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]  # codecs want even sides
+        picture = _fitted(_panels(result, self._scale, with_truth=self.with_truth))
         height, width = picture.shape[:2]
         writer = self._writer = self._writer or self._opened((width, height))
         if (width, height) != self._size:
@@ -56,7 +65,7 @@ class SideBySideVideo:
         self._size = size
         writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*_CODEC), self.rate, size)
         if not writer.isOpened():
-            raise PipelineError(f"{self.path}: OpenCV here cannot write {_CODEC} video of {size[0]}x{size[1]}")
+            raise PipelineError(f"{self.path}: OpenCV here cannot write {_CODEC} video at {self.rate} frames/s")
         return writer
 
 
@@ -72,3 +81,19 @@ def _panels(result: Result, scale: float, *, with_truth: bool) -> npt.NDArray[np
         truth[~result.truth.valid] = 0
         error = error_to_image(result.prediction.flow, result.truth.flow, result.truth.valid)
     return np.vstack([top, np.hstack([titled(truth, "truth"), titled(error, "error")])])
+
+
+def _nearest_rate(rate: float) -> float:
+    """OpenCV writes a rate as a whole number over 1, 10, 100 or 1000."""
+    decimals = next(n for n in (3, 2, 1) if rate * 10**n <= _LARGEST_NUMERATOR)
+    return round(rate, decimals)
+
+
+def _fitted(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """With even sides that MPEG-4 holds."""
+    scale = min(1.0, _LONGEST_SIDE / max(picture.shape))
+    height, width = (int(side * scale) // 2 * 2 for side in picture.shape[:2])
+    if scale == 1:
+        return picture[:height, :width]
+    shrunk: npt.NDArray[np.uint8] = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+    return shrunk

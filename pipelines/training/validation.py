@@ -12,6 +12,7 @@ from datasets_etl.samples import FlowSample
 from datasets_etl.sources import is_sparse
 from gmflow import GMFlow
 from gmflow.geometry import forward_backward_occlusion
+from gmflow.loss import valid_pixels
 from gmflow.metrics import FlowMetrics
 from gmflow.predict import PaddingMode, evaluating, padded_forward
 
@@ -40,8 +41,9 @@ def score(
 ) -> Iterator[Scored]:
     """Predict and measure samples one by one; without a model the prediction is zero flow.
 
-    KITTI and HD1K are padded as KITTI is, the others as Sintel is. With `bidirectional` both flows are computed, and
-    what they disagree on is told; the metrics are those of the forward flow.
+    KITTI and HD1K are padded as KITTI is, the others as Sintel is. Of FlyingThings3D, pixels whose true flow is 400 px
+    or longer do not count, as in the published figures. With `bidirectional` both flows are computed, and what they
+    disagree on is told; the metrics are those of the forward flow.
     """
     for sample in samples:
         batch = to_tensors(sample)
@@ -58,7 +60,10 @@ def score(
         seconds = time.perf_counter() - began
         metrics = FlowMetrics()
         occluded = None if sample.occluded is None else torch.from_numpy(sample.occluded)[None]
-        metrics.update(flow, batch.flow[None], batch.valid[None], occluded)
+        target, valid = batch.flow[None], batch.valid[None]  # [1, 2, H, W], [1, H, W]
+        if sample.dataset == "things":
+            valid = valid_pixels(target, valid, max_flow=400.0)
+        metrics.update(flow, target, valid, occluded)
         yield Scored(sample, flow[0], hidden, metrics, seconds)
 
 

@@ -172,6 +172,24 @@ def test_bytes_after_the_end_are_refused(name: str) -> None:
     assert name in refusal(lambda: decode(whole + b"\0", name))
 
 
+def thumbnailed(jpeg: bytes) -> bytes:
+    """With a whole JPEG in its header, as cameras write them."""
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(JPEG)) + JPEG + jpeg[2:]
+
+
+@pytest.mark.parametrize("jpeg", [JPEG, thumbnailed(JPEG)])
+@pytest.mark.parametrize("trailer", [b"", b"\0" * 8 + b"SEFT", JPEG, JPEG[:-1]])
+def test_a_jpeg_with_a_trailer_is_taken_where_that_is_allowed(jpeg: bytes, trailer: bytes) -> None:
+    frame = formats.decode_frame(jpeg + trailer, "a.jpg", allow_trailer=True)
+    np.testing.assert_array_equal(frame, formats.decode_frame(JPEG, "a.jpg"))
+
+
+@pytest.mark.parametrize("jpeg", [JPEG, thumbnailed(JPEG)])
+def test_a_truncated_jpeg_is_refused_even_where_a_trailer_is_allowed(jpeg: bytes) -> None:
+    for length in range(len(jpeg)):
+        assert "a.jpg" in refusal(lambda: formats.decode_frame(jpeg[:length], "a.jpg", allow_trailer=True))  # noqa: B023
+
+
 @pytest.mark.parametrize("name", [name for name in WHOLE_FILES if name.endswith(".png")])
 @unhurried
 @given(data=st.data())

@@ -170,6 +170,29 @@ def test_replayed_inference_gives_each_pair_its_own_flow(reference: Path, refere
             assert not both or torch.equal(one.backward_flow, other.backward_flow)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one NVIDIA GPU here")
+def test_passes_are_replayed_on_a_gpu_that_is_not_the_current_one(reference: Path, reference_crop: Pair) -> None:
+    pair = tuple(tensor.to("cuda:1") for tensor in reference_crop)
+    plain, replayed = (
+        prepare_model(
+            load_model(reference / WEIGHTS["refine"]),
+            ExecutionConfig("bf16", replay=on, same_bits=True),
+            "cuda:1",
+        )
+        for on in (False, True)
+    )
+    with torch.inference_mode():
+        wanted_flow = plain.eval()(*pair[:2]).flow
+        for _ in range(3):
+            assert torch.equal(replayed.eval()(*pair[:2]).flow, wanted_flow)
+    wanted_loss = step(plain.train(), pair)
+    wanted = taken_gradients(plain)
+    for _ in range(3):
+        assert torch.equal(step(replayed.train(), pair), wanted_loss)
+        assert torch.equal(taken_gradients(replayed), wanted)
+    assert torch.cuda.current_device() == 0
+
+
 def test_a_backward_pass_whose_memory_was_taken_is_refused(reference: Path, reference_crop: Pair) -> None:
     model = prepared(reference, "base", "fp32", replay=True).train()
     pair = on_gpu(reference_crop)

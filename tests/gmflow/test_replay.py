@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from gmflow import GMFlow, GMFlowConfig, GMFlowError
 from gmflow.execution import ExecutionConfig, prepare_model
 from gmflow.model import FlowOutput
-from gmflow.replay import KEPT, Recordings, _aliases, replay_passes
+from gmflow.replay import KEPT, Recordings, _aliases, _Graph, replay_passes
 
 
 def tiny() -> GMFlow:
@@ -63,7 +64,7 @@ def test_a_copy_has_no_recordings(copied: Callable[[Recordings], Recordings]) ->
 class Again:
     """Stands for a graph: asked to replay, computes once more and puts what it finds where it was."""
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: Any, device: torch.device) -> None:
         self.replays = 0
 
     def record(self, compute: Callable[[], FlowOutput]) -> FlowOutput:
@@ -81,7 +82,7 @@ class Again:
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Again]:
     made: list[Again] = []
-    monkeypatch.setattr("gmflow.replay._Graph", lambda pool: made.append(Again(pool)) or made[-1])
+    monkeypatch.setattr("gmflow.replay._Graph", lambda *how: made.append(Again(*how)) or made[-1])
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     return made
 
@@ -131,6 +132,79 @@ def test_what_fails_is_not_recorded(graphs: list[Again]) -> None:
         with torch.inference_mode(), pytest.raises(GMFlowError, match="divisible"):
             model(*images(height=65))
     assert not graphs
+
+
+@pytest.mark.parametrize("failing", ["pass", "recording", "replay"])
+def test_where_memory_runs_out_all_recordings_go_and_their_passes_run_as_they_are(
+    failing: str, graphs: list[Again], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = False
+    plain, replayed = tiny().eval(), tiny().eval()
+    forward = replayed.forward
+
+    def asks_for_memory(*given: Any, **how: Any) -> FlowOutput:
+        if full:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(*given, **how)
+
+    def empty_cache() -> None:
+        nonlocal full
+        full = False
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    replayed.forward = asks_for_memory  # type: ignore[method-assign]
+    replay_passes(replayed)
+    recorded, large, other = images(), images(height=96), images(height=128)
+
+    def same_flow(pair: tuple[torch.Tensor, torch.Tensor]) -> bool:
+        return torch.equal(replayed(*pair).flow, plain(*pair).flow)
+
+    with torch.inference_mode():
+        assert [same_flow(recorded) for _ in range(2)] == [True] * 2
+        failed = recorded if failing == "replay" else large
+        if failing == "recording":
+            assert same_flow(large)
+        full = True
+        assert same_flow(failed)
+        made = len(graphs)
+        assert [same_flow(pair) for pair in (failed, recorded) * 3] == [True] * 6
+        assert len(graphs) == made, "recorded again, it would run out of memory again"
+        assert [same_flow(other) for _ in range(3)] == [True] * 3
+        assert len(graphs) == made + 1
+
+        full = True
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        with pytest.raises(torch.cuda.OutOfMemoryError):  # of the pass itself
+            replayed(*large)
+
+
+def test_a_pass_is_recorded_and_replayed_on_the_gpu_of_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need not be the current one: `--device cuda:1`."""
+    other, current, used = torch.device("cuda:1"), [torch.device("cuda:0")], []
+
+    @contextlib.contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        current.append(chosen)
+        yield
+        current.pop()
+
+    @contextlib.contextmanager
+    def recording(*_: Any, stream: Any, **how: Any) -> Iterator[None]:
+        used.append((current[-1], stream))
+        yield
+
+    class Graph:
+        def replay(self) -> None:
+            used.append((current[-1], None))
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr("gmflow.replay._stream", lambda of: ("stream", of))
+    graph = _Graph(None, other)
+    assert graph.record(lambda: "found") == "found"
+    graph.replay()
+    assert used == [(other, ("stream", other)), (other, None)]
 
 
 def test_aliases_share_memory_and_take_the_gradients() -> None:

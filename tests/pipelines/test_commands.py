@@ -25,6 +25,7 @@ from datasets_etl.synthetic import synthetic_pair, write_dataset
 from gmflow import GMFlow, GMFlowConfig, error_to_image, save_weights
 from pipelines.errors import PipelineError
 from pipelines.flow_files import FLOW_FORMATS
+from pipelines.frames import find_clips
 from pipelines.training import tracking
 from tests.conftest import ROOT
 
@@ -440,8 +441,9 @@ class TestPredict:
         assert call(*command, "--overwrite", scenes[1])[0] == 0
         assert (tmp_path / "o" / "frame_0.flo").read_bytes() != before
 
-    def test_another_videos_frames_are_not_taken_for_this_ones(self, call, weights, tmp_path):
-        videos = [tmp_path / name / "v.avi" for name in ("one", "two")]
+    @pytest.mark.parametrize("name", ["v", "VID_20240131_120000"])  # one like what frames are numbered by
+    def test_another_videos_frames_are_not_taken_for_this_ones(self, call, weights, tmp_path, name):
+        videos = [tmp_path / folder / f"{name}.avi" for folder in ("one", "two")]
         for level, path in enumerate(videos, start=1):
             path.parent.mkdir()
             video = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 48))
@@ -450,11 +452,36 @@ class TestPredict:
             video.release()
         command = (pipelines.predict, "--model", weights, "--output", tmp_path / "o", "--formats", "flo,video")
         assert call(*command, videos[0])[0] == 0
-        made = {path: path.stat().st_mtime_ns for path in (tmp_path / "o").glob("v_*")}
+        made = {path: path.stat().st_mtime_ns for path in (tmp_path / "o").glob(f"{name}_*")}
         assert len(made) == 2
         assert call(*command, videos[0])[0] == 0
         assert {path: path.stat().st_mtime_ns for path in made} == made
         assert_one_line(call(*command, videos[1]), "is there already")
+
+    def test_a_folders_frames_go_by_their_numbers(self, frames, tmp_path):
+        folder = tmp_path / "clip"
+        folder.mkdir()
+        names = ["1.png", "2.png", "02.png", "10.png", "11.png", "a.png", "a2b9.png", "a2b10.png", "a10b1.png"]
+        for name in reversed(names):
+            shutil.copy(frames[0], folder / name)
+        (clip,) = find_clips([str(folder)])
+        names[1:3] = ["02.png", "2.png"]  # of one number: by text
+        assert [file.name for file in clip.files] == names
+
+    def test_a_phones_jpegs_are_frames(self, call, weights, frames, tmp_path):
+        paths = [tmp_path / f"{number}.jpg" for number in range(2)]
+        for path, frame in zip(paths, frames, strict=False):
+            path.write_bytes(cv2.imencode(".jpg", cv2.imread(frame))[1].tobytes() + b"appended by the camera")
+        command = (pipelines.predict, "--model", weights, "--output", tmp_path / "o")
+        assert call(*command, *paths)[0] == 0
+        paths[1].write_bytes(paths[1].read_bytes()[:400])
+        assert_one_line(call(*command, "--overwrite", *paths), "1.jpg is a truncated JPEG")
+
+    def test_what_cannot_write_videos_says_so_before_it_computes(self, call, weights, frames, tmp_path, monkeypatch):
+        monkeypatch.setattr(pipelines.predict, "predict_batch", lambda *_, **__: pytest.fail("computed"))
+        monkeypatch.setattr("pipelines.side_by_side._CODEC", "none")
+        command = (pipelines.predict, "--model", weights, "--output", tmp_path / "o", "--formats", "flo,video")
+        assert_one_line(call(*command, *frames), "OpenCV here cannot write none video")
 
     def test_ground_truth_in_the_output_folder_stays(self, call, weights, frames, tmp_path):
         (tmp_path / "o").mkdir()
