@@ -127,6 +127,10 @@ def prepare_model(
         device_ids=[place] if place.type == "cuda" else None,
         forward_sync_buffers=False,  # they are constants
         gradient_as_bucket_view=True,
+        # All are used, but else DDP would arrange the gradients anew after its first step, in the order in which they
+        # come. Three and more ranks add up an element in an order that depends on its place: the first step of a
+        # process that resumes would have other bits than the same step of one that went on.
+        find_unused_parameters=True,
     )
 
 

@@ -1,7 +1,8 @@
 """Checkpoints of a stage on storage: written beside the training, whole or not there, checked when read.
 
-A checkpoint is two objects in the stage's folder: `checkpoints/step_00000100.pt` and then, vouching for it,
-`checkpoints/step_00000100.json`. One without its facts does not exist.
+A checkpoint is two objects in the stage's folder: `checkpoints/step_00000100-HASH.pt`, named by its content, and then,
+vouching for it, `checkpoints/step_00000100.json`. One without its facts does not exist; one that is replaced stands
+until the facts of the new one do.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from pipelines.errors import PipelineError
 from pipelines.training import state
 from pipelines.training.code_version import code_version
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 _PREFIX = "checkpoints/step_"
 
@@ -71,19 +72,17 @@ class CheckpointStore:
         """Store a snapshot of `TrainingState`; one of the same step is replaced."""
         data = state.to_bytes(snapshot)
         facts = Facts(snapshot["step"], hashlib.sha256(data).hexdigest(), dict(metrics), code=code_version())
-        key = _key(facts.step)
-        self.folder.delete(f"{key}.json")  # it vouches for the bytes that are about to be replaced
-        self.folder.write(f"{key}.pt", data)
-        self.folder.write(f"{key}.json", json.dumps(asdict(facts)).encode())
+        self.folder.write(_data_key(facts), data)
+        self.folder.write(f"{_key(facts.step)}.json", json.dumps(asdict(facts)).encode())
 
     def read(self, step: int) -> dict[str, Any]:
         """The snapshot of a step. Raises PipelineError where it is damaged or of another version."""
-        key = _key(step)
-        where = f"{self.folder.url}/{key}.pt"
         facts = self._facts(step)
-        if self.folder.size(f"{key}.pt") is None:
+        key = _data_key(facts)
+        where = f"{self.folder.url}/{key}"
+        if self.folder.size(key) is None:
             raise PipelineError(f"{where}: damaged checkpoint: it is gone")
-        data = self.folder.read(f"{key}.pt")
+        data = self.folder.read(key)
         if hashlib.sha256(data).hexdigest() != facts.sha256:
             raise PipelineError(f"{where}: damaged checkpoint: its content is not what was written")
         return state.from_bytes(data)
@@ -107,19 +106,24 @@ class CheckpointStore:
     def prune(self, policy: KeepPolicy) -> None:
         """Delete what the policy does not keep, and what no facts vouch for."""
         steps = self.steps()
+        facts = {step: self._sound_facts(step) for step in steps}
         keep = set(steps[: policy.last])
-        if policy.best_by is not None:
-            scored = {step: self._score(step, policy.best_by) for step in steps}
-            keep.add(min(steps, key=lambda step: scored[step], default=-1))
-        for found in list(self.folder.walk(_PREFIX)):
-            if int(found.key[len(_PREFIX) :].partition(".")[0]) not in keep:
-                self.folder.delete(found.key)
+        if (best := policy.best_by) is not None:
+            scored = {step: found.metrics.get(best, math.inf) for step, found in facts.items() if found is not None}
+            keep.add(min(scored, key=lambda step: scored[step], default=-1))
+        for stored in list(self.folder.walk(_PREFIX)):
+            step = int(stored.key[len(_PREFIX) :].partition(".")[0].partition("-")[0])
+            found = facts[step] if step in keep else None
+            replaced = found is not None and stored.key not in (f"{_key(step)}.json", _data_key(found))
+            if step not in keep or replaced:
+                self.folder.delete(stored.key)
 
-    def _score(self, step: int, metric: str) -> float:
+    def _sound_facts(self, step: int) -> Facts | None:
+        """None where they are damaged, or another version's."""
         try:
-            return self._facts(step).metrics.get(metric, math.inf)
+            return self._facts(step)
         except PipelineError:
-            return math.inf
+            return None
 
     def _facts(self, step: int) -> Facts:
         where = f"{_key(step)}.json"
@@ -137,6 +141,10 @@ class CheckpointStore:
 
 def _key(step: int) -> str:
     return f"{_PREFIX}{step:08d}"
+
+
+def _data_key(facts: Facts) -> str:
+    return f"{_key(facts.step)}-{facts.sha256[:16]}.pt"
 
 
 class CheckpointWriter:

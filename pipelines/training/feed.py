@@ -10,11 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _POLL_SECONDS = 0.5
+# How long what was told before an error, or ^C, may take to be kept: the server may be away, and checkpoints hold the
+# newest records.
+_KEPT_AFTER_AN_ERROR_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class _Queue:
     def __init__(self) -> None:
         self._records: list[Record] = []
         self._gave_up_for: Exception | None = None
+        self._departures = 0
 
     def put(self, record: Record) -> None:
         self._records.append(record)
@@ -54,6 +59,12 @@ class _Queue:
 
     def gave_up_for(self) -> Exception | None:
         return self._gave_up_for
+
+    def depart(self) -> None:
+        self._departures += 1
+
+    def departures(self) -> int:
+        return self._departures
 
 
 class FeedWriter:
@@ -75,6 +86,15 @@ class FeedWriter:
         error: Exception | None = ray.get(self._queue.gave_up_for.remote())
         return error
 
+    def depart(self) -> None:
+        """Say that all workers leave, because a machine of theirs is about to be taken away."""
+        ray.get(self._queue.depart.remote())
+
+    def departures(self) -> int:
+        """How often workers have left like that."""
+        times: int = ray.get(self._queue.departures.remote())
+        return times
+
 
 @contextlib.contextmanager
 def listening(name: str, show: Callable[[Record], None], keep: Callable[[Record], None]) -> Iterator[None]:
@@ -84,33 +104,26 @@ def listening(name: str, show: Callable[[Record], None], keep: Callable[[Record]
         name: of the queue.
         show: called with every record, in order; must be quick.
         keep: called with every record, in order, in a thread of its own: it may wait for a server. The end of the
-            `with` waits until all is kept, and raises what `keep` raised. After that it is not called again: a record
-            that is told later than its successors would leave a gap for good.
+            `with` waits until all is kept, and raises what `keep` raised; where the block raised, it waits for some
+            seconds only. After that `keep` is not called again: a record that is told later than its successors would
+            leave a gap for good.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = _Queue.options(name=name, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     ray.get(queue.drain.remote())  # it must stand before a worker looks for it
     ended = threading.Event()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="keep") as keeper:
-        failures: list[Exception] = []
+    keeper = _Keeper(keep)
 
-        def keep_in_turn(record: Record) -> None:
-            if failures:
+    def listen() -> None:
+        while True:
+            last = ended.wait(_POLL_SECONDS)
+            for record in ray.get(queue.drain.remote()):
+                show(record)
+                keeper.submit(record)
+            if last:
                 return
-            try:
-                keep(record)
-            except Exception as error:  # noqa: BLE001 (raised where the driver waits)
-                failures.append(error)
 
-        def listen() -> None:
-            while True:
-                last = ended.wait(_POLL_SECONDS)
-                for record in ray.get(queue.drain.remote()):
-                    show(record)
-                    keeper.submit(keep_in_turn, record)
-                if last:
-                    return
-
+    try:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as listener:
             listening = listener.submit(listen)
             try:
@@ -120,5 +133,38 @@ def listening(name: str, show: Callable[[Record], None], keep: Callable[[Record]
                 wait([listening])
                 ray.kill(queue)
         listening.result()
-    if failures:
-        raise failures[0]
+    except BaseException:
+        keeper.finish(_KEPT_AFTER_AN_ERROR_S)
+        raise
+    keeper.finish()
+    if keeper.failure is not None:
+        raise keeper.failure
+
+
+class _Keeper:
+    """Keeps records in order, in a thread whose end the process need not wait for."""
+
+    def __init__(self, keep: Callable[[Record], None]) -> None:
+        self.failure: Exception | None = None
+        self._keep = keep
+        self._records: SimpleQueue[Record | None] = SimpleQueue()
+        self._left = False
+        self._thread = threading.Thread(target=self._run, name="keep", daemon=True)
+        self._thread.start()
+
+    def submit(self, record: Record) -> None:
+        self._records.put(record)
+
+    def finish(self, seconds: float | None = None) -> None:
+        """Wait until all is kept, or for that long; no further record is kept then."""
+        self._records.put(None)
+        self._thread.join(seconds)
+        self._left = True
+
+    def _run(self) -> None:
+        while not self._left and (record := self._records.get()) is not None:
+            try:
+                self._keep(record)
+            except Exception as error:  # noqa: BLE001 (raised where the driver waits)
+                self.failure = error
+                return

@@ -20,7 +20,7 @@ from ray.train import (
     TrainingFailedError,
     UserCallback,
 )
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from datasets_etl.storage import ObjectStore, open_store
 from gmflow import GMFlow, load_weights, save_weights
@@ -36,6 +36,8 @@ from pipelines.training.state import result_weights
 log = logging.getLogger(__name__)
 
 _INITIAL_SOURCE = "init.txt"
+# How much longer than the watchdog's PyTorch waits for other ranks: it would not say for what.
+_WATCHDOG_FIRST_S = 300
 
 
 def weights_are_pinned(folder: ObjectStore) -> bool:
@@ -94,8 +96,9 @@ def room_lacking(machine: MachineConfig) -> str:
 def fit_stage(job: StageJob, name: str, callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
     """Train a stage on Ray to its end, resuming what storage holds of it. Its initial weights must be in its folder.
 
-    Workers that leave a machine about to be taken away end early; they are started again, elsewhere. So are those that
-    failed, `machine.max_failures` times without a new checkpoint in between.
+    Workers that leave a machine about to be taken away end early; they are started again, elsewhere, also where they
+    had come to nothing new yet. So are those that failed, `machine.max_failures` times without a new checkpoint in
+    between.
 
     Args:
         job: what the workers are told.
@@ -106,11 +109,15 @@ def fit_stage(job: StageJob, name: str, callbacks: Sequence[UserCallback] = ()) 
     Raises an error of ours: what a worker met, or that workers failed too often.
     """
     checkpoints = CheckpointStore(open_store(job.folder))
+    feed = FeedWriter(job.feed)
     newest = checkpoints.newest(log.warning)
     while newest is None or not state.is_complete(newest, job.stage.steps):
+        departures = feed.departures()
         failure = _fit(job, name, callbacks)
         before, newest = newest, checkpoints.newest(log.warning)
         if _progress(newest) > _progress(before) and (failure is None or job.machine.max_failures):
+            continue
+        if failure is None and feed.departures() > departures:
             continue
         if failure is not None:
             raise _failed_too_often(job, failure) from failure
@@ -142,6 +149,7 @@ def _fit(job: StageJob, name: str, callbacks: Sequence[UserCallback]) -> Trainin
     trainer = TorchTrainer(
         train_stage,
         train_loop_config={"job": job},
+        torch_config=TorchConfig(timeout_s=int(machine.hang_timeout_s) + _WATCHDOG_FIRST_S),
         scaling_config=ScalingConfig(
             num_workers=machine.num_workers if fewest == machine.num_workers else (fewest, machine.num_workers),
             use_gpu=machine.use_gpu,

@@ -96,8 +96,8 @@ def move_alias(client: MlflowClient, model_name: str, alias: str, version: str) 
     before = _alias(client, model_name, alias)
     if before == str(version):
         return before
-    if before is not None:
-        _remember(client, model_name, alias, [*_earlier_versions(client, model_name, alias), before])
+    if before is not None and before not in (earlier := _earlier_versions(client, model_name, alias))[-1:]:
+        _remember(client, model_name, alias, [*earlier, before])  # where it is the last, a killed attempt said so
     client.set_registered_model_alias(model_name, alias, version)
     return before
 
@@ -113,6 +113,8 @@ def roll_back(client: MlflowClient, model_name: str, alias: str) -> tuple[str, s
             f"models:/{model_name}@{alias}: no such model at {client.tracking_uri}; there is: {_known(client)}"
         )
     versions = _earlier_versions(client, model_name, alias)
+    while versions and versions[-1] == before:  # a rollback that was killed halfway
+        versions.pop()
     if not versions:
         raise PipelineError(f"models:/{model_name}@{alias}: no earlier version is left; it is on {before}")
     *earlier, wanted = versions

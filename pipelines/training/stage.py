@@ -78,26 +78,32 @@ def train_stage(config: dict[str, Any]) -> None:
     feed = FeedWriter(job.feed)
     if feed.gave_up_for() is not None:
         return
+    rank = ray.train.get_context().get_world_rank()
+
+    def tell(step: int, text: str) -> None:
+        feed.send(Record(step, line=_line(job, step, rank, text)))
+
+    watchdog = Watchdog(job.machine.hang_timeout_s, tell)
     try:
-        _train(_Worker(job, feed))
+        with watchdog.watching():
+            _train(_Worker(job, feed, watchdog))
     except LASTING_ERRORS as error:
         feed.give_up(error)
         raise
 
 
 def _train(worker: "_Worker") -> None:
-    with worker.watchdog.watching():
-        worker.resume()
-        staying = worker.validate_when_due()  # where an attempt ended before it did
-        for step, batches in worker.stream() if staying else ():
-            sums = worker.accumulate(batches)
-            totals = worker.update(sums)
-            worker.state.step = step + 1
-            worker.track(totals)
-            worker.checkpoint_when_due()
-            if not worker.validate_when_due() or (sums.look_out and worker.must_leave()):
-                break
-        worker.finish()
+    worker.resume()
+    staying = worker.validate_when_due()  # where an attempt ended before it did
+    for step, batches in worker.stream() if staying else ():
+        sums = worker.accumulate(batches)
+        totals = worker.update(sums)
+        worker.state.step = step + 1
+        worker.track(totals)
+        worker.checkpoint_when_due()
+        if not worker.validate_when_due() or (sums.look_out and worker.must_leave()):
+            break
+    worker.finish()
 
 
 class _StepSums(NamedTuple):
@@ -110,13 +116,14 @@ class _StepSums(NamedTuple):
 
 
 class _Worker:
-    def __init__(self, job: StageJob, feed: FeedWriter) -> None:
+    def __init__(self, job: StageJob, feed: FeedWriter, watchdog: Watchdog) -> None:
+        watchdog.progress("reading manifests and initial weights", 0)
         context = ray.train.get_context()
         self.job = job
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         self.feed = feed
-        self.watchdog = Watchdog(job.machine.hang_timeout_s, self._warn)
+        self.watchdog = watchdog
         manifests = {name: Manifest.load(url) for name, url in job.data.items()}
         stage = job.stage
         self.dataset = PositionDataset(
@@ -150,12 +157,15 @@ class _Worker:
 
     def resume(self) -> None:
         """From the newest whole checkpoint, which rank 0 chooses for all."""
+        self.watchdog.progress("looking for the newest checkpoint, or waiting for rank 0 to", 0)
         saved = self.checkpoints.newest(self._warn) if self.rank == 0 else None
         step = broadcast_from_rank_zero(None if saved is None else saved["step"])
         if step is None:
             self._say(f"starts: {self._sizes()}")
             return
+        self.watchdog.progress("reading the checkpoint", step)
         self.state.restore(saved or self.checkpoints.read(step))
+        self.checkpointed = self.state.step, self.state.validated
         if self.rank == 0:
             for told, metrics in self.state.records:
                 self.feed.send(Record(told, metrics))
@@ -276,6 +286,7 @@ class _Worker:
         if not self._validation_is_due():
             return True
         step = self.state.step
+        self._next_is("validating")
         found: dict[str, float] = {}
         pictures: dict[str, bytes] = {}
         for name, evaluation in self.validation.items():
@@ -360,6 +371,8 @@ class _Worker:
             f"leaves: the machine of worker {', '.join(map(str, notice.preempted_ranks))} is about to be taken away"
         )
         self._checkpoint({})
+        if self.rank == 0:
+            self.feed.depart()
         return True
 
     def finish(self) -> None:
@@ -370,7 +383,7 @@ class _Worker:
 
     def _next_is(self, doing: str) -> float:
         """Tells the watchdog what comes now; returns the time."""
-        self.watchdog.progress(f"{doing} in step {self.state.step}")
+        self.watchdog.progress(doing, self.state.step)
         return time.monotonic()
 
     def _sizes(self) -> str:
@@ -396,8 +409,11 @@ class _Worker:
         self.feed.send(Record(self.state.step, line=line))
 
     def _line(self, text: str) -> str:
-        stage = self.job.stage
-        return f"stage={stage.name} step={self.state.step}/{stage.steps} rank={self.rank} {text}"
+        return _line(self.job, self.state.step, self.rank, text)
+
+
+def _line(job: StageJob, step: int, rank: int, text: str) -> str:
+    return f"stage={job.stage.name} step={step}/{job.stage.steps} rank={rank} {text}"
 
 
 def _initial_model(job: StageJob) -> GMFlow:

@@ -15,12 +15,13 @@ import mlflow
 import requests
 import tenacity
 import torch
-from boto3.exceptions import S3UploadFailedError
-from botocore.exceptions import BotoCoreError
+from boto3.exceptions import Boto3Error
+from botocore.exceptions import BotoCoreError, ClientError
 from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from datasets_etl import storage
 from datasets_etl.manifest import Manifest
 from pipelines.errors import PipelineError
 from pipelines.training.code_version import code_version
@@ -102,6 +103,11 @@ class Patience:
         try:
             return trying(work, *arguments, **named)
         except Exception as error:
+            if isinstance(error, _TRANSPORT) and not may_pass(error):
+                raise PipelineError(
+                    f"MLflow's server or its storage of artifacts refuses: {_reason(error)}; once that is mended, the "
+                    "same command goes on"
+                ) from error
             if not may_pass(error):
                 raise
             raise PipelineError(
@@ -122,8 +128,18 @@ def _reason(error: BaseException | None) -> str:
 def may_pass(error: BaseException) -> bool:
     """Whether an error says that MLflow is away or busy, rather than that it refuses."""
     if isinstance(error, MlflowException):
-        return bool(error.get_http_status_code() >= HTTPStatus.INTERNAL_SERVER_ERROR)
-    return isinstance(error, requests.RequestException | BotoCoreError | S3UploadFailedError)
+        return _is_busy(error.get_http_status_code())
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return _is_busy(error.response.status_code)
+    return isinstance(error, requests.RequestException) or storage.may_pass(error)
+
+
+def _is_busy(status: int) -> bool:
+    return status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in _LATER
+
+
+_TRANSPORT = (requests.RequestException, BotoCoreError, ClientError, Boto3Error)
+_LATER = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
 
 
 class TrackedRun:

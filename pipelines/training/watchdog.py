@@ -16,22 +16,22 @@ class Watchdog:
 
     Args:
         limit_s: seconds without progress after which the process is ended.
-        tell: called with a line that says so, before the end.
+        tell: called with the step and what there is to say of it, before the end.
     """
 
-    def __init__(self, limit_s: float, tell: Callable[[str], None]) -> None:
+    def __init__(self, limit_s: float, tell: Callable[[int, str], None]) -> None:
         self._limit_s = limit_s
         self._tell = tell
-        self._doing = "starting"
-        self._since: float | None = None
+        self._now = (time.monotonic(), "starting", 0)
 
-    def progress(self, doing: str) -> None:
+    def progress(self, doing: str, step: int) -> None:
         """The worker has come to the next thing."""
-        self._doing, self._since = doing, time.monotonic()
+        self._now = (time.monotonic(), doing, step)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """From the first progress on, for the length of a `with`."""
+        """For the length of a `with`."""
+        self.progress("starting", 0)
         ended = threading.Event()
         thread = threading.Thread(target=self._watch, args=(ended,), name="watchdog", daemon=True)
         thread.start()
@@ -43,9 +43,9 @@ class Watchdog:
 
     def _watch(self, ended: threading.Event) -> None:
         while not ended.wait(min(1.0, self._limit_s / 4)):
-            since, doing = self._since, self._doing
-            if since is not None and time.monotonic() - since > self._limit_s:
-                self._tell(f"hangs: no progress for {self._limit_s:.0f} s while {doing}; ended, to resume")
+            since, doing, step = self._now
+            if time.monotonic() - since > self._limit_s:
+                self._tell(step, f"hangs: no progress for {self._limit_s:.0f} s while {doing}; ended, to resume")
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 time.sleep(1.0)  # for the line to leave this process
                 os._exit(_EXIT_CODE)  # a hanging collective cannot be interrupted

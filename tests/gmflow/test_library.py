@@ -22,6 +22,7 @@ import torch
 import torch.multiprocessing as mp
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from gmflow import (
     GMFlow,
@@ -539,15 +540,23 @@ def test_products_that_stay_in_float32_round_their_factors_on_a_gpu_unless_fp32_
 
 
 def _train_as_a_rank(rank: int, folder: str, checkpointing: Any) -> None:
+    """Saves the gradients of the same step three times: this rank's own, and all ranks' by a fresh DDP and by the same
+    DDP later.
+    """
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
     model = prepare_model(tiny().train(), ExecutionConfig(ddp=True, checkpointing=checkpointing))
-    generator = torch.Generator().manual_seed(rank)
-    for _ in range(2):  # a second step fails where a parameter got no gradient in the first
+    assert isinstance(model, DistributedDataParallel)
+    images = torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(rank)) * 255
+
+    def gradients(module: torch.nn.Module) -> list[torch.Tensor]:
         model.zero_grad()
-        out = model(*torch.rand(2, 1, 3, 64, 64, generator=generator) * 255)
-        sum(prediction.abs().mean() for prediction in out.predictions).backward()
-    torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
+        sum(prediction.abs().mean() for prediction in module(*images).predictions).backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    fresh, later = gradients(model), gradients(model)
+    with model.no_sync():
+        torch.save((gradients(model), fresh, later), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
     # One of gloo's threads may still hold a Python object with the last sum; should it let go of that while the
     # interpreter is ending, the process aborts. Nothing is left to do here, so the interpreter is not ended.
@@ -556,10 +565,17 @@ def _train_as_a_rank(rank: int, folder: str, checkpointing: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_ranks_under_ddp_get_the_same_gradients(checkpointing: str, tmp_path: Path) -> None:
-    mp.spawn(_train_as_a_rank, (str(tmp_path), checkpointing), nprocs=2)
-    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert all(a is not None and torch.equal(a, b) for a, b in zip(one, other, strict=True))
+def test_ranks_under_ddp_get_the_same_gradients_in_their_first_step_and_later(
+    checkpointing: str, tmp_path: Path
+) -> None:
+    """To the bit, as a resumed run's first step needs: from three ranks on, the order of a sum may show."""
+    mp.spawn(_train_as_a_rank, (str(tmp_path), checkpointing), nprocs=3)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
+    assert len(ranks[0][0]) == len(list(tiny().parameters()))
+    for number, own in enumerate(zip(*(rank[0] for rank in ranks), strict=True)):
+        synced = [of_all[number] for rank in ranks for of_all in rank[1:]]
+        assert all(torch.equal(synced[0], other) for other in synced)
+        torch.testing.assert_close(synced[0], torch.stack(own).mean(dim=0))
 
 
 def test_the_library_works_where_nothing_but_its_own_requirements_is_installed() -> None:

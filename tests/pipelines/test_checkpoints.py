@@ -1,9 +1,8 @@
 """Checkpoints on storage: whole or absent, checked, kept by policy, written beside the training."""
 
 import json
-import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,17 @@ def snapshot(step: int, size: int = 50) -> dict[str, Any]:
 
 def kept(store: CheckpointStore) -> list[int]:
     """Steps by the objects themselves, and no other object."""
-    keys = [found.key for found in store.folder.walk("checkpoints/")]
-    steps = sorted({int(key[len("checkpoints/step_") :].partition(".")[0]) for key in keys})
-    assert sorted(keys) == sorted(f"checkpoints/step_{step:08d}.{kind}" for step in steps for kind in ("json", "pt"))
-    return steps
+    names = [found.key.removeprefix("checkpoints/") for found in store.folder.walk("checkpoints/")]
+    steps = [int(name[len("step_") :].partition(".")[0]) for name in names if name.endswith(".json")]
+    assert sorted(names) == sorted([f"step_{step:08d}.json" for step in steps] + [data_of(store, s) for s in steps])
+    return sorted(steps)
+
+
+def data_of(store: CheckpointStore, step: int) -> str:
+    """The name of the one object with its data."""
+    prefix = f"checkpoints/step_{step:08d}-"
+    (name,) = [found.key for found in store.folder.walk(prefix) if found.key.endswith(".pt")]
+    return name.removeprefix("checkpoints/")
 
 
 @pytest.fixture(params=["file", "s3"])
@@ -54,16 +60,17 @@ def test_the_newest_checkpoint_comes_back(store: CheckpointStore):
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(store: CheckpointStore, damage: str):
     for step in (5, 10):
         store.write(snapshot(step), {})
-    key = "checkpoints/step_00000010"
-    data = store.folder.read(f"{key}.pt")
+    key = f"checkpoints/{data_of(store, 10)}"
+    data = store.folder.read(key)
     if damage == "flip":
-        store.folder.write(f"{key}.pt", data[:300] + bytes([data[300] ^ 1]) + data[301:])
+        store.folder.write(key, data[:300] + bytes([data[300] ^ 1]) + data[301:])
     elif damage == "cut":
-        store.folder.write(f"{key}.pt", data[:-10])
+        store.folder.write(key, data[:-10])
     elif damage == "gone":
-        store.folder.delete(f"{key}.pt")
+        store.folder.delete(key)
     else:
-        store.folder.write(f"{key}.json", b"{")
+        key = "checkpoints/step_00000010.json"
+        store.folder.write(key, b"{")
     told: list[str] = []
     found = store.newest(told.append)
     assert found is not None
@@ -91,7 +98,7 @@ def test_a_checkpoint_of_another_version_is_left_as_it_is(store: CheckpointStore
 
 def test_a_write_that_was_cut_off_never_happened(store: CheckpointStore):
     store.write(snapshot(5), {})
-    store.folder.write("checkpoints/step_00000010.pt", b"half")  # killed before its facts were written
+    store.folder.write("checkpoints/step_00000010-0123456789abcdef.pt", b"half")  # killed before its facts were written
     found = store.newest(pytest.fail)
     assert found is not None
     assert found["step"] == 5
@@ -144,27 +151,14 @@ def test_training_does_not_wait_for_slow_storage_and_the_newest_snapshot_is_writ
     assert kept(store) == [1, 4]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one mebibyte."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("no right to mount a small file system here")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-def test_a_full_disk_loses_no_checkpoint_and_is_no_end(small_disk: Path):
-    store = CheckpointStore(FileStore(small_disk))
+def test_a_full_disk_loses_no_checkpoint_and_is_no_end(small_disk: Callable[[int], Path]):
+    disk = small_disk(1)
+    store = CheckpointStore(FileStore(disk))
     told: list[str] = []
     writer = CheckpointWriter(store, KeepPolicy(last=2), told.append)
     writer.submit(snapshot(1, size=50_000), {})
     writer.flush()
-    filler = small_disk / "filler"
+    filler = disk / "filler"
     filler.write_bytes(bytes(700_000))
     writer.submit(snapshot(2, size=50_000), {})
     with pytest.raises(Exception, match="No space left on device"):
@@ -180,9 +174,42 @@ def test_a_full_disk_loses_no_checkpoint_and_is_no_end(small_disk: Path):
     writer.flush()
     writer.close()
     assert kept(store) == [1, 3]
-    assert sorted(path.name for path in (small_disk / "checkpoints").iterdir()) == sorted(
-        f"step_{step:08d}.{kind}" for step in (1, 3) for kind in ("json", "pt")
-    ), "nothing half-written is left"
+    assert len(list((disk / "checkpoints").iterdir())) == 4, "nothing half-written is left"
+
+
+class _KilledError(Exception):
+    """In the place of a SIGKILL."""
+
+
+@pytest.mark.parametrize("killed_at", [1, 2])
+def test_a_checkpoint_that_is_replaced_stands_until_the_new_one_does(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, killed_at: int
+):
+    """As after a validation at its step: the same, and what the validation found."""
+    store.write(snapshot(10), {})
+    calls = []
+
+    def dying(folder: ObjectStore, key: str, data: bytes) -> None:
+        calls.append(key)
+        if len(calls) == killed_at:
+            raise _KilledError
+        write(folder, key, data)
+
+    write = type(store.folder).write
+    monkeypatch.setattr(type(store.folder), "write", dying)
+    with pytest.raises(_KilledError):
+        store.write(snapshot(10) | {"validated": 10}, {"val/c/val/epe": 1.0})
+    monkeypatch.undo()
+    found = store.newest(pytest.fail)
+    assert found is not None
+    assert found["step"] == 10
+    assert "validated" not in found
+    store.write(snapshot(10) | {"validated": 10}, {"val/c/val/epe": 1.0})
+    store.prune(KeepPolicy(last=1))
+    assert kept(store) == [10]
+    replaced = store.newest(pytest.fail)
+    assert replaced is not None
+    assert replaced["validated"] == 10
 
 
 @pytest.mark.slow

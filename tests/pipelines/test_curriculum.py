@@ -111,7 +111,8 @@ def wait_for_end(pids: list[int]) -> None:
 
 
 def damage_newest_checkpoint(workplace: Workplace, stage: str) -> None:
-    newest = sorted((stage_folder(workplace, stage) / "checkpoints").glob("step_*.json"))[-1].with_suffix(".pt")
+    facts = sorted((stage_folder(workplace, stage) / "checkpoints").glob("step_*.json"))[-1]
+    newest = facts.with_name(f"{facts.stem}-{json.loads(facts.read_text())['sha256'][:16]}.pt")
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
@@ -294,6 +295,34 @@ def snapshot(step: int, validated: int = 0) -> dict[str, int]:
     return {"step": step, "validated": validated}
 
 
+class _Queue:
+    """The feed, as a driver asks it how often workers have left."""
+
+    def __init__(self) -> None:
+        self.left = 0
+
+    def departures(self) -> int:
+        return self.left
+
+
+def test_workers_may_leave_again_before_they_have_come_to_anything(workplace, tmp_path, monkeypatch):
+    """Notices may come in bursts: the second group is told to go while it makes up for the first one's validation."""
+    job = StageJob(resolved(workplace).stages[0], MachineConfig(), {}, str(tmp_path), "feed", 0, "fp32")
+    queue, seen = _Queue(), iter([snapshot(10), snapshot(10), snapshot(10), snapshot(40, 40)])
+    fits = iter([True, True, False])
+
+    def fit(*_: object) -> None:
+        queue.left += next(fits)
+
+    monkeypatch.setattr(launch, "FeedWriter", lambda name: queue)
+    monkeypatch.setattr(launch.CheckpointStore, "newest", lambda store, warn: next(seen))
+    monkeypatch.setattr(launch, "_fit", fit)
+    assert launch.fit_stage(job, "name") == snapshot(40, 40)
+    seen, fits = iter([snapshot(10), snapshot(10)]), iter([False])
+    with pytest.raises(PipelineError, match="ended without a new checkpoint"):
+        launch.fit_stage(job, "name")
+
+
 @pytest.mark.parametrize(
     ("found", "max_failures", "fits"),
     [
@@ -304,6 +333,7 @@ def snapshot(step: int, validated: int = 0) -> dict[str, int]:
     ],
 )
 def test_failures_count_from_the_newest_checkpoint(found, max_failures, fits, workplace, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "FeedWriter", lambda name: _Queue())
     stage = resolved(workplace).stages[0]
     machine = MachineConfig(max_failures=max_failures)
     job = StageJob(stage, machine, {}, str(tmp_path), "feed", 0, "fp32")

@@ -110,6 +110,33 @@ def test_champion_rolls_back_by_one_command_step_by_step_and_is_promoted_again(c
     call(pipelines.registry, "promote", "models:/gmflow/3")
 
 
+def test_a_move_that_was_killed_halfway_leaves_one_step_to_roll_back(tmp_path, monkeypatch):
+    client = tracking.connect(f"sqlite:///{tmp_path}/mlflow.db")
+    client.create_registered_model("m")
+    run = tracking.start_run(client, "r", "chairs", {}).info.run_id
+    for _ in range(3):
+        client.create_model_version("m", f"file://{tmp_path}", run)
+    registry.move_alias(client, "m", "champion", "1")
+    registry.move_alias(client, "m", "champion", "2")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(client, "set_registered_model_alias", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            registry.move_alias(client, "m", "champion", "3")
+    monkeypatch.undo()
+    registry.move_alias(client, "m", "champion", "3")
+    monkeypatch.setattr(registry, "_remember", killed)
+    with pytest.raises(KeyboardInterrupt):
+        registry.roll_back(client, "m", "champion")  # has moved, and not forgotten yet
+    monkeypatch.undo()
+    assert registry.roll_back(client, "m", "champion") == ("2", "1"), "3 was remembered once"
+    with pytest.raises(PipelineError, match="no earlier version is left; it is on 1"):
+        registry.roll_back(client, "m", "champion")
+
+
 def test_a_version_is_pulled_with_its_lineage(call, registered, tmp_path):
     code, out, _ = call(pipelines.registry, "pull", "models:/gmflow/2", tmp_path / "pulled")
     assert (code, out.strip()) == (0, str(tmp_path / "pulled" / "model.safetensors"))

@@ -8,17 +8,22 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+import requests
 import torch
+from boto3.exceptions import S3UploadFailedError
+from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, TEMPORARILY_UNAVAILABLE
 
 from gmflow import GMFlow, GMFlowConfig, predict_flow, save_weights
 from pipelines.errors import PipelineError
-from pipelines.training import registry, tracking
+from pipelines.training import feed, registry, tracking
 from pipelines.training.config import MetricConfig, MlflowConfig
 from pipelines.training.feed import FeedWriter, Record, listening
 from tests.faulty_proxy import faulty_proxy
 from tests.mlflow_server import MlflowServer, mlflow_running
 from tests.seaweedfs import S3Server
+from tests.waiting import wait_until
 
 TINY = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
 
@@ -211,6 +216,53 @@ def test_patience_ends(server):
             stage.log(Record(2, {"train/loss": 2.0}))
 
 
+def refused(status: int) -> requests.HTTPError:
+    response = requests.Response()
+    response.status_code = status
+    return requests.HTTPError(f"{status} for the model", response=response)
+
+
+def failed_upload(status: int) -> S3UploadFailedError:
+    answer = {"Error": {"Code": str(status)}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    error = S3UploadFailedError(f"upload: {status}")
+    error.__cause__ = ClientError(answer, "PutObject")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (requests.ConnectionError("refused"), True),
+        (requests.Timeout("silent"), True),
+        *((refused(status), status in (429, 500, 503)) for status in (401, 403, 404, 413, 429, 500, 503)),
+        *((failed_upload(status), status in (429, 503)) for status in (403, 404, 429, 503)),
+        (EndpointConnectionError(endpoint_url="http://s3"), True),
+        (NoCredentialsError(), False),
+        (MlflowException("busy", error_code=TEMPORARILY_UNAVAILABLE), True),
+        (MlflowException("no", error_code=PERMISSION_DENIED), False),
+    ],
+    ids=str,
+)
+def test_only_what_may_pass_is_waited_for(error: Exception, passes: bool):
+    """A proxy that allows no large body, or credentials that lack: waiting for an hour would mend neither."""
+    attempts = []
+
+    def work() -> str:
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise error
+        return "done"
+
+    patience = tracking.Patience(3600.0, lambda line: None)
+    if passes:
+        assert patience(work) == "done"
+    else:
+        with pytest.raises(MlflowException if isinstance(error, MlflowException) else PipelineError) as told:
+            patience(work)
+        assert str(error) in str(told.value)
+        assert len(attempts) == 1
+
+
 def test_a_stage_that_was_interrupted_is_one_run_whatever_changed_after_it(server, request):
     """A later stage's config decides the curriculum's run, not the run of the stage before it."""
     first = curriculum_run(server, f"{request.node.name}, later stage long")
@@ -241,6 +293,32 @@ def test_after_a_record_that_could_not_be_kept_none_is_kept_before_it():
     with pytest.raises(PipelineError, match="too long"):
         tell()
     assert kept == [2]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_an_error_does_not_wait_for_a_server_that_is_away(monkeypatch):
+    """Nor does ^C, which would else seem to do nothing for an hour."""
+    monkeypatch.setattr(feed, "_KEPT_AFTER_AN_ERROR_S", 0.2)
+    back, kept = threading.Event(), []
+
+    def keep(record: Record) -> None:
+        kept.append(record.step)
+        back.wait()
+
+    def interrupted() -> None:
+        with listening("feed-away", lambda record: None, keep):
+            for step in (2, 4):
+                FeedWriter("feed-away").send(Record(step))
+            wait_until(lambda: kept)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    back.set()
+    for thread in threading.enumerate():
+        if thread.name == "keep":
+            thread.join()
+    assert kept == [2], "the next would be told behind the back of whoever goes on"
 
 
 def test_a_run_that_fails_is_marked_so(server, stage_run):

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT
 from tests.waiting import WAIT_SECONDS
 
@@ -11,17 +13,18 @@ SCRIPT = """
 import sys, threading, time
 from pipelines.training.watchdog import Watchdog
 
-def tell(line):
-    print(line, flush=True)
+def tell(step, text):
+    print(step, text, flush=True)
 
 watchdog = Watchdog(2.0, tell)
 with watchdog.watching():
-    time.sleep(2.5)  # before the first progress: a start may take as long as it likes
+    if sys.argv[1] == "hangs at once":
+        threading.Event().wait()
     for step in range(5):
-        watchdog.progress(f"computing in step {step}")
+        watchdog.progress("computing", step)
         time.sleep(0.5)
     if sys.argv[1] == "hangs":
-        watchdog.progress("waiting for the other workers in step 5")
+        watchdog.progress("waiting for the other workers", 5)
         threading.Event().wait()
 print("done")
 """
@@ -42,11 +45,13 @@ def run(case: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_hang_ends_the_process_and_says_where(tmp_path: Path):
-    ended = run("hangs", tmp_path)
+@pytest.mark.parametrize(
+    ("case", "step", "doing"), [("hangs", 5, "waiting for the other workers"), ("hangs at once", 0, "starting")]
+)
+def test_a_hang_ends_the_process_and_says_where(case: str, step: int, doing: str, tmp_path: Path):
+    ended = run(case, tmp_path)
     assert ended.returncode == 70
-    reason = "no progress for 2 s while waiting for the other workers in step 5"
-    assert ended.stdout == f"hangs: {reason}; ended, to resume\n"
+    assert ended.stdout == f"{step} hangs: no progress for 2 s while {doing}; ended, to resume\n"
     assert "script.py" in ended.stderr, "the stacks of all threads"
 
 
