@@ -56,7 +56,9 @@ def run_curriculum(config: CurriculumConfig) -> list[StageResult]:
         [] if config.promotion is None else [config.promotion.set_name],
     )
     client = tracking.connect(config.mlflow.tracking_uri)
-    key = hashlib.sha256(json.dumps([config.name, [plan.hash for plan in plans]]).encode()).hexdigest()[:12]
+    # What is chosen of a curriculum is a run of its own: the config and the report of the whole one stay.
+    identity = [config.name, [plan.hash for plan in plans], [stage.name for stage in config.selected_stages]]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     run = tracking.CurriculumRun(client, config.mlflow, config.name, key, display.say)
     run.log_setup(config, plans[0].manifests)
 
@@ -96,7 +98,7 @@ def _log_report(run: tracking.CurriculumRun, display: Display) -> None:
         reason = " ".join(str(error).split())[:300]
         display.say(
             f"the report could not be made ({reason}); to make it: "
-            f"python pipelines/report.py --run {run.run_id} --output report.html"
+            f"python pipelines/report.py --run {run.run_id} --output runs/report.html"
         )
 
 
@@ -170,6 +172,7 @@ def _lineage(plan: StagePlan, parent: str, metrics: Mapping[str, float]) -> regi
         config_hash=plan.hash,
         code_version=code_version(),
         metrics={name: value for name, value in metrics.items() if name.startswith("val/")},
+        measured=registry.measured_on(plan.stage.validation, plan.used_data),
     )
 
 

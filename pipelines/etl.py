@@ -29,6 +29,7 @@ from pipelines.arguments import positive
 from pipelines.cluster import connected
 from pipelines.contact_sheet import contact_sheet
 from pipelines.errors import command
+from pipelines.lasting import lasting_store
 from pipelines.training.pictures import to_png
 
 # Progress and reports go to stderr: stdout is for what scripts read.
@@ -285,11 +286,12 @@ def _motion_table(manifest: Manifest, chosen: Mapping[str, list[int]]) -> Table:
 
 def shard(arguments: argparse.Namespace) -> None:
     index = chosen_index(arguments.split_list, arguments.split_by_hash)
+    target = lasting_store(arguments.target, "--target")
     with connected(arguments.workers, verbose=arguments.verbose):
         result = shard_dataset(
             arguments.dataset,
             arguments.source,
-            arguments.target,
+            target.url,
             arguments.workers,
             arguments.shard_mib * 2**20,
             strict=arguments.strict,

@@ -21,13 +21,14 @@ from rich.table import Table
 
 from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
-from datasets_etl.storage import ObjectStore, open_store
+from datasets_etl.storage import ObjectStore
 from gmflow import GMFlow
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.weights import weights_digest
 from pipelines import report
 from pipelines.arguments import device, not_negative, positive
 from pipelines.errors import command
+from pipelines.lasting import lasting_store
 from pipelines.scoring import Evaluation, OnScored, ScoringOptions, evaluate, evaluate_on_ray, pool
 from pipelines.training import tracking
 from pipelines.training.code_version import code_version
@@ -220,7 +221,7 @@ def main() -> None:
     model = resolve_model(arguments.model)
     if not arguments.ray:  # tasks prepare their own
         prepare_model(model, ExecutionConfig(arguments.precision, replay=True), arguments.device)
-    output = open_store(arguments.output) if arguments.output else None
+    output = lasting_store(arguments.output, "--output") if arguments.output else None
     scores = score_sets(model, sets, arguments, output)
     show(scores)
     summary = summarised(arguments.model, arguments.precision, scores)

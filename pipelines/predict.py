@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from datasets_etl import formats
 from datasets_etl.samples import check_size
-from datasets_etl.storage import ObjectStore, open_store
+from datasets_etl.storage import ObjectStore
 from gmflow import GMFlow, Prediction, Tiling, predict_batch
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import PaddingMode
@@ -30,6 +30,7 @@ from pipelines.continuation import ANY_FRAME, claim_output
 from pipelines.errors import PipelineError, command
 from pipelines.flow_files import FLOW_FORMATS, Result, Truth, read_truth
 from pipelines.frames import Clip, Pair, find_clips
+from pipelines.lasting import lasting_store
 from pipelines.side_by_side import SideBySideVideo
 from pipelines.training.registry import resolve_model
 
@@ -245,7 +246,7 @@ def main() -> None:
     arguments = parse_arguments()
     options = options_of(arguments)
     clips = find_clips(arguments.frames)
-    output = open_store(arguments.output)
+    output = lasting_store(arguments.output, "--output")
     _check_inputs_survive(clips, output, options)
     model = resolve_model(arguments.model)
     prepare_model(model, ExecutionConfig(arguments.precision, replay=True), arguments.device)

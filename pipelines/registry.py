@@ -55,13 +55,13 @@ def list_versions(client: MlflowClient, name: str | None) -> Table:
         raise PipelineError(f"no model {name!r} at {client.tracking_uri}; there is {', '.join(models) or 'none'}")
     table = Table(title=str(client.tracking_uri), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("model", "stage", "aliases", "from", "EPE by validation set", "registered"):
-        # In 80 columns names of sets may be wrapped, nothing else.
-        table.add_column(column, overflow="fold", no_wrap=not column.startswith("EPE"))
+        # In 80 columns names of sets may be wrapped, and of files; nothing else.
+        table.add_column(column, overflow="fold", no_wrap=not column.startswith(("EPE", "from")))
     for model in [name] if name is not None else models:
         aliases = _aliases(client, model)
         for version in sorted(client.search_model_versions(f"name = '{model}'"), key=lambda v: -int(v.version)):
             scores = [f"{n[4:-4]} {float(v):.3f}" for n, v in _metrics(version).items() if n.endswith(".epe")]
-            parent = version.tags.get("parent", "").removeprefix("models:/")
+            parent = _short(version.tags.get("parent", ""))
             table.add_row(
                 f"{model}/{version.version}",
                 version.tags.get("stage", "?"),
@@ -71,6 +71,14 @@ def list_versions(client: MlflowClient, name: str | None) -> Table:
                 _when(version)[:10],
             )
     return table
+
+
+def _short(parent: str) -> str:
+    """What a version was trained from: of a file its name, and enough of its hash to tell two apart."""
+    if parent.startswith("models:/"):
+        return parent.removeprefix("models:/")
+    path, digest, rest = parent.partition(" (sha256 ")
+    return f"{path.rpartition('/')[2]}{digest}{rest[:8]}{')' * bool(digest)}"
 
 
 def describe(client: MlflowClient, version: ModelVersion) -> Table:
@@ -143,6 +151,7 @@ def _facts(client: MlflowClient, version: ModelVersion) -> dict[str, str]:
     facts |= {name: version.tags[name] for name in known if name in version.tags}
     for data, url in json.loads(version.tags.get("manifests", "{}")).items():
         facts[f"data {data}"] = url
+    facts |= {tag.replace(".", " ", 1): pairs for tag, pairs in version.tags.items() if tag.startswith("measured.")}
     return facts
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipelines.cluster import connected  # sets Ray's environment, so before Ray
+from pipelines.cluster import connected, has_gpus  # sets Ray's environment, so before Ray
 
 # isort: split
 import mlflow
@@ -161,8 +161,8 @@ def _score_validation_sets(client: MlflowClient, found: _Curriculum, pairs: int)
         manifest = Manifest.load(str(found.config.data[chosen.data]))
         scored = EvaluationSet(manifest, chosen.subset, min(pairs, chosen.limit or pairs))
         options = ScoringOptions(name=chosen.name, gallery=pairs, bidirectional=True)
-        use_gpu = found.config.machine.use_gpu
-        sets[chosen.name] = (scored, evaluate_on_ray(model, scored, options, use_gpu=use_gpu))
+        # Not where it was trained, but here: tasks would wait for a GPU that never comes.
+        sets[chosen.name] = (scored, evaluate_on_ray(model, scored, options, use_gpu=has_gpus()))
     return sets
 
 

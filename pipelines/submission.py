@@ -31,6 +31,7 @@ from pipelines.arguments import device
 from pipelines.continuation import claim_output
 from pipelines.errors import PipelineError, command
 from pipelines.flow_files import encode_kitti
+from pipelines.lasting import lasting_store
 from pipelines.training.registry import resolve_model
 
 console = Console(stderr=True)
@@ -155,6 +156,7 @@ def main() -> None:
     model = resolve_model(arguments.model)
     prepare_model(model, ExecutionConfig(arguments.precision, replay=True), arguments.device)
     folder = arguments.output.absolute()
+    lasting_store(str(folder), "--output")
     paths = predict_submission(model, manifest, folder, arguments.precision, overwrite=arguments.overwrite)
     if benchmark.bundled:
         console.print(f"{len(paths)} files; the server takes what the bundler in the dataset's download makes of them:")

@@ -303,6 +303,10 @@ class CurriculumConfig(_Frozen):
                 f"machine.num_workers {self.machine.num_workers}; each worker needs a sample a step"
             )
         sets = [chosen.name for chosen in stage.validation]
+        if twice := [name for name in sets if sets.count(name) > 1]:
+            raise ValueError(
+                f"stage {stage.name}: validation names {twice[0]} twice; its figures would be of one of them"
+            )
         watched = {"promotion": (self.promotion,), "keep_best": (stage.keep_best,), "gates": stage.gates}
         for purpose, metrics in watched.items():
             for metric in metrics:
@@ -375,7 +379,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise PipelineError(f"{path}: a config is a mapping of keys to values")
     base = tree.pop("extends", None)
+    tree = _unshared(tree)
     return tree if base is None else _merge(_read_yaml(path.parent / base), tree)
+
+
+def _unshared(value: Any) -> Any:
+    """Without what an anchor in the file and its aliases share: to override one is not to override all."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets_etl.manifest import Manifest
 from datasets_etl.storage import ObjectStore, open_store
+from pipelines.lasting import lasting_store
 from pipelines.training.config import CurriculumConfig, StageConfig
 from pipelines.training.stage import StageJob
 
@@ -93,7 +94,7 @@ def plan_curriculum(config: CurriculumConfig) -> list[StagePlan]:
     """
     manifests = _load_manifests(config)
     versions = {name: manifest.version for name, manifest in manifests.items()}
-    store = open_store(config.storage)
+    store = lasting_store(config.storage, "storage")
     parent = config.init_from or "random"
     plans = []
     for stage in config.chain:

@@ -4,9 +4,10 @@ import base64
 import contextlib
 import io
 import json
+import logging
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version as package_version
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from datasets_etl.storage import ObjectStore, file_sha256, split_url
 from gmflow import GMFlow, GMFlowError, load_model
 from pipelines.errors import PipelineError
 from pipelines.training import tracking
-from pipelines.training.config import MetricConfig
+from pipelines.training.config import MetricConfig, SetConfig
+
+log = logging.getLogger(__name__)
 
 CHAMPION = "champion"
 
@@ -51,6 +54,7 @@ class Lineage:
         config_hash: names all that decided the weights.
         code_version: of this project.
         metrics: of the last validation, such as "val/sintel/training-clean/epe".
+        measured: what they were measured on, of `measured_on`: figures of other pairs do not compare.
     """
 
     stage: str
@@ -59,6 +63,7 @@ class Lineage:
     config_hash: str
     code_version: str
     metrics: Mapping[str, float]
+    measured: Mapping[str, str] = field(default_factory=dict)
 
     def tags(self) -> dict[str, str]:
         return {
@@ -68,7 +73,23 @@ class Lineage:
             "config_hash": self.config_hash,
             "code_version": self.code_version,
             **{name.replace("/", "."): f"{value:.6g}" for name, value in self.metrics.items()},
+            **{_measured_tag(name): pairs for name, pairs in self.measured.items()},
         }
+
+
+def measured_on(sets: Sequence[SetConfig], data: Mapping[str, str]) -> dict[str, str]:
+    """Name of a validation set → version of its manifest, with how many of its first pairs where not all are meant.
+
+    Args:
+        sets: that a stage is validated on.
+        data: data name → manifest URL.
+    """
+    versions = {name: url.rpartition("/manifest-")[2].removesuffix(".json") for name, url in data.items()}
+    return {one.name: versions[one.data] + (f"[:{one.limit}]" if one.limit else "") for one in sets}
+
+
+def _measured_tag(name: str) -> str:
+    return f"measured.{name.replace('/', '.')}"
 
 
 def register(
@@ -194,7 +215,17 @@ def _improves(client: MlflowClient, model_name: str, lineage: Lineage, promotion
         return False
     champion = _version_by_alias(client, model_name, CHAMPION)
     reigning = None if champion is None else champion.tags.get(promotion.name.replace("/", "."))
-    return reigning is None or figure < float(reigning)
+    if champion is None or reigning is None:
+        return True
+    measured, theirs = (tags.get(_measured_tag(promotion.set_name)) for tags in (lineage.tags(), champion.tags))
+    if measured != theirs:
+        log.warning(
+            "%s stays at version %s: its %s was measured on other pairs (%s, not %s); evaluate both on one set, then "
+            "move it with pipelines/registry.py promote",
+            *(CHAMPION, champion.version, promotion.set_name, theirs, measured),
+        )
+        return False
+    return figure < float(reigning)
 
 
 def resolve_model(reference: str, tracking_uri: str | None = None) -> GMFlow:

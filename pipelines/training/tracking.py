@@ -24,6 +24,7 @@ from mlflow.tracking import MlflowClient
 from datasets_etl import storage
 from datasets_etl.manifest import Manifest
 from pipelines.errors import PipelineError
+from pipelines.lasting import is_uploaded
 from pipelines.training.code_version import code_version
 from pipelines.training.config import CurriculumConfig, MlflowConfig
 from pipelines.training.feed import Record
@@ -51,6 +52,11 @@ def connect(configured: str | None) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # patience is `patiently`'s, and is told
     uri = tracking_uri(configured)
     if (folder := _embedded_folder(uri)) is not None:
+        if is_uploaded(folder.as_posix()):
+            raise PipelineError(
+                f"MLflow at {uri}: lies in the folder that this job was uploaded into, and would be lost with it; set "
+                "MLFLOW_TRACKING_URI to a server, or to sqlite:/// and an absolute path, for the cluster's nodes"
+            )
         folder.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)

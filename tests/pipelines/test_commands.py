@@ -552,6 +552,18 @@ class TestCurriculum:
         assert_one_line(result, *fragments)
         assert not list((workplace.folder / "storage").rglob("*.safetensors"))
 
+    def test_a_job_does_not_train_into_the_folder_it_was_uploaded_into(self, call, workplace, tmp_path, monkeypatch):
+        """Ray unpacks an upload anew after every change of a file: the same command would find nothing of before."""
+        uploaded = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
+        uploaded.mkdir(parents=True)
+        monkeypatch.chdir(uploaded)
+        result = call(pipelines.curriculum, "--config", workplace.write(), "--dry-run", "storage=runs/base")
+        assert_one_line(result, "storage runs/base", "would be lost", "s3://")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs/mlflow.db")
+        with pytest.raises(PipelineError, match=r"runs/mlflow\.db: lies in the folder .* MLFLOW_TRACKING_URI"):
+            tracking.connect(None)
+        assert not list(uploaded.iterdir())
+
     @pytest.mark.parametrize("start", ["models:/gmflow@champion", "/no/weights.pth"])
     def test_a_dry_run_misses_the_weights_to_start_from(self, call, workplace, start):
         result = call(pipelines.curriculum, "--config", workplace.write(), "--dry-run", f"init_from={start}")

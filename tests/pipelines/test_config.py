@@ -72,6 +72,16 @@ def test_overrides_reach_sections_and_stages_by_name_or_number(small, load):
     assert config.machine.num_workers == 2
 
 
+def test_an_override_of_one_stage_leaves_those_that_share_its_yaml_alone(small, load):
+    """`safe_dump` writes what is shared as an anchor and aliases to it, as the recipes do."""
+    small["stages"][0]["validation"] = [{"data": "chairs", "subset": "val"}]
+    small["stages"].append({**small["stages"][0], "name": "again"})
+    config = load(small, "stages.chairs.validation.0.limit=7", "stages.chairs.mixture.0.repeats=3")
+    first, second = config.stages
+    assert (first.validation[0].limit, second.validation[0].limit) == (7, None)
+    assert (first.mixture[0].repeats, second.mixture[0].repeats) == (3, 1)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -91,6 +101,10 @@ def test_overrides_reach_sections_and_stages_by_name_or_number(small, load):
         ("data.chairs=null", r"data\.chairs is not set"),
         ("promotion={data: chairs, subset: val}", r"validation lacks chairs/val"),
         ("only=[kitti]", r"no stage 'kitti'"),
+        (
+            "stages.0.validation=[{data: chairs, subset: val}, {data: chairs, subset: val, limit: 9}]",
+            r"stage chairs: validation names chairs/val twice",
+        ),
         ("stages.0.mixture.0.min_log2_scale=0.5", r"is above max_log2_scale"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,13 @@ def test_nothing_is_cut_in_a_terminal_of_80_columns(call, monkeypatch, tmp_path)
     assert all(word in newest.split() for word in ("gmflow/2", "sintel", "gmflow/2", name, "2.500"))
     compared = told("compare", "models:/gmflow/1", "models:/gmflow/2")
     assert all(word in compared for word in (*run_ids, "1" * 12, "2" * 12, f"val.{name}.epe"))
+    path = "/data/weights/gmflow_sintel.pth (sha256 0123456789abcdef)"
+    run = tracking.start_run(client, "r", "chairs", {}).info.run_id
+    registry.register(client, "gmflow", run, weights, registry.Lineage("chairs", path, {}, "h", "c", {}), None)
+    listed = told("list").split()
+    assert all(
+        word in listed for word in ("gmflow/3", "champion", "gmflow_sintel.pth", f"{datetime.now(UTC):%Y-%m-%d}")
+    )
 
 
 def test_champion_rolls_back_by_one_command_step_by_step_and_is_promoted_again(call):

@@ -18,7 +18,7 @@ from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, TEMPORARILY_UNAVAILA
 from gmflow import GMFlow, GMFlowConfig, predict_flow, save_weights
 from pipelines.errors import PipelineError
 from pipelines.training import feed, registry, tracking
-from pipelines.training.config import MetricConfig, MlflowConfig
+from pipelines.training.config import MetricConfig, MlflowConfig, SetConfig
 from pipelines.training.feed import FeedWriter, Record, listening
 from tests.faulty_proxy import faulty_proxy
 from tests.mlflow_server import MlflowServer, mlflow_running
@@ -126,6 +126,29 @@ def test_registering_again_gives_the_first_version_and_champion_moves_only_when_
     assert (alias("things"), alias("champion")) == (worse, first)
     better = register("kitti", "h3", 2.5)
     assert (alias("champion"), alias("chairs")) == (better, first)
+
+
+def test_figures_of_other_pairs_dethrone_no_champion(stage_run, tmp_path: Path, caplog):
+    weights = tmp_path / "model.safetensors"
+    save_weights(GMFlow(TINY), weights)
+    rule = MetricConfig(data="c", subset="val")
+    data = {"c": "s3://b/c/manifest-0123456789abcdef.json"}
+
+    def register(config_hash: str, epe: float, limit: int | None) -> str:
+        measured = registry.measured_on([SetConfig(data="c", subset="val", limit=limit)], data)
+        found = replace(lineage("chairs", config_hash, epe), measured=measured)
+        return registry.register(stage_run.client, "measured", stage_run.run_id, weights, found, rule).version
+
+    def champion() -> str:
+        return stage_run.client.get_model_version_by_alias("measured", "champion").version
+
+    whole = register("h1", 3.0, None)
+    register("h2", 1.0, 20)
+    assert champion() == whole
+    (told,) = [record.getMessage() for record in caplog.records if record.name.startswith("pipelines")]
+    assert "c/val was measured on other pairs (0123456789abcdef, not 0123456789abcdef[:20])" in told
+    assert champion() != register("h3", 3.5, None)
+    assert register("h4", 2.5, None) == champion()
 
 
 def test_a_champion_that_the_server_did_not_tell_of_is_not_dethroned(server, stage_run, tmp_path: Path, monkeypatch):
