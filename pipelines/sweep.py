@@ -6,7 +6,9 @@ same command again goes on where it was.
 """
 
 import argparse
+import contextlib
 import hashlib
+import json
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -19,9 +21,9 @@ from pipelines.cluster import connected, nodes  # sets Ray's environment, so bef
 from rich.table import Table
 
 from datasets_etl.manifest import Manifest
-from datasets_etl.storage import ObjectStore, open_store
+from datasets_etl.storage import ObjectStore, file_sha256, open_store
 from gmflow import GMFlow, load_weights, save_weights
-from pipelines.errors import PipelineError, command
+from pipelines.errors import USER_ERRORS, PipelineError, command
 from pipelines.sweeping import plots
 from pipelines.sweeping.accuracy import Scores, Weights, measure_accuracy, score_jobs
 from pipelines.sweeping.config import SweepConfig
@@ -102,35 +104,68 @@ def run_sweep(sweep: Sweep, *, retry: bool = False) -> list[Row]:
 
 
 def keep_weights(sweep: Sweep) -> Weights | None:
-    """The weights on storage, where every node reaches them, named by their content: an alias may move on.
+    """The weights on storage, where every node reaches them: those that the reference stood for when the sweep began.
 
+    An alias may move, not least to a trial of this sweep, and a file may be replaced: what was found is pinned, once.
     Raises GMFlowError where they are not of the config's model.
     """
     config = sweep.config
     if config.weights is None:
         return None
+    pin = _weights_pin(config.weights)
     with tempfile.TemporaryDirectory(prefix="gmflow-weights-") as folder:
-        source = registry.fetch_weights(config.weights, Path(folder), config.mlflow.tracking_uri)
-        version = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
-        name = f"weights-{version}.safetensors"
-        if sweep.store.size(name) is None:
-            model = GMFlow(config.architecture)
-            with registry.telling(config.weights, source):
-                load_weights(model, source)
-            path = Path(folder) / f"kept-{name}"
-            save_weights(model, path)
-            sweep.store.upload(path, name)
-    return Weights(f"{sweep.store.url}/{name}", version)
+        if sweep.store.size(pin) is not None:
+            pinned: dict[str, str] = json.loads(sweep.store.read(pin))
+            _tell_if_moved(sweep, config.weights, pinned, Path(folder))
+            return _kept_weights(sweep.store, pinned)
+        path, source = registry.fetch_named_weights(config.weights, Path(folder), config.mlflow.tracking_uri)
+        found = {"reference": config.weights, "source": source, "version": file_sha256(path)[:16]}
+        model = GMFlow(config.architecture)
+        with registry.telling(config.weights, path):
+            load_weights(model, path)
+        kept = Path(folder) / "kept.safetensors"
+        save_weights(model, kept)
+        weights = _kept_weights(sweep.store, found)
+        sweep.store.upload(kept, weights.url.rpartition("/")[2])
+        sweep.store.write(pin, json.dumps(found).encode())  # last: it says that the weights are there
+    return weights
+
+
+def _weights_pin(reference: str) -> str:
+    """Where a sweep keeps what a reference stood for."""
+    return f"weights-of-{hashlib.sha256(reference.encode()).hexdigest()[:16]}.json"
+
+
+def _kept_weights(store: ObjectStore, pinned: Mapping[str, str]) -> Weights:
+    return Weights(f"{store.url}/weights-{pinned['version']}.safetensors", pinned["version"], pinned["source"])
+
+
+def _tell_if_moved(sweep: Sweep, reference: str, pinned: Mapping[str, str], folder: Path) -> None:
+    with contextlib.suppress(*USER_ERRORS):  # it stands for nothing any more
+        path = registry.fetch_weights(reference, folder, sweep.config.mlflow.tracking_uri)
+        if file_sha256(path)[:16] == pinned["version"]:
+            return
+    sweep.view.say(
+        f"goes on with {pinned['source']}, what {reference} was when this sweep began; another name= starts a sweep of "
+        "what it is now"
+    )
 
 
 def probe(sweep: Sweep, weights: Weights, run: SweepRun) -> list[Row]:
     """The accuracy of the weights at every setting of the grid."""
     config = sweep.config
     assert config.probe is not None
-    rows = {
-        setting: Row(setting.name, "probe", setting.on(config.architecture), reference=setting == config.reference)
-        for setting in config.probed
-    }
+    jobs = [
+        job
+        for chosen in config.probe.validation
+        for job in score_jobs(weights, config.probed, chosen, sweep.manifests[chosen.data], config.precision)
+    ]
+    rows = {}
+    for setting in config.probed:
+        scores = sorted(job.key(setting) for job in jobs if setting in job.settings)
+        key = hashlib.sha256("".join(scores).encode()).hexdigest()[:12]
+        marked = setting == config.reference
+        rows[setting] = Row(setting.name, "probe", key, setting.on(config.architecture), reference=marked)
     for row in rows.values():
         sweep.view.show(row)
     missing = dict.fromkeys(rows, len(config.probe.validation))
@@ -144,11 +179,6 @@ def probe(sweep: Sweep, weights: Weights, run: SweepRun) -> list[Row]:
             run.end(rows[setting])
         sweep.view.show(rows[setting])
 
-    jobs = [
-        job
-        for chosen in config.probe.validation
-        for job in score_jobs(weights, list(rows), chosen, sweep.manifests[chosen.data], config.precision)
-    ]
     measure_accuracy(sweep.store, jobs, config.probe.cpus, config.probe.use_gpu, on_scored)
     return list(rows.values())
 
@@ -184,7 +214,7 @@ def tune(
     """Train the trials; a row for each, however it ended."""
     plan = plan_trials(sweep, weights)
     if retry:
-        retry_failed(plan)
+        sweep.view.say(f"{retry_failed(plan)} failed trial(s) will be tried again")
     for name in (setting.name for setting in seeds):
         sweep.view.say(f"the probe's front seeds {name}")
     board = _TrialBoard(sweep.view, run)
@@ -204,7 +234,7 @@ class _TrialBoard(Listener):
     def started(self, trial: Trial) -> None:
         with self._lock:
             choices = {name: trial.point[name] for name in trial.point if not name.startswith(("attn", "corr", "prop"))}
-            row = Row(trial.name, "trial", trial.model.build(), status="running", choices=choices)
+            row = Row(trial.name, "trial", trial.key, trial.model.build(), status="running", choices=choices)
             self._keep(row)
             self.run.describe(row, trial.stage)
 
@@ -283,11 +313,12 @@ def register_best(sweep: Sweep, rows: Sequence[Row], run: SweepRun, plan: TrialP
         trial = plan.trial(row.point)
         lineage = registry.Lineage(
             stage=config.name,
-            parent="random" if plan.weights is None else str(config.weights),
+            parent="random" if plan.weights is None else plan.weights.source,
             manifests={part.data: plan.data[part.data] for part in trial.stage.mixture},
             config_hash=trial.key,
             code_version=code_version(),
             metrics=row.metrics,
+            measured=registry.measured_on(trial.stage.validation, plan.data),
         )
         with tempfile.TemporaryDirectory(prefix="gmflow-best-") as folder:
             path = Path(folder) / FINAL_WEIGHTS
@@ -307,7 +338,7 @@ def register_best(sweep: Sweep, rows: Sequence[Row], run: SweepRun, plan: TrialP
 def show_plan(sweep: Sweep) -> None:
     """What `--dry-run` prints: every setting and trial, in order. Raises DataError or PipelineError without weights."""
     config = sweep.config
-    if config.weights is not None:
+    if config.weights is not None and sweep.store.size(_weights_pin(config.weights)) is None:
         registry.check_reference(config.weights, config.mlflow.tracking_uri)
     console = sweep.view.console
     if config.probe is not None:

@@ -31,10 +31,17 @@ from pipelines.training.validation import score
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights on storage: their URL (.safetensors), and the first 16 hex digits of the SHA-256 of their source."""
+    """Weights on storage.
+
+    Attributes:
+        url: of the `.safetensors`.
+        version: the first 16 hex digits of their source's SHA-256.
+        source: what they are: "models:/NAME/N", or a file with its SHA-256's start.
+    """
 
     url: str
     version: str
+    source: str
 
 
 @dataclass(frozen=True)

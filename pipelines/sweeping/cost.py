@@ -17,13 +17,17 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from datasets_etl.storage import ObjectStore
 from gmflow import GMFlow, GMFlowConfig
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import padded_flow
 from gmflow.replay import WARM_UPS
+from pipelines.errors import PipelineError
 from pipelines.sweeping.config import CostConfig
+
+_METERS = 4  # one after another, where each is lost
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,41 @@ def measure_costs(
 ) -> dict[GMFlowConfig, Cost]:
     """The cost of each model; weights do not matter, so they are random. Measures what storage does not hold yet.
 
+    The process that measures is replaced where it is lost: killed, or with its machine.
+
     Args:
         store: of the sweep.
         models: each with what to call it.
         config: how to measure.
         precision: of the forward pass.
-        on_measured: gets a line for every timing.
+        on_measured: gets a line for every timing, and for every loss.
+
+    Raises PipelineError where the process was lost too often.
     """
+    lost = 0
+    while True:
+        try:
+            return _measure_with_one_meter(store, models, config, precision, on_measured)
+        except (RayActorError, OutOfMemoryError) as error:
+            if isinstance(error, RayActorError) and error.actor_init_failed:
+                raise  # nor would another one start
+            lost += 1
+            if lost == _METERS:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
+                raise PipelineError(
+                    f"cost: the process that measures was lost {lost} time(s), the last: {reason}; what it timed is "
+                    "kept, and the same command goes on"
+                ) from error
+            on_measured("cost: the process that measures was lost; another goes on as soon as there is room for it")
+
+
+def _measure_with_one_meter(
+    store: ObjectStore,
+    models: Mapping[GMFlowConfig, str],
+    config: CostConfig,
+    precision: Precision,
+    on_measured: OnMeasured,
+) -> dict[GMFlowConfig, Cost]:
     meter = _Meter.options(  # type: ignore[attr-defined]
         num_cpus=config.cpus, num_gpus=1 if config.use_gpu else 0
     ).remote(config, precision)

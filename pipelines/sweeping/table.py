@@ -20,6 +20,7 @@ class Row:
     Attributes:
         name: of the setting, or of the trial.
         phase: "probe" or "trial".
+        key: names all that decides its figures.
         model: what it is.
         status: "waiting", "running", "finished", "stopped" (early, by the scheduler) or "failed".
         reason: why it failed, or where it was stopped.
@@ -33,6 +34,7 @@ class Row:
 
     name: str
     phase: str
+    key: str
     model: GMFlowConfig
     status: str = "waiting"
     reason: str = ""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from mlflow.entities import Metric, Param, RunTag
 
@@ -14,16 +15,17 @@ from datasets_etl.manifest import Manifest
 from pipelines.sweeping.accuracy import Weights
 from pipelines.sweeping.config import SweepConfig
 from pipelines.sweeping.table import Row
+from pipelines.sweeping.trials import stage_identity
 from pipelines.training import tracking
 from pipelines.training.config import StageConfig
 from pipelines.training.feed import Record
 
-# What a run may change without being another sweep.
-_NOT_IDENTITY = {"storage", "mlflow", "registration", "cost", "cluster_grows"}
-
 
 class SweepRun:
-    """The parent run and its children; the same config and weights find the same ones again.
+    """The parent run and its children.
+
+    A sweep that is continued finds its parent again: how much is searched, how, and on which machines is no part of the
+    parent's key. A child's key names what decides its own figures, so whoever continues finds that too.
 
     Callable from any thread: Tune's loop and the feed both tell of trials.
 
@@ -40,10 +42,9 @@ class SweepRun:
         tell: Callable[[str], None],
     ) -> None:
         self.client = tracking.connect(config.mlflow.tracking_uri)
-        identity = config.model_dump(mode="json", exclude=_NOT_IDENTITY)
-        versions = {name: manifest.version for name, manifest in manifests.items()}
-        content = json.dumps([identity, versions, weights and weights.version], sort_keys=True)
+        content = json.dumps(_identity(config, weights, manifests), sort_keys=True)
         key = f"sweep/{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+        self._name = config.name
         self.parent = tracking.CurriculumRun(self.client, config.mlflow, config.name, key, tell)
         self.run_id = self.parent.run_id
         self._patience = self.parent.patience
@@ -52,7 +53,7 @@ class SweepRun:
         self._patience(self.client.log_dict, self.run_id, config.facts(), "config.yaml")
         tags = {f"manifest.{name}": manifest.url for name, manifest in manifests.items()}
         if weights is not None:
-            tags["weights"] = f"{config.weights} ({weights.version})"
+            tags["weights"] = weights.source
         self._tag(self.run_id, tags)
 
     def child(self, row: Row) -> tracking.TrackedRun:
@@ -60,7 +61,7 @@ class SweepRun:
         label = f"{row.phase}/{row.name}"
         with self._lock:
             if label not in self._children:
-                run = self.parent.stage(row.name, key=f"{self.run_id}/{label}")
+                run = self.parent.stage(row.name, key=f"sweep/{self._name}/{row.phase}/{row.key}")
                 params = [Param(name, str(value)) for name, value in {"phase": row.phase, **row.point}.items()]
                 self._patience(self.client.log_batch, run.run_id, params=params)
                 self._patience(self.client.update_run, run.run_id, status="RUNNING")
@@ -103,3 +104,18 @@ class SweepRun:
     def _tag(self, run_id: str, tags: Mapping[str, str]) -> None:
         entries = [RunTag(name, value) for name, value in tags.items()]
         self._patience(self.client.log_batch, run_id, tags=entries)
+
+
+def _identity(config: SweepConfig, weights: Weights | None, manifests: Mapping[str, Manifest]) -> list[Any]:
+    """What a sweep cannot change and remain the same: all that decides the figures of its settings and trials."""
+    probe, tuned = config.probe, config.tune
+    return [
+        config.name,
+        config.architecture.to_dict(),
+        None if weights is None else weights.version,
+        config.seed,
+        config.precision,
+        {name: manifest.version for name, manifest in manifests.items()},
+        None if probe is None else [chosen.model_dump(mode="json") for chosen in probe.validation],
+        None if tuned is None else [tuned.start, *stage_identity(tuned.stage)],
+    ]

@@ -77,14 +77,18 @@ class TrialPlan:
             update={**asdict(setting), **_chosen(point, ("num_layers", "feature_channels"))}
         )
         stage = self.tune.stage.model_copy(update=_chosen(point, ("peak_lr",)))
-        watched = stage.model_dump(mode="json", include={"validation", "validate_every"})
         versions = {used.data: self.versions[used.data] for used in stage.reads}
         start = "random" if self.weights is None else self.weights.version
-        decides = [stage.recipe(), watched, model.build().to_dict(), versions, start]
+        decides = [*stage_identity(stage), model.build().to_dict(), versions, start]
         content = json.dumps([*decides, self.config.seed, self.config.precision], sort_keys=True)
         key = hashlib.sha256(content.encode()).hexdigest()[:12]
         name = f"{setting.name}-{key[:6]}"
         return Trial(name, key, dict(point), model, stage, f"{self.folder}/{self.config.name}-{setting.name}-{key}")
+
+
+def stage_identity(stage: StageConfig) -> list[Any]:
+    """What decides a trial's figures in its stage: the recipe, and what is validated when."""
+    return [stage.recipe(), stage.model_dump(mode="json", include={"validation", "validate_every"})]
 
 
 def _chosen(point: Mapping[str, float], names: Sequence[str]) -> Point:
@@ -248,9 +252,12 @@ def announced(plan: TrialPlan) -> list[Trial]:
     return [trial for _, trial in sorted(found, key=lambda pair: pair[0])]
 
 
-def retry_failed(plan: TrialPlan) -> None:
-    """Take back the end of every trial that failed: it goes on from its newest checkpoint."""
+def retry_failed(plan: TrialPlan) -> int:
+    """Take back the end of every trial that failed: it goes on from its newest checkpoint. Returns how many."""
+    failed = 0
     for trial in announced(plan):
         records = TrialRecords.open(trial.folder)
         if records.result is not None and records.result.status == "failed":
             records.take_back_end()
+            failed += 1
+    return failed

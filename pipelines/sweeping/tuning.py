@@ -18,6 +18,7 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 
+import ray
 from ray import tune
 from ray.exceptions import RayActorError
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -98,8 +99,7 @@ def tune_trials(plan: TrialPlan, seeds: Sequence[Setting], listener: Listener) -
         _tell_again(ended, listener)
         return
     space, searcher, samples = _search(plan, seeds)
-    # A trial's driver only waits: with whole CPUs, drivers would starve the workers they wait for.
-    driver = tune.with_resources(tune.with_parameters(run_trial, plan=plan), {"CPU": 0, "memory": 1})
+    driver = tune.with_resources(tune.with_parameters(run_trial, plan=plan), driver_resources())
     tuner = tune.Tuner(
         driver,
         param_space=space,
@@ -125,6 +125,16 @@ def tune_trials(plan: TrialPlan, seeds: Sequence[Setting], listener: Listener) -
         logging.getLogger(name).addFilter(_is_no_trials_failure)
     with listening(plan.feed, listener.show, listener.keep):
         tuner.fit()
+
+
+def driver_resources() -> tune.PlacementGroupFactory:
+    """What a trial's driver asks for: a place beside the sweep's own driver, so that no other machine takes it along.
+
+    It only waits: with whole CPUs, drivers would starve the workers they wait for. A request may not be empty, so it
+    asks for a byte.
+    """
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return tune.PlacementGroupFactory([{"memory": 1}], bundle_label_selector=[here])
 
 
 def _is_no_trials_failure(record: logging.LogRecord) -> bool:

@@ -3,22 +3,32 @@
 import csv
 import io
 import json
+import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
+from ray.cluster_utils import Cluster
 
 from datasets_etl.etl import run_etl
 from datasets_etl.formats import decode_flo, decode_frame, encode_flo, encode_frame_ppm
+from datasets_etl.storage import open_store
 from gmflow import GMFlow, GMFlowConfig, save_weights
 from gmflow.metrics import FlowMetrics
+from pipelines.errors import PipelineError
+from pipelines.sweeping import cost
+from pipelines.sweeping.config import CostConfig
+from pipelines.training import registry, tracking
 from pipelines.training.registry import resolve_model
+from tests.conftest import ROOT
 from tests.pipelines.conftest import Workplace
 from tests.waiting import kill_tree, output_of, wait_until
 
@@ -161,20 +171,28 @@ def test_a_probe_is_in_mlflow_and_its_plots_are_where_the_output_says(probed):
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory, manifests: dict[str, str]) -> tuple[Workplace, str]:
-    """A probe of two settings and four trials of two workers on two CPUs, killed in the last trial."""
+    """A probe of two settings and four trials of two workers on two CPUs, killed in the last trial.
+
+    They start from the champion, which the best of them then becomes.
+    """
     folder = tmp_path_factory.mktemp("tune")
     small = {"backbone_channels": [8, 8, 8], "feature_channels": 16, "num_layers": 1}
     setting = {"attn_splits": [1, 2], "corr_radius": [-1, 2]}
     torch.manual_seed(0)
     weights = folder / "start.safetensors"
     save_weights(GMFlow(GMFlowConfig.from_dict(GMFlowConfig.refine().to_dict() | small | setting)), weights)
+    client = tracking.connect(f"sqlite:///{folder}/mlflow.db")
+    given = tracking.start_run(client, "given", "start", {}).info.run_id
+    registry.register(
+        client, "gmflow", given, weights, registry.Lineage("start", "random", {}, "h", "sources:x", {}), None
+    )
     config = {
         "name": "tune",
         "storage": str(folder / "storage"),
         "seed": 3,
         "data": {"chairs": manifests["chairs"]},
         "model": {"variant": "refine", **small, **setting},
-        "weights": str(weights),
+        "weights": "models:/gmflow@champion",
         "objective": {"data": "chairs", "subset": "val"},
         "probe": {
             "grid": {"attn_splits": [[1], [1, 2]]},
@@ -297,14 +315,18 @@ def test_the_best_trial_is_registered_with_its_setting(tuned):
     model = resolve_model("models:/gmflow@tune", workplace.tracking_uri)
     assert model.config.attn_splits == (int(best["attn_splits_1"]), int(best["attn_splits_2"]))
     client = MlflowClient(workplace.tracking_uri, workplace.tracking_uri)
-    (version,) = client.search_model_versions("name = 'gmflow'")
+    version, given = client.search_model_versions("name = 'gmflow'")
+    assert version.tags["parent"] == f"models:/gmflow/{given.version}"
     assert float(version.tags[METRIC.replace("/", ".")]) == pytest.approx(float(best[METRIC]), rel=1e-4)
 
 
 def test_a_sweep_that_has_ended_is_told_again_without_any_training(tuned):
     workplace, output = tuned
     kept = {path: path.stat().st_mtime_ns for path in (workplace.folder / "storage/tune").glob("trials/**/*.*")}
+    champion = registry.find_version(tracking.connect(workplace.tracking_uri), "models:/gmflow@champion")
+    assert int(champion.version) == 2, "the sweep did not move its own alias"
     again = run(workplace)
+    assert "goes on with models:/gmflow/1, what models:/gmflow@champion was when this sweep began" in again
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert "resumes" not in again
     assert "starts: " not in again
@@ -313,7 +335,84 @@ def test_a_sweep_that_has_ended_is_told_again_without_any_training(tuned):
 
 def test_a_dry_run_starts_nothing(tuned, tmp_path: Path):
     workplace = Workplace(tmp_path, tuned[0].config | {"storage": str(tmp_path / "storage")})
-    output = run(workplace, "--dry-run")
+    output = run(workplace, "--dry-run", f"weights={tuned[0].folder}/start.safetensors")
     assert "tune: 4 trials of 40 steps" in output
     assert "probe: 2 settings" in output
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+# --------------------------------------------------------------------------------------- machines that are lost
+
+
+def kill_meter() -> None:
+    """SIGKILL for the process that measures, of this process's own Ray."""
+    below = psutil.Process().children(recursive=True)
+    (meter,) = [process for process in below if process.name().startswith("ray::_Meter")]
+    meter.kill()
+
+
+def test_costs_are_measured_to_the_end_though_the_process_that_measures_is_lost(local_ray, tmp_path, monkeypatch):
+    store = open_store(str(tmp_path))
+    tiny = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
+    models = {tiny: "one", GMFlowConfig.from_dict(tiny.to_dict() | {"attn_splits": [1]}): "other"}
+    told: list[str] = []
+
+    def kill_after(timings: int, line: str) -> None:
+        told.append(line)
+        if len(told) == timings:
+            kill_meter()
+
+    def measure(timings: int) -> dict[GMFlowConfig, cost.Cost]:
+        told.clear()
+        asked = CostConfig(height=32, width=48, rounds=2)
+        return cost.measure_costs(store, models, asked, "fp32", lambda line: kill_after(timings, line))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cost, "_METERS", 1)
+        with pytest.raises(PipelineError, match=r"was lost 1 time\(s\), the last: .*; what it timed is kept"):
+            measure(1)
+    assert measure(2).keys() == models.keys()
+    assert ["lost" in line for line in told] == [False, False, True, False]
+    kept = [json.loads(path.read_text()) for path in tmp_path.glob("cost/*.json")]
+    assert [len(content["seconds"]) for content in kept] == [2, 2]
+
+
+_WHERE_DRIVERS_GO = """
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from pipelines.sweeping.tuning import driver_resources
+
+@ray.remote(num_cpus=0)
+def where():
+    return ray.get_runtime_context().get_node_id()
+
+@ray.remote(num_cpus=0)
+def trials_of_a_sweep():
+    groups = [driver_resources().to_placement_group() for _ in range(3)]
+    places = [where.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group)).remote() for group in groups]
+    return ray.get(places)
+
+ray.init()
+for node in ray.nodes():
+    on = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    assert ray.get(trials_of_a_sweep.options(scheduling_strategy=on).remote()) == [node["NodeID"]] * 3
+print(len(ray.nodes()), "nodes")
+"""
+
+
+def test_trials_drivers_run_where_the_sweeps_own_does(local_ray):
+    """Wherever that is, with CPUs or without: the loss of any other machine ends none of them."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        told = subprocess.run(
+            [sys.executable, "-c", _WHERE_DRIVERS_GO],
+            cwd=ROOT,
+            env={**os.environ, "RAY_ADDRESS": cluster.address, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert "3 nodes" in told.stdout, told.stderr
+    finally:
+        cluster.shutdown()

@@ -7,6 +7,7 @@ import re
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,15 @@ from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError
 from ray.tune.search import Searcher
 
-from gmflow import GMFlow, GMFlowConfig, execution
+from datasets_etl.storage import open_store
+from gmflow import GMFlow, GMFlowConfig, execution, save_weights
 from gmflow.errors import GMFlowError
 from gmflow.execution import ExecutionConfig, Precision, prepare_model, runs_in
 from gmflow.predict import padded_flow
 from pipelines.errors import PipelineError
+from pipelines.sweep import Sweep, keep_weights, plan_trials, register_best
 from pipelines.sweeping import cost, plots, tuning
-from pipelines.sweeping.accuracy import SharedFeatures
+from pipelines.sweeping.accuracy import SharedFeatures, Weights, score_jobs
 from pipelines.sweeping.config import CostConfig, SweepConfig
 from pipelines.sweeping.cost import Cost, _allocated_on_cpu
 from pipelines.sweeping.room import check_room, concurrent_trials
@@ -32,6 +35,7 @@ from pipelines.sweeping.settings import Setting, check_crop, check_size, grid_se
 from pipelines.sweeping.table import Row, best_settings, mark_front, to_csv, to_json
 from pipelines.sweeping.tracking import SweepRun
 from pipelines.sweeping.trials import (
+    FINAL_WEIGHTS,
     Trial,
     TrialPlan,
     TrialRecords,
@@ -42,6 +46,8 @@ from pipelines.sweeping.trials import (
     retry_failed,
 )
 from pipelines.sweeping.tuning import DistinctOptuna
+from pipelines.sweeping.view import SweepView
+from pipelines.training import tracking
 from pipelines.training.config import load_config
 from tests.conftest import ROOT
 
@@ -272,7 +278,7 @@ def test_storage_remembers_trials_in_order_and_only_those_of_the_config(tree, lo
     again = TrialRecords.open(plan.trial(points[0]).folder)
     assert (again.history, again.result) == ([(10, {METRIC: 3.0})], TrialResult("failed", "no luck", 10))
     TrialRecords.open(plan.trial(points[1]).folder).end(TrialResult("finished", "", 30))
-    retry_failed(plan)
+    assert retry_failed(plan) == 1
     retried = TrialRecords.open(plan.trial(points[0]).folder)
     assert retried.result is None
     assert retried.end(TrialResult("finished", "", 30)) == retried.result == TrialResult("finished", "", 30)
@@ -349,7 +355,8 @@ def test_a_cluster_that_grows_may_have_no_room_yet(tree, load):
 
 
 def row(name: str, epe: float, latency: float, memory: float, **more: Any) -> Row:
-    return Row(name, "probe", REFINE, "finished", metrics={METRIC: epe}, cost=Cost(latency, memory), **more)
+    costs = Cost(latency, memory)
+    return Row(name, "probe", f"key of {name}", REFINE, "finished", metrics={METRIC: epe}, cost=costs, **more)
 
 
 def test_costs_that_were_measured_again_are_the_ones_mlflow_shows(tree, load, tmp_path):
@@ -359,6 +366,115 @@ def test_costs_that_were_measured_again_are_the_ones_mlflow_shows(tree, load, tm
         run.judge(row("2x8-r4-p1", 1.0, latency, 1.0))
         time.sleep(0.002)  # MLflow's clock ticks in milliseconds
     assert run.client.get_run(run.child(row("2x8-r4-p1", 1.0, 1.0, 1.0)).run_id).data.metrics["latency_ms"] == 40
+
+
+TINY = {"backbone_channels": [8, 8, 8], "feature_channels": 16, "num_layers": 1}
+MANIFESTS: Any = {"chairs": SimpleNamespace(url="c.json", version="v1")}
+
+
+@pytest.fixture
+def tracked(tree, load, tmp_path):
+    """Makes a sweep of a tiny model, tracked in a database of its own."""
+    tree |= {"model": {"variant": "refine", **TINY}, "registration": {"best": 1}}
+    tree |= {"mlflow": {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}}
+
+    def _tracked(*overrides: str) -> Sweep:
+        config = load(tree, *overrides)
+        store = open_store(f"{config.storage}/{config.name}")
+        return Sweep(config, MANIFESTS, store, SweepView(config.metric))
+
+    return _tracked
+
+
+def test_a_sweep_goes_on_with_what_its_alias_was_when_it_began(tracked, tmp_path, capsys):
+    client = tracking.connect(f"sqlite:///{tmp_path}/mlflow.db")
+    client.create_registered_model("gmflow")
+    for number in ("1", "2"):
+        torch.manual_seed(int(number))
+        (tmp_path / number).mkdir()
+        model = GMFlow(GMFlowConfig.from_dict(REFINE.to_dict() | TINY))
+        save_weights(model, tmp_path / number / "w.safetensors")
+        client.create_model_version("gmflow", (tmp_path / number).as_uri())
+
+    def begin(*overrides: str) -> tuple[Weights, TrialPlan, list[str], str]:
+        """What a run works with: weights, trials, the files of the probe's figures, the run in MLflow."""
+        sweep = tracked("weights=models:/gmflow@champion", *overrides)
+        weights = keep_weights(sweep)
+        (chosen,) = sweep.config.probe.validation
+        jobs = score_jobs(weights, sweep.config.probed, chosen, MANIFESTS["chairs"], "fp32")
+        scores = [job.key(setting) for job in jobs for setting in job.settings]
+        return weights, plan_trials(sweep, weights), scores, SweepRun(sweep.config, weights, {}, print).run_id
+
+    client.set_registered_model_alias("gmflow", "champion", "1")
+    weights, plan, scores, run_id = begin()
+    assert weights.source == "models:/gmflow/1"
+    assert capsys.readouterr().out == ""
+    trial = plan.trial(listed_points(plan.config, [])[0])
+    announce(trial, 0)
+    TrialRecords.open(trial.folder).end(TrialResult("failed", "no luck"))
+
+    def moves() -> None:
+        client.set_registered_model_alias("gmflow", "champion", "2")
+
+    def goes() -> None:
+        client.delete_registered_model_alias("gmflow", "champion")
+
+    for alias in (moves, goes):
+        alias()
+        again, plan, *found = begin()
+        assert (again, found) == (weights, [scores, run_id])
+        assert [known.key for known in announced(plan)] == [trial.key]
+        assert "goes on with models:/gmflow/1, what models:/gmflow@champion was when" in capsys.readouterr().out
+    assert retry_failed(plan) == 1
+
+    moves()
+    afresh, plan, *found = begin("name=other")
+    assert afresh.source == "models:/gmflow/2"
+    assert announced(plan) == []
+    assert not {run_id, *scores} & {found[1], *found[0]}
+
+
+def test_a_sweep_continued_with_more_trials_is_the_same_in_mlflow(tracked, tmp_path):
+    weights = Weights("w.safetensors", "v", "models:/gmflow/1")
+    longer = ["tune.trials=8", "tune.max_concurrent=1", "tune.machine={num_workers: 2}", "tune.reduction_factor=2"]
+    longer += ["probe.cpus=2", "probe.use_gpu=true", "probe.grid.corr_radius=[2, 3, 5]", "cost.rounds=9"]
+    seen = []
+    for overrides in (["tune.trials=4"], longer):
+        sweep = tracked(*overrides)
+        run = SweepRun(sweep.config, weights, MANIFESTS, print)
+        plan = plan_trials(sweep, weights)
+        trial = plan.trial(listed_points(plan.config, [])[0])
+        best = Row(trial.name, "trial", trial.key, trial.model.build(), "finished", metrics={METRIC: 2.0})
+        with run.parent.running(run.run_id):
+            run.end(best)
+            run.end(row("2x8-r4-p1", 1.0, 1.0, 1.0))
+        if not seen:
+            save_weights(GMFlow(trial.model.build()), tmp_path / "final.safetensors")
+            open_store(trial.folder).upload(tmp_path / "final.safetensors", FINAL_WEIGHTS)
+        register_best(sweep, [best], run, plan)
+        (version,) = run.client.search_model_versions("name = 'gmflow'")
+        assert version.tags["parent"] == "models:/gmflow/1"
+        found = run.client.search_runs([run.parent.experiment_id])
+        seen.append({one.info.run_id: one.data.tags.get("mlflow.parentRunId") for one in found})
+        assert {one.info.status for one in found} == {"FINISHED"}
+    assert seen[0] == seen[1]
+    assert list(seen[0].values()).count(run.run_id) == 2
+
+
+def test_a_trial_that_a_changed_sweep_still_has_moves_to_it_and_others_are_others(tracked):
+    weights = Weights("w.safetensors", "v", "w.pth (sha256 v)")
+    children = []
+    for overrides in (["probe=null"], [], ["tune.stage.steps=40"]):
+        sweep = tracked(*overrides)
+        plan = plan_trials(sweep, weights)
+        trial = plan.trial(listed_points(plan.config, [])[0])
+        run = SweepRun(sweep.config, weights, MANIFESTS, print)
+        child = run.child(Row(trial.name, "trial", trial.key, trial.model.build()))
+        assert run.client.get_run(child.run_id).data.tags["mlflow.parentRunId"] == run.run_id
+        children.append((run.run_id, child.run_id))
+    (first, shared), (second, same), (_, other) = children
+    assert first != second
+    assert shared == same != other
 
 
 @settings(deadline=None)  # a shared machine is no reason to fail
@@ -394,7 +510,7 @@ def test_the_probes_best_are_the_fronts_by_objective():
 
 
 def test_the_report_holds_every_row_and_needs_no_network():
-    failed = Row("broken", "trial", REFINE, "failed", reason="loss is </script> nan", choices={"peak_lr": 0.1})
+    failed = Row("broken", "trial", "k", REFINE, "failed", reason="loss is </script> nan", choices={"peak_lr": 0.1})
     rows = [*mark_front([row("a", 1, 9, 1), row("b", 2, 3, 1, reference=True)], METRIC), failed]
     lines = list(csv.DictReader(io.StringIO(to_csv(rows, (436, 1024)).decode())))
     assert [line["name"] for line in lines] == ["a", "b", "broken"]
