@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -38,8 +39,8 @@ def replay_passes(model: GMFlow) -> None:
 
     The first pass of a shape and mode runs as it is, which also warms up what must not be recorded, the second one is
     recorded. In training a backward pass must follow its forward pass before the next one. Passes whose gradients are
-    asked for of images or of both directions always run as they are. Where the GPU's memory does not suffice, the
-    recordings go, and what they were of runs as it is from then on.
+    asked for of images or of both directions always run as they are. Where the GPU's memory does not suffice for a
+    forward pass, all models' recordings go, and what they were of runs as it is from then on.
     """
     model.forward = partial(_forward, Recordings(), model, model.forward)  # type: ignore[method-assign]
 
@@ -86,10 +87,14 @@ def _replayed(
     return out
 
 
+_of_this_process: weakref.WeakSet[Recordings] = weakref.WeakSet()
+
+
 class Recordings:
     """By what they are of; those used last are kept. A copy has none: they are of the original's memory."""
 
     def __init__(self) -> None:
+        _of_this_process.add(self)
         self._seen: set[Any] = set()
         self._given_up: set[Any] = set()
         self._kept: OrderedDict[Any, _Recording] = OrderedDict()
@@ -111,9 +116,13 @@ class Recordings:
         self._seen.add(key)
 
     def give_up(self, key: Any) -> None:
-        """Memory ran out in a pass of this key: drop all recordings, and make none of it or of what they were of."""
-        self._given_up |= {key, *self._kept}
-        self._kept.clear()
+        """Memory ran out in a pass of this key: drop all recordings of this process, and make none of it, or of what
+        they were of, again.
+        """
+        self._given_up.add(key)
+        for each in _of_this_process:
+            each._given_up.update(each._kept)
+            each._kept.clear()
 
     def __reduce__(self) -> tuple[type[Recordings], tuple[()]]:
         return Recordings, ()

@@ -76,6 +76,13 @@ def nodes() -> Nodes:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def own_node() -> Mapping[str, float]:
+    """The resources of the node that this process runs on."""
+    here = ray.get_runtime_context().get_node_id()
+    (found,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    return found
+
+
 def slots(nodes: Nodes, cpus: int, use_gpu: bool) -> int:
     """How many tasks or workers fit at once, each on one node, with that many CPUs and perhaps a GPU."""
     total = 0

@@ -43,9 +43,9 @@ def main() -> None:
     for path in arguments.outputs:
         if path.suffix not in (*WEIGHTS, *PROGRAMS):
             raise PipelineError(f"{path}: unknown suffix; a model is written as {', '.join((*WEIGHTS, *PROGRAMS))}")
-        if not path.parent.is_dir():
-            raise PipelineError(f"{path}: the folder {path.parent} does not exist")
     model = resolve_model(arguments.model)
+    for path in arguments.outputs:
+        path.parent.mkdir(parents=True, exist_ok=True)
     exported = None
     for path in arguments.outputs:
         if path.suffix in WEIGHTS:

@@ -18,12 +18,14 @@ from pathlib import Path
 from pipelines.cluster import connected, nodes  # sets Ray's environment, so before Ray
 
 # isort: split
+from mlflow.exceptions import MlflowException
 from rich.table import Table
 
 from datasets_etl.manifest import Manifest
 from datasets_etl.storage import ObjectStore, file_sha256, open_store
 from gmflow import GMFlow, load_weights, save_weights
 from pipelines.errors import USER_ERRORS, PipelineError, command
+from pipelines.lasting import lasting_store
 from pipelines.sweeping import plots
 from pipelines.sweeping.accuracy import Scores, Weights, measure_accuracy, score_jobs
 from pipelines.sweeping.config import SweepConfig
@@ -75,7 +77,7 @@ def prepare(config: SweepConfig) -> Sweep:
             manifests[part.data] = Manifest.load(url)
         manifests[part.data].select(part.subset)
     config.check_sizes(manifests)
-    store = open_store(f"{open_store(config.storage).url}/{config.name}")
+    store = open_store(f"{lasting_store(config.storage, 'storage').url}/{config.name}")
     return Sweep(config, manifests, store, SweepView(config.metric))
 
 
@@ -113,17 +115,21 @@ def keep_weights(sweep: Sweep) -> Weights | None:
     if config.weights is None:
         return None
     pin = _weights_pin(config.weights)
+    model = GMFlow(config.architecture)
     with tempfile.TemporaryDirectory(prefix="gmflow-weights-") as folder:
+        kept = Path(folder) / "kept.safetensors"
         if sweep.store.size(pin) is not None:
             pinned: dict[str, str] = json.loads(sweep.store.read(pin))
-            _tell_if_moved(sweep, config.weights, pinned, Path(folder))
-            return _kept_weights(sweep.store, pinned)
+            weights = _kept_weights(sweep.store, pinned)
+            kept.write_bytes(sweep.store.read(weights.url.rpartition("/")[2]))
+            with registry.telling(config.weights, kept):
+                load_weights(model, kept)
+            _tell_if_moved(sweep, config.weights, pinned)
+            return weights
         path, source = registry.fetch_named_weights(config.weights, Path(folder), config.mlflow.tracking_uri)
         found = {"reference": config.weights, "source": source, "version": file_sha256(path)[:16]}
-        model = GMFlow(config.architecture)
         with registry.telling(config.weights, path):
             load_weights(model, path)
-        kept = Path(folder) / "kept.safetensors"
         save_weights(model, kept)
         weights = _kept_weights(sweep.store, found)
         sweep.store.upload(kept, weights.url.rpartition("/")[2])
@@ -140,15 +146,14 @@ def _kept_weights(store: ObjectStore, pinned: Mapping[str, str]) -> Weights:
     return Weights(f"{store.url}/weights-{pinned['version']}.safetensors", pinned["version"], pinned["source"])
 
 
-def _tell_if_moved(sweep: Sweep, reference: str, pinned: Mapping[str, str], folder: Path) -> None:
-    with contextlib.suppress(*USER_ERRORS):  # it stands for nothing any more
-        path = registry.fetch_weights(reference, folder, sweep.config.mlflow.tracking_uri)
-        if file_sha256(path)[:16] == pinned["version"]:
-            return
-    sweep.view.say(
-        f"goes on with {pinned['source']}, what {reference} was when this sweep began; another name= starts a sweep of "
-        "what it is now"
-    )
+def _tell_if_moved(sweep: Sweep, reference: str, pinned: Mapping[str, str]) -> None:
+    """Where it cannot be looked up nothing is known, and nothing said: the sweep has what it needs."""
+    with contextlib.suppress(*USER_ERRORS, MlflowException):
+        if registry.stands_for(reference, sweep.config.mlflow.tracking_uri) != pinned["source"]:
+            sweep.view.say(
+                f"goes on with {pinned['source']}, what {reference} was when this sweep began; another name= starts a "
+                "sweep of what it is now"
+            )
 
 
 def probe(sweep: Sweep, weights: Weights, run: SweepRun) -> list[Row]:

@@ -1,8 +1,13 @@
 """Whether a cluster has room for what a sweep asks of it: what never fits would wait for ever."""
 
+from collections.abc import Mapping
+
 from pipelines.cluster import Nodes, listed, slots
 from pipelines.errors import PipelineError
 from pipelines.sweeping.config import SweepConfig, TuneConfig
+
+# Of a trial's driver and Ray Train's controller, which sits beside it.
+_DRIVER_BYTES = 2**30
 
 
 def check_room(config: SweepConfig, nodes: Nodes) -> None:
@@ -20,6 +25,11 @@ def check_room(config: SweepConfig, nodes: Nodes) -> None:
             )
     if config.tune is not None:
         concurrent_trials(config.tune, nodes)
+
+
+def drivers_at_once(node: Mapping[str, float]) -> int:
+    """How many trials' drivers the memory of a node is enough for, by its resources; one in any case."""
+    return max(1, int(node.get("memory", 0) // _DRIVER_BYTES))
 
 
 def concurrent_trials(tune: TuneConfig, nodes: Nodes) -> int:

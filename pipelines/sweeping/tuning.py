@@ -27,10 +27,10 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from datasets_etl.storage import open_store
-from pipelines.cluster import nodes
+from pipelines.cluster import nodes, own_node
 from pipelines.errors import USER_ERRORS, PipelineError
 from pipelines.sweeping.config import RangeConfig
-from pipelines.sweeping.room import concurrent_trials
+from pipelines.sweeping.room import concurrent_trials, drivers_at_once
 from pipelines.sweeping.settings import Setting
 from pipelines.sweeping.trials import (
     FINAL_WEIGHTS,
@@ -109,7 +109,7 @@ def tune_trials(plan: TrialPlan, seeds: Sequence[Setting], listener: Listener) -
             search_alg=searcher,
             scheduler=_scheduler(plan),
             num_samples=samples,
-            max_concurrent_trials=concurrent_trials(plan.tune, nodes()),
+            max_concurrent_trials=min(concurrent_trials(plan.tune, nodes()), drivers_at_once(own_node())),
             trial_name_creator=lambda trial: plan.trial(trial.config["point"]).name,
             trial_dirname_creator=lambda trial: plan.trial(trial.config["point"]).name,
             reuse_actors=False,

@@ -78,6 +78,8 @@ class CheckpointStore:
     def read(self, step: int) -> dict[str, Any]:
         """The snapshot of a step. Raises PipelineError where it is damaged or of another version."""
         facts = self._facts(step)
+        if self.folder.size(_data_key(facts)) is None:
+            facts = self._facts(step)  # replaced meanwhile, by rank 0 or by workers that a killed driver left
         key = _data_key(facts)
         where = f"{self.folder.url}/{key}"
         if self.folder.size(key) is None:

@@ -22,7 +22,7 @@ from pipelines.errors import PipelineError
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(_Frozen):
@@ -209,10 +209,10 @@ class MachineConfig(_Frozen):
     def _limits_fit_together(self) -> Self:
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(f"min_workers {self.min_workers} is above num_workers {self.num_workers}")
-        if self.hang_timeout_s <= self.storage_patience_s:
+        if self.hang_timeout_s <= 2 * self.storage_patience_s:
             raise ValueError(
-                f"hang_timeout_s {self.hang_timeout_s:g} must be above storage_patience_s {self.storage_patience_s:g}: "
-                "a worker that waits for storage does not hang"
+                f"hang_timeout_s {self.hang_timeout_s:g} must be above twice storage_patience_s "
+                f"{self.storage_patience_s:g}: a worker whose last two checkpoints wait for storage does not hang"
             )
         return self
 

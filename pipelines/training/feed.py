@@ -103,16 +103,16 @@ def listening(name: str, show: Callable[[Record], None], keep: Callable[[Record]
     Args:
         name: of the queue.
         show: called with every record, in order; must be quick.
-        keep: called with every record, in order, in a thread of its own: it may wait for a server. The end of the
-            `with` waits until all is kept, and raises what `keep` raised; where the block raised, it waits for some
-            seconds only. After that `keep` is not called again: a record that is told later than its successors would
-            leave a gap for good.
+        keep: called with every record, in order, in a thread of its own: it may wait for a server. What it raises is
+            shown at once. The end of the `with` waits until all is kept, and raises what `keep` raised; where the block
+            raised, it waits for some seconds only. After that `keep` is not called again: a record that is told later
+            than its successors would leave a gap for good.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = _Queue.options(name=name, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     ray.get(queue.drain.remote())  # it must stand before a worker looks for it
     ended = threading.Event()
-    keeper = _Keeper(keep)
+    keeper = _Keeper(keep, show)
 
     def listen() -> None:
         while True:
@@ -144,16 +144,17 @@ def listening(name: str, show: Callable[[Record], None], keep: Callable[[Record]
 class _Keeper:
     """Keeps records in order, in a thread whose end the process need not wait for."""
 
-    def __init__(self, keep: Callable[[Record], None]) -> None:
+    def __init__(self, keep: Callable[[Record], None], show: Callable[[Record], None]) -> None:
         self.failure: Exception | None = None
-        self._keep = keep
+        self._keep, self._show = keep, show
         self._records: SimpleQueue[Record | None] = SimpleQueue()
         self._left = False
         self._thread = threading.Thread(target=self._run, name="keep", daemon=True)
         self._thread.start()
 
     def submit(self, record: Record) -> None:
-        self._records.put(record)
+        if self.failure is None:
+            self._records.put(record)
 
     def finish(self, seconds: float | None = None) -> None:
         """Wait until all is kept, or for that long; no further record is kept then."""
@@ -167,4 +168,6 @@ class _Keeper:
                 self._keep(record)
             except Exception as error:  # noqa: BLE001 (raised where the driver waits)
                 self.failure = error
+                line = f"nothing further is tracked of this stage, which ends with this error: {error}"
+                self._show(Record(record.step, line=" ".join(line.split())))
                 return

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -218,7 +219,7 @@ def _improves(client: MlflowClient, model_name: str, lineage: Lineage, promotion
     if champion is None or reigning is None:
         return True
     measured, theirs = (tags.get(_measured_tag(promotion.set_name)) for tags in (lineage.tags(), champion.tags))
-    if measured != theirs:
+    if theirs is not None and measured != theirs:
         log.warning(
             "%s stays at version %s: its %s was measured on other pairs (%s, not %s); evaluate both on one set, then "
             "move it with pipelines/registry.py promote",
@@ -270,6 +271,15 @@ def fetch_named_weights(reference: str, folder: Path, tracking_uri: str | None =
     path = folder / name
     path.write_bytes(store.read(name))
     return path, f"{reference} (sha256 {file_sha256(path)[:16]})"
+
+
+def stands_for(reference: str, tracking_uri: str | None = None) -> str:
+    """What a reference stands for now, as `fetch_named_weights` names it; of a registered model nothing is fetched."""
+    if reference.startswith("models:/"):
+        _, version = _look_up(reference, tracking_uri)
+        return f"models:/{version.name}/{version.version}"
+    store, name = _split_file(reference)
+    return f"{reference} (sha256 {hashlib.sha256(store.read(name)).hexdigest()[:16]})"
 
 
 def check_reference(reference: str, tracking_uri: str | None = None) -> None:

@@ -86,6 +86,10 @@ def _embedded_folder(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")).absolute().parent
 
 
+class RefusedError(PipelineError):
+    """MLflow, or its storage of artifacts, does not take something: to wait would not mend that."""
+
+
 class Patience:
     """Calls what it is given again while MLflow is away or busy.
 
@@ -95,10 +99,12 @@ class Patience:
     """
 
     def __init__(self, patience_s: float, tell: Callable[[str], None]) -> None:
-        self._patience_s, self._tell = patience_s, tell
+        self._patience_s, self.tell = patience_s, tell
 
     def __call__(self, work: Callable[..., _Result], *arguments: Any, **named: Any) -> _Result:
-        """Raises PipelineError where it took longer than the patience, and at once what waiting would not mend."""
+        """Raises PipelineError where it took longer than the patience, and at once what waiting would not mend, as
+        RefusedError where no answer of MLflow's own says so.
+        """
         trying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(may_pass),
             stop=tenacity.stop_after_delay(self._patience_s),
@@ -110,7 +116,7 @@ class Patience:
             return trying(work, *arguments, **named)
         except Exception as error:
             if isinstance(error, _TRANSPORT) and not may_pass(error):
-                raise PipelineError(
+                raise RefusedError(
                     f"MLflow's server or its storage of artifacts refuses: {_reason(error)}; once that is mended, the "
                     "same command goes on"
                 ) from error
@@ -124,7 +130,7 @@ class Patience:
     def _say_once(self, state: tenacity.RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:
             reason = _reason(state.outcome.exception())
-            self._tell(f"MLflow is away ({reason}); what it should know is kept and sent when it answers")
+            self.tell(f"MLflow is away ({reason}); what it should know is kept and sent when it answers")
 
 
 def _reason(error: BaseException | None) -> str:
@@ -160,11 +166,14 @@ class TrackedRun:
     def log(self, record: Record) -> None:
         """Metrics against the step; what an earlier attempt already told is left out: a replay is exact.
 
-        Waits for an MLflow that is away.
+        Waits for an MLflow that is away. A picture that it does not take is told, and left at that.
         """
         self._patience(self._log_metrics, record)
         for name, png in record.pictures.items():
-            self._patience(self._log_picture, name, png)
+            try:
+                self._patience(self._log_picture, name, png)
+            except RefusedError as error:
+                self._patience.tell(f"{name} is not kept: {error}")
 
     def _log_metrics(self, record: Record) -> None:
         if self._told is None:

@@ -178,6 +178,15 @@ def test_where_memory_runs_out_all_recordings_go_and_their_passes_run_as_they_ar
             replayed(*large)
 
 
+def test_memory_that_runs_out_takes_the_recordings_of_all_models() -> None:
+    """A validation of averaged weights may need what the training's recording holds."""
+    validated, trained = Recordings(), Recordings()
+    trained.saw("a step")
+    assert trained.of("a step", lambda: "recorded") == "recorded"  # type: ignore[arg-type, return-value]
+    validated.give_up("a pass")
+    assert trained.of("a step", pytest.fail) is None
+
+
 def test_a_pass_is_recorded_and_replayed_on_the_gpu_of_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which need not be the current one: `--device cuda:1`."""
     other, current, used = torch.device("cuda:1"), [torch.device("cuda:0")], []

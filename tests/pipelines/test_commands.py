@@ -544,7 +544,7 @@ class TestCurriculum:
             ("init_from=models:/gmflow@champion", ("models:/gmflow@champion", "no such model")),
             ("init_from=/no/weights.pth", ("/no/weights.pth",)),
             ("machine.min_workers=3", ("min_workers 3 is above num_workers 2",)),
-            ("machine.hang_timeout_s=60", ("hang_timeout_s 60 must be above storage_patience_s 120",)),
+            ("machine.hang_timeout_s=60", ("hang_timeout_s 60 must be above twice storage_patience_s 120",)),
         ],
     )
     def test_a_wrong_config(self, call, workplace, override, fragments):

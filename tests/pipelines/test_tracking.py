@@ -148,6 +148,8 @@ def test_figures_of_other_pairs_dethrone_no_champion(stage_run, tmp_path: Path, 
     (told,) = [record.getMessage() for record in caplog.records if record.name.startswith("pipelines")]
     assert "c/val was measured on other pairs (0123456789abcdef, not 0123456789abcdef[:20])" in told
     assert champion() != register("h3", 3.5, None)
+    stage_run.client.delete_model_version_tag("measured", whole, "measured.c.val")  # of before there was such a tag
+    assert champion() == whole
     assert register("h4", 2.5, None) == champion()
 
 
@@ -286,6 +288,22 @@ def test_only_what_may_pass_is_waited_for(error: Exception, passes: bool):
         assert len(attempts) == 1
 
 
+def test_a_picture_that_is_refused_keeps_no_metric_back(server, monkeypatch):
+    told: list[str] = []
+    run = curriculum_run(server, "picture", told.append).stage("chairs", key="picture/chairs")
+
+    def refuse(*_: object) -> None:
+        raise refused(413)
+
+    monkeypatch.setattr(run.client, "log_artifact", refuse)
+    for step in (2, 4):
+        run.log(Record(step, {"train/loss": 1.0}, pictures={f"{step}.png": b"png"} if step == 2 else {}))
+    assert history(run, "train/loss") == [(2, 1.0), (4, 1.0)]
+    (line,) = told
+    assert line.startswith("2.png is not kept: ")
+    assert "413" in line
+
+
 def test_a_stage_that_was_interrupted_is_one_run_whatever_changed_after_it(server, request):
     """A later stage's config decides the curriculum's run, not the run of the stage before it."""
     first = curriculum_run(server, f"{request.node.name}, later stage long")
@@ -308,10 +326,13 @@ def test_after_a_record_that_could_not_be_kept_none_is_kept_before_it():
             raise PipelineError("MLflow was away for too long")
         kept.append(record.step)
 
+    shown: list[str] = []
+
     def tell() -> None:
-        with listening("feed-gap", lambda record: None, keep):
+        with listening("feed-gap", lambda record: shown.append(record.line), keep):
             for step in (2, 4, 6, 8):
                 FeedWriter("feed-gap").send(Record(step))
+            wait_until(lambda: any("nothing further is tracked" in line for line in shown))  # while the stage goes on
 
     with pytest.raises(PipelineError, match="too long"):
         tell()
