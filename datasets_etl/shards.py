@@ -104,10 +104,9 @@ def write_shard(plan: ShardPlan, tree: SourceTree, store: ObjectStore, *, strict
     A damaged pair is left out; when `strict`, it is a DamagedError and nothing is written. Of a shard with nothing
     but damaged pairs nothing is written either. Raises DataError where storage does, or the temporary folder is full.
     """
-    with _scratch() as folder:
-        path = folder / "shard.tar"
-        with _telling_of(folder):
-            facts, quarantined = _write_tar(plan, tree, path, strict)
+    with _telling_of_temporary_folders(), tempfile.TemporaryDirectory(prefix="gmflow-shard-") as folder:
+        path = Path(folder) / "shard.tar"
+        facts, quarantined = _write_tar(plan, tree, path, strict)
         if not facts:
             return WrittenShard(None, quarantined)
         digest = file_sha256(path)
@@ -125,22 +124,14 @@ def write_shard(plan: ShardPlan, tree: SourceTree, store: ObjectStore, *, strict
 
 
 @contextlib.contextmanager
-def _scratch() -> Iterator[Path]:
-    """A temporary folder. Raises DataError where there is no room for one."""
-    with contextlib.ExitStack() as stack:
-        with _telling_of(Path(tempfile.gettempdir())):
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gmflow-shard-"))
-        yield Path(folder)
-
-
-@contextlib.contextmanager
-def _telling_of(folder: Path) -> Iterator[None]:
+def _telling_of_temporary_folders() -> Iterator[None]:
+    """Stores raise DataError: an OSError is of the temporary folder."""
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"{folder}: {error.strerror or error}; a shard is written there first: set TMPDIR to a folder with more "
-            "room where Ray runs, or give a smaller --shard-mib"
+            f"{tempfile.gettempdir()}: {error.strerror or error}; a shard is written there first: set TMPDIR to a "
+            "folder with more room where Ray runs, or give a smaller --shard-mib"
         ) from error
 
 

@@ -151,7 +151,9 @@ def _facts(client: MlflowClient, version: ModelVersion) -> dict[str, str]:
     facts |= {name: version.tags[name] for name in known if name in version.tags}
     for data, url in json.loads(version.tags.get("manifests", "{}")).items():
         facts[f"data {data}"] = url
-    facts |= {tag.replace(".", " ", 1): pairs for tag, pairs in version.tags.items() if tag.startswith("measured.")}
+    facts |= {
+        tag.replace(".", " ", 1): pairs for tag, pairs in version.tags.items() if tag.startswith(registry.MEASURED_TAG)
+    }
     return facts
 
 

@@ -8,6 +8,7 @@ until the facts of the new one do.
 import hashlib
 import json
 import math
+import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -66,7 +67,7 @@ class CheckpointStore:
     def steps(self) -> list[int]:
         """Steps of the checkpoints there are, newest first."""
         keys = (found.key for found in self.folder.walk(_PREFIX))
-        return sorted((int(key[len(_PREFIX) : -len(".json")]) for key in keys if key.endswith(".json")), reverse=True)
+        return sorted((_step_of(key) for key in keys if key.endswith(".json")), reverse=True)
 
     def write(self, snapshot: dict[str, Any], metrics: Mapping[str, float]) -> None:
         """Store a snapshot of `TrainingState`; one of the same step is replaced."""
@@ -108,13 +109,13 @@ class CheckpointStore:
     def prune(self, policy: KeepPolicy) -> None:
         """Delete what the policy does not keep, and what no facts vouch for."""
         steps = self.steps()
-        facts = {step: self._sound_facts(step) for step in steps}
+        facts = {step: self._sound_facts(step) for step in (steps[: policy.last] if policy.best_by is None else steps)}
         keep = set(steps[: policy.last])
         if (best := policy.best_by) is not None:
             scored = {step: found.metrics.get(best, math.inf) for step, found in facts.items() if found is not None}
             keep.add(min(scored, key=lambda step: scored[step], default=-1))
         for stored in list(self.folder.walk(_PREFIX)):
-            step = int(stored.key[len(_PREFIX) :].partition(".")[0].partition("-")[0])
+            step = _step_of(stored.key)
             found = facts[step] if step in keep else None
             replaced = found is not None and stored.key not in (f"{_key(step)}.json", _data_key(found))
             if step not in keep or replaced:
@@ -143,6 +144,10 @@ class CheckpointStore:
 
 def _key(step: int) -> str:
     return f"{_PREFIX}{step:08d}"
+
+
+def _step_of(key: str) -> int:
+    return int(re.split("[-.]", key[len(_PREFIX) :])[0])
 
 
 def _data_key(facts: Facts) -> str:

@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 
 CHAMPION = "champion"
 
+MEASURED_TAG = "measured."
+"""Of a version, followed by a validation set: what its figures there were measured on."""
+
 _WEIGHTS_TAG = "weights_sha256"
 
 _REMEMBERED = 100  # versions an alias can be rolled back over
@@ -90,7 +93,7 @@ def measured_on(sets: Sequence[SetConfig], data: Mapping[str, str]) -> dict[str,
 
 
 def _measured_tag(name: str) -> str:
-    return f"measured.{name.replace('/', '.')}"
+    return MEASURED_TAG + name.replace("/", ".")
 
 
 def register(
@@ -118,8 +121,9 @@ def move_alias(client: MlflowClient, model_name: str, alias: str, version: str) 
     before = _alias(client, model_name, alias)
     if before == str(version):
         return before
-    if before is not None and before not in (earlier := _earlier_versions(client, model_name, alias))[-1:]:
-        _remember(client, model_name, alias, [*earlier, before])  # where it is the last, a killed attempt said so
+    earlier = _earlier_versions(client, model_name, alias)
+    if before is not None and earlier[-1:] != [before]:  # else an attempt that was killed has said so
+        _remember(client, model_name, alias, [*earlier, before])
     client.set_registered_model_alias(model_name, alias, version)
     return before
 
@@ -266,20 +270,28 @@ def fetch_named_weights(reference: str, folder: Path, tracking_uri: str | None =
     """`fetch_weights`, and what the reference stands for now: "models:/NAME/N", or the file and its SHA-256's start."""
     if reference.startswith("models:/"):
         client, version = _look_up(reference, tracking_uri)
-        return _download(client, version, folder), f"models:/{version.name}/{version.version}"
+        return _download(client, version, folder), _numbered(version)
     store, name = _split_file(reference)
     path = folder / name
     path.write_bytes(store.read(name))
-    return path, f"{reference} (sha256 {file_sha256(path)[:16]})"
+    return path, _hashed(reference, file_sha256(path))
 
 
 def stands_for(reference: str, tracking_uri: str | None = None) -> str:
     """What a reference stands for now, as `fetch_named_weights` names it; of a registered model nothing is fetched."""
     if reference.startswith("models:/"):
         _, version = _look_up(reference, tracking_uri)
-        return f"models:/{version.name}/{version.version}"
+        return _numbered(version)
     store, name = _split_file(reference)
-    return f"{reference} (sha256 {hashlib.sha256(store.read(name)).hexdigest()[:16]})"
+    return _hashed(reference, hashlib.sha256(store.read(name)).hexdigest())
+
+
+def _numbered(version: ModelVersion) -> str:
+    return f"models:/{version.name}/{version.version}"
+
+
+def _hashed(file: str, sha256: str) -> str:
+    return f"{file} (sha256 {sha256[:16]})"
 
 
 def check_reference(reference: str, tracking_uri: str | None = None) -> None:
@@ -328,7 +340,7 @@ def version_weights(client: MlflowClient, version: ModelVersion) -> bytes:
 
 
 def _download(client: MlflowClient, version: ModelVersion, folder: Path) -> Path:
-    uri = f"models:/{version.name}/{version.version}"
+    uri = _numbered(version)
     try:
         local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
     except MlflowException as error:

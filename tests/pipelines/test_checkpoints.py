@@ -177,6 +177,21 @@ def test_a_full_disk_loses_no_checkpoint_and_is_no_end(small_disk: Callable[[int
     assert len(list((disk / "checkpoints").iterdir())) == 4, "nothing half-written is left"
 
 
+def test_who_reads_a_checkpoint_while_it_is_replaced_gets_the_new_one(store: CheckpointStore, monkeypatch):
+    """Rank 0 may have gone on already, or workers that a killed driver left."""
+    store.write(snapshot(10), {})
+    size = type(store.folder).size
+
+    def replaced_meanwhile(folder: ObjectStore, key: str) -> int | None:
+        monkeypatch.undo()
+        store.write(snapshot(10) | {"validated": 10}, {})
+        store.prune(KeepPolicy(last=1))
+        return size(folder, key)
+
+    monkeypatch.setattr(type(store.folder), "size", replaced_meanwhile)
+    assert store.read(10)["validated"] == 10
+
+
 class _KilledError(Exception):
     """In the place of a SIGKILL."""
 
