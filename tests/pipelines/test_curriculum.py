@@ -7,7 +7,9 @@ import re
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
 import torch
@@ -262,6 +264,29 @@ def test_a_report_that_fails_undoes_nothing_and_says_how_to_make_it(undisturbed:
     curves = {curve.title: curve for curve in report.curriculum_report(client, run_id, 0).curves}
     assert list(curves["Training loss"].series) == ["chairs"]
     assert report.curriculum_report(client, results[0].mlflow_run, 0).title == "Curriculum tiny"  # its curriculum's
+    # What is trained alone has a run of its own: the whole curriculum's keeps its config.
+    chosen = {run: config["only"] for run, config in whole_and_parts(client).items()}
+    assert chosen.pop(run_id) == ["chairs"]
+    assert None in chosen.values()
+
+
+def whole_and_parts(client: MlflowClient) -> dict[str, dict[str, Any]]:
+    """Run → config of what has been trained as a whole or as some of its stages."""
+    runs = client.search_runs([client.get_experiment_by_name("gmflow").experiment_id])
+    ids = [run.info.run_id for run in runs if "stage" not in run.data.tags]
+    return {run: yaml.safe_load(mlflow.artifacts.load_text(f"runs:/{run}/config.yaml")) for run in ids}
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_report_of_a_training_on_gpus_is_made_where_there_are_none(undisturbed: Workplace):
+    client = tracking.connect(undisturbed.tracking_uri)
+    ((run_id, config),) = [found for found in whole_and_parts(client).items() if found[1]["only"] is None]
+    config["machine"]["use_gpu"] = True
+    trained = client.get_run(run_id)
+    elsewhere = client.create_run(trained.info.experiment_id, tags=trained.data.tags).info.run_id
+    client.log_text(elsewhere, yaml.safe_dump(config), "config.yaml")
+    assert len(report.curriculum_report(client, elsewhere, 1).cards) == 1
+    client.delete_run(elsewhere)
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -201,10 +201,11 @@ def test_what_is_no_reference_is_said(call):
 
 
 def test_a_registered_model_is_exported_to_the_published_layout_and_back(call, registered, tmp_path):
-    code, out, _ = call(pipelines.export, "--model", "models:/gmflow/1", tmp_path / "a.pth", tmp_path / "a.safetensors")
-    assert (code, out.split()) == (0, [str(tmp_path / "a.pth"), str(tmp_path / "a.safetensors")])
-    assert set(torch.load(tmp_path / "a.pth", weights_only=True)) == {"model"}
-    assert call(pipelines.export, "--model", tmp_path / "a.pth", tmp_path / "b.safetensors")[0] == 0
+    published = tmp_path / "in" / "a new folder" / "a.pth"
+    code, out, _ = call(pipelines.export, "--model", "models:/gmflow/1", published, tmp_path / "a.safetensors")
+    assert (code, out.splitlines()) == (0, [str(published), str(tmp_path / "a.safetensors")])
+    assert set(torch.load(published, weights_only=True)) == {"model"}
+    assert call(pipelines.export, "--model", published, tmp_path / "b.safetensors")[0] == 0
     original = load_model(registered / "1.safetensors")
     for path in (tmp_path / "a.safetensors", tmp_path / "b.safetensors"):
         back = load_model(path)
