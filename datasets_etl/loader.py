@@ -72,15 +72,17 @@ class MixturePart:
     augmentation: AugmentConfig
 
 
-def read_sample(manifest: Manifest, index: int, *, occlusion: bool = True) -> FlowSample:
-    """Sample number `index` of a manifest, by one ranged read, with or without its occlusion mask.
+def read_sample(
+    manifest: Manifest, index: int, *, occlusion: bool = True, cache: SampleCache | None = None
+) -> FlowSample:
+    """Sample number `index` of a manifest, with or without its occlusion mask: one ranged read, unless it is cached.
 
     Raises DataError naming shard and sample.
     """
-    return _decoded(_read_stored(manifest, index), occlusion=occlusion)
+    return _decoded(_read_stored(manifest, index, cache), occlusion=occlusion)
 
 
-def _read_stored(manifest: Manifest, index: int, cache: SampleCache | None = None) -> tuple[bytes, str]:
+def _read_stored(manifest: Manifest, index: int, cache: SampleCache | None) -> tuple[bytes, str]:
     """A sample's bytes, and what to call it in an error."""
     shard, entry = manifest.place(index)
     store = manifest.store()
@@ -101,18 +103,28 @@ def _reading_threads(pid: int) -> ThreadPoolExecutor:
 
 
 class EvaluationSet(Dataset[FlowSample]):
-    """The samples of one subset in order, whole and as they are."""
+    """The samples of one subset in order, whole and as they are.
 
-    def __init__(self, manifest: Manifest, subset: str | None, limit: int | None = None) -> None:
+    Args:
+        manifest: of the dataset.
+        subset: of it; None: all.
+        limit: the first so many; None: all.
+        cache: as of `PositionDataset`.
+    """
+
+    def __init__(
+        self, manifest: Manifest, subset: str | None, limit: int | None = None, cache: SampleCache | None = None
+    ) -> None:
         self.manifest = manifest
         self.subset = subset
         self.indices = manifest.select(subset)[:limit]
+        self._cache = cache
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, number: int) -> FlowSample:
-        return read_sample(self.manifest, int(self.indices[number]))
+        return read_sample(self.manifest, int(self.indices[number]), cache=self._cache)
 
 
 class PositionDataset(Dataset[FlowBatch]):
@@ -211,6 +223,7 @@ class TrainingStream:
         micro_batch: samples a rank computes at a time.
         rank, world_size: of this process.
         workers: loader processes; 0 loads in this one.
+        pinned: in memory that a GPU copies from while it computes.
     """
 
     def __init__(
@@ -223,6 +236,7 @@ class TrainingStream:
         rank: int,
         world_size: int,
         workers: int = 0,
+        pinned: bool = False,
     ) -> None:
         self.steps = steps
         self._batches = _MicroBatches(steps, global_batch, micro_batch, rank, world_size, workers)
@@ -235,7 +249,7 @@ class TrainingStream:
             multiprocessing_context="spawn" if workers else None,
             prefetch_factor=4 if workers else None,
             worker_init_fn=_one_thread,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pinned,
             generator=torch.Generator(),  # the loader draws a seed for its processes: not from the global generator
         )
 

@@ -102,6 +102,11 @@ class Manifest:
         shards = ",\n".join(json.dumps(asdict(shard), sort_keys=True) for shard in self.shards)
         return f'{head[:-1]}, "shards": [\n{shards}\n]}}\n'.encode()
 
+    @property
+    def tells_occlusion(self) -> bool:
+        """Whether the dataset says which pixels have no counterpart in the second image."""
+        return self.dataset in ("sintel", "kitti")
+
     @functools.cached_property
     def version(self) -> str:
         """First 16 hex digits of the SHA-256 of the content."""

@@ -83,12 +83,20 @@ def own_node() -> Mapping[str, float]:
     return found
 
 
-def slots(nodes: Nodes, cpus: int, use_gpu: bool) -> int:
-    """How many tasks or workers fit at once, each on one node, with that many CPUs and perhaps a GPU."""
+def slots(nodes: Nodes, cpus: int, use_gpu: bool, *, one_a_node: bool = False) -> int:
+    """How many tasks or workers fit at once, each on one node, with that many CPUs and perhaps a GPU.
+
+    Args:
+        nodes: of the cluster.
+        cpus, use_gpu: what each takes.
+        one_a_node: no two of them on one node.
+    """
     total = 0
     for resources in nodes:
         fit = int(resources.get("CPU", 0)) // cpus
-        total += min(fit, int(resources.get("GPU", 0))) if use_gpu else fit
+        if use_gpu:
+            fit = min(fit, int(resources.get("GPU", 0)))
+        total += min(fit, 1) if one_a_node else fit
     return total
 
 

@@ -21,7 +21,7 @@ from pipelines import report
 from pipelines.errors import PipelineError, command
 from pipelines.training import registry, tracking
 from pipelines.training.code_version import code_version
-from pipelines.training.config import CurriculumConfig, StageConfig, load_config
+from pipelines.training.config import CurriculumConfig, StageConfig, load_config, shown_uri
 from pipelines.training.display import Display, output
 from pipelines.training.dry_run import show_dry_run
 from pipelines.training.feed import Record, listening
@@ -189,7 +189,7 @@ def show_summary(config: CurriculumConfig, results: list[StageResult]) -> None:
         table.add_row(result.stage, *("" if v is None else f"{v:.3f}" for v in values), result.model)
     output().print(table)
     uri = tracking.tracking_uri(config.mlflow.tracking_uri)
-    print(f"MLflow: {uri}, experiment {config.mlflow.experiment}")
+    print(f"MLflow: {shown_uri(uri)}, experiment {config.mlflow.experiment}")
     for result in results:
         run = tracking.run_link(uri, config.mlflow.experiment, result.mlflow_run)
         print(f"  {result.stage}: {run}, {result.model}, weights {result.weights}")

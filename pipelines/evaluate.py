@@ -44,7 +44,7 @@ Scores = dict[str, tuple[EvaluationSet, Evaluation]]
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a model on sharded datasets.")
-    parser.add_argument("--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION, .pth or .safetensors")
+    parser.add_argument("--model", required=True, help="models:/NAME@ALIAS or /VERSION, .pth, .safetensors, checkpoint")
     parser.add_argument(
         "--data",
         required=True,
@@ -211,7 +211,7 @@ def track(experiment: str, scores: Scores, content: dict[str, Any], page: str) -
                     client.log_metric(run.info.run_id, f"eval/{title.replace('@', '_')}/{name}", value)
         client.log_dict(run.info.run_id, content, "metrics.json")
         client.log_text(run.info.run_id, page, report.FILE_NAME)
-    console.print(f"MLflow: {client.tracking_uri}, experiment {experiment}, run {run.info.run_id}")
+    console.print(f"MLflow: {tracking.place_of(client)}, experiment {experiment}, run {run.info.run_id}")
 
 
 @command

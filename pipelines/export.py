@@ -30,7 +30,7 @@ PROGRAMS: dict[str, Callable[[ExportedModel, Path], None]] = {
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write a model as other programs read it.")
-    parser.add_argument("--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION, .pth or .safetensors")
+    parser.add_argument("--model", required=True, help="models:/NAME@ALIAS or /VERSION, .pth, .safetensors, checkpoint")
     parser.add_argument(
         "outputs", nargs="+", type=Path, metavar="FILE", help=f"the suffix decides: {', '.join((*WEIGHTS, *PROGRAMS))}"
     )

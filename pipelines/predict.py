@@ -96,7 +96,7 @@ class PredictionOptions:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Optical flow between consecutive frames.")
-    parser.add_argument("--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION, .pth or .safetensors")
+    parser.add_argument("--model", required=True, help="models:/NAME@ALIAS or /VERSION, .pth, .safetensors, checkpoint")
     parser.add_argument("--output", required=True, help="folder or URL for the files")
     parser.add_argument(
         "--formats",

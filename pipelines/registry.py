@@ -52,8 +52,8 @@ def list_versions(client: MlflowClient, name: str | None) -> Table:
     """Newest first within a model."""
     models = sorted(model.name for model in client.search_registered_models())
     if name is not None and name not in models:
-        raise PipelineError(f"no model {name!r} at {client.tracking_uri}; there is {', '.join(models) or 'none'}")
-    table = Table(title=str(client.tracking_uri), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        raise PipelineError(f"no model {name!r} at {tracking.place_of(client)}; there is {', '.join(models) or 'none'}")
+    table = Table(title=tracking.place_of(client), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("model", "stage", "aliases", "from", "EPE by validation set", "registered"):
         # In 80 columns names of sets may be wrapped, and of files; nothing else.
         table.add_column(column, overflow="fold", no_wrap=not column.startswith(("EPE", "from")))

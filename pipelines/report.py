@@ -133,8 +133,10 @@ def _read_curriculum(client: MlflowClient, run_id: str) -> _Curriculum:
         text = mlflow.artifacts.load_text(f"runs:/{run_id}/config.yaml")
     except MlflowException as error:
         if tracking.may_pass(error):
-            raise PipelineError(f"{client.tracking_uri} does not answer: {error.message}") from error
-        raise PipelineError(f"run {run_id}: no curriculum's run at {client.tracking_uri} ({error.message})") from error
+            raise PipelineError(f"{tracking.place_of(client)} does not answer: {error.message}") from error
+        raise PipelineError(
+            f"run {run_id}: no curriculum's run at {tracking.place_of(client)} ({error.message})"
+        ) from error
     config = CurriculumConfig.model_validate(yaml.safe_load(text))
     stages, begins = [], 0
     for stage in config.selected_stages:
@@ -232,7 +234,7 @@ def _training_speed(client: MlflowClient, found: _Curriculum) -> list[list[Cell]
 
 def _lineage(client: MlflowClient, found: _Curriculum) -> list[tuple[str, str]]:
     facts = [
-        ("MLflow", f"{client.tracking_uri}, run {found.run.info.run_id}"),
+        ("MLflow", f"{tracking.place_of(client)}, run {found.run.info.run_id}"),
         ("model", ", ".join(f"{name} {value}" for name, value in found.config.model.build().to_dict().items())),
         ("seed", str(found.config.seed)),
         ("initial weights", found.config.init_from or "random"),

@@ -85,7 +85,7 @@ BENCHMARKS = {
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Predict a benchmark's test set, in the layout its server takes.")
-    parser.add_argument("--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION, .pth or .safetensors")
+    parser.add_argument("--model", required=True, help="models:/NAME@ALIAS or /VERSION, .pth, .safetensors, checkpoint")
     parser.add_argument("--data", required=True, help="URL of a manifest of Sintel or KITTI with its test subsets")
     parser.add_argument("--output", required=True, type=Path, help="folder; KITTI's archive is that name with .zip")
     parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="(default: %(default)s)")

@@ -22,7 +22,7 @@ from mlflow.exceptions import MlflowException
 from rich.table import Table
 
 from datasets_etl.manifest import Manifest
-from datasets_etl.storage import ObjectStore, file_sha256, open_store
+from datasets_etl.storage import ObjectStore, file_sha256, open_store, waiting_for_storage
 from gmflow import GMFlow, load_weights, save_weights
 from pipelines.errors import USER_ERRORS, PipelineError, command
 from pipelines.lasting import lasting_store
@@ -39,8 +39,9 @@ from pipelines.sweeping.tuning import Listener, TrialRecord, tune_trials
 from pipelines.sweeping.view import SweepView, front_table
 from pipelines.training import registry, tracking
 from pipelines.training.code_version import code_version
-from pipelines.training.config import SetConfig, load_config
+from pipelines.training.config import MachineConfig, SetConfig, load_config, shown_uri
 from pipelines.training.feed import Record
+from pipelines.training.plan import check_measurable
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -76,6 +77,7 @@ def prepare(config: SweepConfig) -> Sweep:
         if part.data not in manifests and url is not None:
             manifests[part.data] = Manifest.load(url)
         manifests[part.data].select(part.subset)
+    check_measurable("objective", config.objective, manifests[config.objective.data])
     config.check_sizes(manifests)
     store = open_store(f"{lasting_store(config.storage, 'storage').url}/{config.name}")
     return Sweep(config, manifests, store, SweepView(config.metric))
@@ -87,7 +89,9 @@ def run_sweep(sweep: Sweep, *, retry: bool = False) -> list[Row]:
     check_room(config, nodes())
     weights = keep_weights(sweep)
     run = SweepRun(config, weights, sweep.manifests, sweep.view.say)
-    with run.parent.running(run.run_id):
+    machine = config.tune.machine if config.tune else MachineConfig()
+    # From here on storage is known to be there: an outage is waited for.
+    with run.parent.running(run.run_id), waiting_for_storage(machine.storage_patience_s):
         with sweep.view.showing():
             rows = []
             if config.probe is not None and weights is not None:
@@ -302,7 +306,7 @@ def report(sweep: Sweep, rows: Sequence[Row], run: SweepRun) -> None:
     for row in (row for row in rows if row.status in ("failed", "stopped")):
         sweep.view.console.print(f"{row.phase} {row.name} {row.status}: {row.reason}", markup=False, highlight=False)
     uri = tracking.tracking_uri(config.mlflow.tracking_uri)
-    print(f"MLflow: {uri}, {tracking.run_link(uri, config.mlflow.experiment, run.run_id)}")
+    print(f"MLflow: {shown_uri(uri)}, {tracking.run_link(uri, config.mlflow.experiment, run.run_id)}")
     for name in files:
         print(f"  {sweep.store.url}/report/{name}")
 

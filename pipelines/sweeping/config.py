@@ -20,6 +20,7 @@ from pipelines.training.config import (
     PartConfig,
     SetConfig,
     StageConfig,
+    check_named_once,
 )
 
 
@@ -84,6 +85,11 @@ class ProbeConfig(_Frozen):
     validation: tuple[SetConfig, ...] = Field(min_length=1)
     cpus: PositiveInt = 1
     use_gpu: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _sets_differ(self) -> Self:
+        check_named_once(self.validation, "probe")
+        return self
 
 
 class CostConfig(_Frozen):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from pipelines.cluster import Nodes, listed, slots
 from pipelines.errors import PipelineError
-from pipelines.sweeping.config import SweepConfig, TuneConfig
+from pipelines.sweeping.config import SweepConfig
 
 # Of a trial's driver and Ray Train's controller, which sits beside it.
 _DRIVER_BYTES = 2**30
@@ -24,7 +24,7 @@ def check_room(config: SweepConfig, nodes: Nodes) -> None:
                 f"{name}.use_gpu=false or, where the cluster adds machines on demand, cluster_grows=true"
             )
     if config.tune is not None:
-        concurrent_trials(config.tune, nodes)
+        concurrent_trials(config, nodes)
 
 
 def drivers_at_once(node: Mapping[str, float]) -> int:
@@ -32,18 +32,25 @@ def drivers_at_once(node: Mapping[str, float]) -> int:
     return max(1, int(node.get("memory", 0) // _DRIVER_BYTES))
 
 
-def concurrent_trials(tune: TuneConfig, nodes: Nodes) -> int:
-    """How many trials fit on a cluster at once; a trial's driver needs no CPU beside its workers'.
+def concurrent_trials(config: SweepConfig, nodes: Nodes) -> int:
+    """How many trials to run at once: as many as fit on the cluster, and no more than asked for.
 
-    Raises PipelineError where not even one fits.
+    A trial's driver needs no CPU beside its workers'. Raises PipelineError where not even one fits on a cluster that
+    does not grow.
     """
+    tune = config.tune
+    assert tune is not None
+    if config.cluster_grows and tune.max_concurrent is not None:
+        return tune.max_concurrent
     machine = tune.machine
-    room = slots(nodes, machine.cpus_per_worker, machine.use_gpu)
-    if room < machine.num_workers and tune.max_concurrent is None:
-        each = listed(machine.cpus_per_worker, machine.use_gpu)
+    alone = machine.placement == "strict_spread"
+    room = slots(nodes, machine.cpus_per_worker, machine.use_gpu, one_a_node=alone)
+    if room < machine.num_workers:
+        each = listed(machine.cpus_per_worker, machine.use_gpu) + (" each on a node of its own" if alone else " each")
         raise PipelineError(
-            f"tune.machine: a trial needs {machine.num_workers} worker(s) with {each} each; the cluster has room for "
+            f"tune.machine: a trial needs {machine.num_workers} worker(s) with {each}; the cluster has room for "
             f"{room}. Lower it or, where the cluster adds machines on demand, give cluster_grows=true and "
             "tune.max_concurrent"
         )
-    return tune.max_concurrent or room // machine.num_workers
+    fitting = room // machine.num_workers
+    return min(fitting, tune.max_concurrent or fitting)

@@ -209,7 +209,7 @@ class TrialRecords:
         return self.history[-1][0] if self.history else 0
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
-        self.history.append((step, metrics))
+        self.history = sorted([*self.history, (step, metrics)], key=lambda told: told[0])
         self.store.write(_HISTORY, json.dumps(self.history).encode())
 
     @property

@@ -26,7 +26,8 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from datasets_etl.storage import open_store
+from datasets_etl.errors import DamagedError, DataError
+from datasets_etl.storage import open_store, waiting_for_storage
 from pipelines.cluster import nodes, own_node
 from pipelines.errors import USER_ERRORS, PipelineError
 from pipelines.sweeping.config import RangeConfig
@@ -109,7 +110,7 @@ def tune_trials(plan: TrialPlan, seeds: Sequence[Setting], listener: Listener) -
             search_alg=searcher,
             scheduler=_scheduler(plan),
             num_samples=samples,
-            max_concurrent_trials=min(concurrent_trials(plan.tune, nodes()), drivers_at_once(own_node())),
+            max_concurrent_trials=min(concurrent_trials(plan.config, nodes()), drivers_at_once(own_node())),
             trial_name_creator=lambda trial: plan.trial(trial.config["point"]).name,
             trial_dirname_creator=lambda trial: plan.trial(trial.config["point"]).name,
             reuse_actors=False,
@@ -233,7 +234,11 @@ class DistinctOptuna(OptunaSearch):
 
 def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
     """A trial's driver: replay what storage holds, train on, keep the final weights, and only then tell the end."""
-    trial = plan.trial(config["point"])
+    with waiting_for_storage(plan.tune.machine.storage_patience_s):
+        _replay_and_train(plan.trial(config["point"]), plan)
+
+
+def _replay_and_train(trial: Trial, plan: TrialPlan) -> None:
     records = TrialRecords.open(trial.folder)
     ended = records.result
     if ended is None:
@@ -250,6 +255,8 @@ def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
         except RayActorError:
             raise  # its controller is lost, stopped by Tune or with its machine: that says nothing of the trial
         except Exception as error:
+            if isinstance(error, DataError) and not isinstance(error, DamagedError):
+                raise  # storage was away for too long: neither does that
             told = error if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {error}"
             records.end(TrialResult("failed", " ".join(str(told).split())[:500], records.last_step))
             raise
@@ -301,11 +308,11 @@ def _catch_up(trial: Trial, plan: TrialPlan, snapshot: dict[str, Any] | None) ->
 
 
 def _remember(trial: Trial, plan: TrialPlan, step: int, told: dict[str, Any]) -> dict[str, float] | None:
-    """Add a validation to the trial's history; None where it is none, or there already."""
+    """Add a validation to the trial's history, in its place; None where it is none, or there already."""
     stage = trial.stage
     due = step == stage.steps or (stage.validate_every is not None and step % stage.validate_every == 0)
     records = TrialRecords.open(trial.folder)
-    if not due or step <= records.last_step or plan.config.metric not in told:
+    if not due or step in dict(records.history) or plan.config.metric not in told:
         return None
     scores = {name: float(value) for name, value in told.items() if name.startswith("val/")}
     records.add(step, scores)
@@ -325,7 +332,8 @@ class _ReportValidations(TuneReportCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         step = int(metrics[0][_STEP])
-        scores = _remember(self.trial, self.plan, step, metrics[0])
+        with waiting_for_storage(self.plan.tune.machine.storage_patience_s):
+            scores = _remember(self.trial, self.plan, step, metrics[0])
         if scores is not None and step < self.trial.stage.steps:
             super().after_report(run_context, [_report(self.plan, step, scores)], None)
 
@@ -366,6 +374,6 @@ class _Bookkeeping(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ended = self._trial(trial)
-        # A driver that died without a word is tried again by the same command: nothing says the trial is at fault.
-        silent = TrialResult("failed", "its driver was lost; the same command tries it again")
+        # Where nothing says that the trial is at fault, the same command tries it again.
+        silent = TrialResult("failed", "its driver or storage was lost; the same command tries it again")
         self.listener.ended(ended, TrialRecords.open(ended.folder).result or silent)

@@ -9,22 +9,29 @@ import hashlib
 import json
 import math
 import re
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from datasets_etl.errors import DamagedError, DataError
-from datasets_etl.storage import ObjectStore
+from datasets_etl.storage import ObjectStore, open_store, split_url
+from gmflow import GMFlow, load_model
 from pipelines.errors import PipelineError
 from pipelines.training import state
 from pipelines.training.code_version import code_version
 
 FORMAT_VERSION = 5
 
+INITIAL_WEIGHTS = "init.safetensors"
+"""In a stage's folder, beside its checkpoints: what it starts from, with the model's configuration."""
+
 _PREFIX = "checkpoints/step_"
+_DATA = re.compile(r"step_\d{8}-(?P<sha256>[0-9a-f]{16})\.pt")
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,35 @@ def _step_of(key: str) -> int:
 
 def _data_key(facts: Facts) -> str:
     return f"{_key(facts.step)}-{facts.sha256[:16]}.pt"
+
+
+def initial_model(folder: ObjectStore) -> GMFlow:
+    """What the stage of a folder starts from, in evaluation mode."""
+    with tempfile.TemporaryDirectory(prefix="gmflow-init-") as scratch:
+        path = Path(scratch) / INITIAL_WEIGHTS
+        path.write_bytes(folder.read(INITIAL_WEIGHTS))
+        return load_model(path)
+
+
+def checkpoint_model(url: str) -> GMFlow:
+    """The model of a stage's checkpoint, in evaluation mode: with averaged weights where the stage keeps them.
+
+    Args:
+        url: of a `.pt` in a stage's `checkpoints/`.
+
+    Raises:
+        PipelineError: it is none, or damaged.
+    """
+    store, name = split_url(url)
+    named = _DATA.fullmatch(name)
+    if named is None or not store.url.endswith("/checkpoints"):
+        raise PipelineError(f"{url}: no checkpoint; write STORAGE/STAGE/checkpoints/step_NUMBER-HASH.pt")
+    data = store.read(name)
+    if hashlib.sha256(data).hexdigest()[:16] != named["sha256"]:
+        raise PipelineError(f"{url}: damaged checkpoint: its content is not what its name says")
+    model = initial_model(open_store(store.url.removesuffix("/checkpoints")))
+    model.load_state_dict(state.result_weights(state.from_bytes(data)))
+    return model
 
 
 class CheckpointWriter:

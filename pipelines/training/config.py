@@ -93,8 +93,15 @@ class SetConfig(_Frozen):
         return f"{self.data}/{self.subset}"
 
 
+def check_named_once(sets: Sequence[SetConfig], whose: str) -> None:
+    """Raises ValueError where a validation names a set again, with another limit: its figures have but one name."""
+    names = [chosen.name for chosen in sets]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{whose}: validation names {twice[0]} twice; its figures would be of one of them")
+
+
 class MetricConfig(_Frozen):
-    """A metric of a validation set; lower is better."""
+    """A metric of a validation set; lower is better. Not every dataset tells what is matched: Sintel and KITTI do."""
 
     data: str
     subset: str
@@ -145,6 +152,26 @@ class StageConfig(_Frozen):
     def reads(self) -> tuple[PartConfig | SetConfig, ...]:
         """Every subset the stage reads, for training and for validation."""
         return (*self.mixture, *self.validation)
+
+    @pydantic.model_validator(mode="after")
+    def _compares_what_it_validates(self) -> Self:
+        check_named_once(self.validation, f"stage {self.name}")
+        for purpose, metric in self.compared:
+            self.check_validated(purpose, metric)
+        return self
+
+    @property
+    def compared(self) -> list[tuple[str, MetricConfig]]:
+        """What the stage itself decides by: (purpose, metric)."""
+        best = [] if self.keep_best is None else [("keep_best", self.keep_best)]
+        return [*best, *(("gates", gate) for gate in self.gates)]
+
+    def check_validated(self, purpose: str, metric: MetricConfig) -> None:
+        """Raises ValueError where the stage does not validate on a metric's set."""
+        if metric.set_name not in [chosen.name for chosen in self.validation]:
+            raise ValueError(
+                f"stage {self.name}: validation lacks {metric.set_name}, which {purpose} compares by; add it"
+            )
 
     def recipe(self) -> dict[str, Any]:
         """The part that decides the weights."""
@@ -209,6 +236,11 @@ class MachineConfig(_Frozen):
     def _limits_fit_together(self) -> Self:
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(f"min_workers {self.min_workers} is above num_workers {self.num_workers}")
+        if self.min_workers is not None and self.placement == "strict_spread":
+            raise ValueError(
+                "min_workers goes with placement pack or spread: how many fit meanwhile is counted by what nodes hold, "
+                "not by nodes"
+            )
         if self.hang_timeout_s <= 2 * self.storage_patience_s:
             raise ValueError(
                 f"hang_timeout_s {self.hang_timeout_s:g} must be above twice storage_patience_s "
@@ -228,6 +260,11 @@ class MachineConfig(_Frozen):
         )
 
 
+def shown_uri(uri: str) -> str:
+    """A URI for people and records: without the password that one of a database, or of a server, may hold."""
+    return re.sub(r"(?<=://)[^/@]*@", "", uri)
+
+
 class MlflowConfig(_Frozen):
     """Where runs and models go. Without a URI: MLFLOW_TRACKING_URI, or SQLite in `runs/` of the working folder.
 
@@ -238,6 +275,10 @@ class MlflowConfig(_Frozen):
     experiment: str = "gmflow"
     registered_model: str = "gmflow"
     patience_s: PositiveFloat = 3600.0
+
+    @pydantic.field_serializer("tracking_uri")
+    def _without_password(self, uri: str | None) -> str | None:
+        return None if uri is None else shown_uri(uri)
 
 
 class CurriculumConfig(_Frozen):
@@ -302,18 +343,8 @@ class CurriculumConfig(_Frozen):
                 f"stage {stage.name}: global_batch {stage.global_batch} cannot feed "
                 f"machine.num_workers {self.machine.num_workers}; each worker needs a sample a step"
             )
-        sets = [chosen.name for chosen in stage.validation]
-        if twice := [name for name in sets if sets.count(name) > 1]:
-            raise ValueError(
-                f"stage {stage.name}: validation names {twice[0]} twice; its figures would be of one of them"
-            )
-        watched = {"promotion": (self.promotion,), "keep_best": (stage.keep_best,), "gates": stage.gates}
-        for purpose, metrics in watched.items():
-            for metric in metrics:
-                if metric is not None and metric.set_name not in sets:
-                    raise ValueError(
-                        f"stage {stage.name}: validation lacks {metric.set_name}, which {purpose} compares by; add it"
-                    )
+        if self.promotion is not None:
+            stage.check_validated("promotion", self.promotion)
 
     @property
     def selected_stages(self) -> tuple[StageConfig, ...]:

@@ -27,11 +27,11 @@ class Interval:
         self.loss = 0.0
         self.grad_norm = 0.0
         self.scores = ErrorMetrics()
-        # Of this attempt's steps only: what was timed elsewhere says nothing about this machine.
+        # Of this attempt's steps only, and not of its first, which the loaders start in: neither says how fast it goes.
         self.timed_steps = 0
         self.data_wait = 0.0
         self.seconds = 0.0
-        self._since = time.perf_counter()
+        self._since: float | None = None
 
     def add(self, totals: StepTotals) -> None:
         if totals.applied:
@@ -39,19 +39,32 @@ class Interval:
             self.loss += totals.loss
             self.grad_norm += totals.grad_norm
             self.scores.merge(totals.metrics)
-        self.timed_steps += 1
-        self.data_wait += totals.data_wait
-        self.seconds += time.perf_counter() - self._since
-        self.restart_clock()
+        now = time.perf_counter()
+        if self._since is not None:
+            self.timed_steps += 1
+            self.data_wait += totals.data_wait
+            self.seconds += now - self._since
+        self._since = now
+
+    def following(self) -> "Interval":
+        """An empty one, whose first step begins where this one's last ended."""
+        interval = Interval()
+        interval._since = self._since
+        return interval
 
     def restart_clock(self) -> None:
-        """Time from here on belongs to the next step."""
-        self._since = time.perf_counter()
+        """The next step begins here: what came before it, such as a validation, is no step's."""
+        if self._since is not None:
+            self._since = time.perf_counter()
 
     def metrics(self, global_batch: int) -> dict[str, float]:
-        """Means over the interval, as they are tracked; those of the training where a step was applied."""
+        """Means over the interval, as they are tracked; those of the training where a step was applied, of the time
+        where one was timed.
+        """
+        return (self._of_training() if self.steps else {}) | (self._of_time(global_batch) if self.timed_steps else {})
+
+    def _of_time(self, global_batch: int) -> dict[str, float]:
         return {
-            **(self._of_training() if self.steps else {}),
             "time/step_s": self.seconds / self.timed_steps,
             "time/samples_per_s": self.timed_steps * global_batch / self.seconds,
             "time/data_wait": self.data_wait / self.seconds,

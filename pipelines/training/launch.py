@@ -3,12 +3,11 @@
 The curriculum and the sweep both train through this; there is no other loop.
 """
 
-import contextlib
 import logging
-import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,10 @@ from gmflow import GMFlow, load_weights, save_weights
 from pipelines.cluster import listed, nodes, slots
 from pipelines.errors import USER_ERRORS, PipelineError
 from pipelines.training import registry, state
-from pipelines.training.checkpoints import CheckpointStore
+from pipelines.training.checkpoints import INITIAL_WEIGHTS, CheckpointStore
 from pipelines.training.config import MachineConfig, ModelConfig
 from pipelines.training.feed import FeedWriter
-from pipelines.training.stage import INITIAL_WEIGHTS, StageJob, train_stage
+from pipelines.training.stage import StageJob, train_stage
 from pipelines.training.state import result_weights
 
 log = logging.getLogger(__name__)
@@ -84,12 +83,14 @@ def room_lacking(machine: MachineConfig) -> str:
     No error: a cluster may grow, or be waited for by somebody who starts another machine.
     """
     fewest = machine.min_workers or machine.num_workers
-    fitting = slots(nodes(), machine.cpus_per_worker, machine.use_gpu)
+    alone = machine.placement == "strict_spread"
+    fitting = slots(nodes(), machine.cpus_per_worker, machine.use_gpu, one_a_node=alone)
     if fitting >= fewest:
         return ""
     return (
-        f"waits for room: {fewest} worker(s) need {listed(machine.cpus_per_worker, machine.use_gpu)} each, the cluster "
-        f"holds {fitting} such; add machines, or change machine.num_workers, machine.cpus_per_worker or machine.use_gpu"
+        f"waits for room: {fewest} worker(s) need {listed(machine.cpus_per_worker, machine.use_gpu)} each"
+        f"{' on a node of its own' if alone else ''}, the cluster holds {fitting} such; add machines, or change "
+        f"machine.num_workers, machine.cpus_per_worker{', machine.placement' if alone else ''} or machine.use_gpu"
     )
 
 
@@ -165,8 +166,7 @@ def _fit(job: StageJob, name: str, callbacks: Sequence[UserCallback]) -> Trainin
         ),
     )
     try:
-        with _interruptible():
-            trainer.fit()
+        _train_interruptibly(trainer)
     except TrainingFailedError as error:
         if (mine := _user_error(error)) is not None:
             raise mine from error
@@ -177,19 +177,24 @@ def _fit(job: StageJob, name: str, callbacks: Sequence[UserCallback]) -> Trainin
     return None
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt, as everywhere: Ray Train ends its workers, exits without a word, and would go on
-    listening when there are none left to end.
+def _train_interruptibly(trainer: TorchTrainer) -> None:
+    """`trainer.fit()` with Ctrl-C as a KeyboardInterrupt at once, as everywhere.
+
+    In the main thread Ray Train takes it for itself: it does nothing about it as long as workers wait for room, and
+    exits without a word when they have ended. Here who connected to Ray ends them, by leaving it.
     """
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as stop:
-        raise KeyboardInterrupt from stop
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
+    ended: Future[None] = Future()
+
+    def train() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # noqa: BLE001 (raised where it is waited for)
+            ended.set_exception(error)
+        else:
+            ended.set_result(None)
+
+    threading.Thread(target=train, name="ray-train", daemon=True).start()
+    ended.result()
 
 
 def _user_error(error: BaseException | None) -> Exception | None:
@@ -201,7 +206,8 @@ def _user_error(error: BaseException | None) -> Exception | None:
         for failure in failures.values():
             if (mine := _user_error(failure)) is not None:
                 return mine
-        error = getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error.__cause__
+        inner = (getattr(error, name, None) for name in ("controller_failure", "_base_exc", "cause", "__cause__"))
+        error = next(filter(None, inner), None)
     return None
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from datasets_etl.manifest import Manifest
 from datasets_etl.storage import ObjectStore, open_store
+from pipelines.errors import PipelineError
 from pipelines.lasting import lasting_store
-from pipelines.training.config import CurriculumConfig, StageConfig
+from pipelines.training.config import CurriculumConfig, MetricConfig, StageConfig
 from pipelines.training.stage import StageJob
 
 _RESULT = "result.json"
@@ -105,7 +106,7 @@ def plan_curriculum(config: CurriculumConfig) -> list[StagePlan]:
 
 
 def _load_manifests(config: CurriculumConfig) -> dict[str, Manifest]:
-    """The datasets the stages use, with every subset they name."""
+    """The datasets the stages use, with every subset they name, and with masks where a decision needs them."""
     manifests: dict[str, Manifest] = {}
     for stage in config.chain:
         for part in stage.reads if stage in config.selected_stages else stage.mixture:
@@ -113,4 +114,17 @@ def _load_manifests(config: CurriculumConfig) -> dict[str, Manifest]:
             if part.data not in manifests and url is not None:
                 manifests[part.data] = Manifest.load(url)
             manifests[part.data].select(part.subset)
+    for stage in config.selected_stages:
+        promotion = [] if config.promotion is None else [("promotion", config.promotion)]
+        for purpose, metric in [*stage.compared, *promotion]:
+            check_measurable(purpose, metric, manifests[metric.data])
     return manifests
+
+
+def check_measurable(purpose: str, metric: MetricConfig, manifest: Manifest) -> None:
+    """Raises PipelineError where a dataset cannot give the figure that something is decided by."""
+    if metric.metric in ("matched", "unmatched") and not manifest.tells_occlusion:
+        raise PipelineError(
+            f"{purpose}: {metric.name} will have no value: {manifest.dataset} does not tell which pixels are occluded; "
+            "choose another metric"
+        )

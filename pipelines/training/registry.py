@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -24,9 +23,10 @@ from mlflow.types.schema import AnyType
 import gmflow
 from datasets_etl.formats import encode_frame_png
 from datasets_etl.storage import ObjectStore, file_sha256, split_url
-from gmflow import GMFlow, GMFlowError, load_model
+from gmflow import GMFlow, GMFlowError, load_model, save_weights
 from pipelines.errors import PipelineError
 from pipelines.training import tracking
+from pipelines.training.checkpoints import checkpoint_model
 from pipelines.training.config import MetricConfig, SetConfig
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,8 @@ CHAMPION = "champion"
 
 MEASURED_TAG = "measured."
 """Of a version, followed by a validation set: what its figures there were measured on."""
+
+_CHECKPOINT = ".pt"
 
 _WEIGHTS_TAG = "weights_sha256"
 
@@ -136,7 +138,7 @@ def roll_back(client: MlflowClient, model_name: str, alias: str) -> tuple[str, s
     before = _alias(client, model_name, alias)
     if before is None:
         raise PipelineError(
-            f"models:/{model_name}@{alias}: no such model at {client.tracking_uri}; there is: {_known(client)}"
+            f"models:/{model_name}@{alias}: no such model at {tracking.place_of(client)}; there is: {_known(client)}"
         )
     versions = _earlier_versions(client, model_name, alias)
     while versions and versions[-1] == before:  # a rollback that was killed halfway
@@ -254,8 +256,8 @@ def fetch_weights(reference: str, folder: Path, tracking_uri: str | None = None)
     """The weights file of a reference, copied into a local folder.
 
     Args:
-        reference: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or path or URL of a published `.pth` or our
-            `.safetensors`.
+        reference: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or path or URL of a published `.pth`, our
+            `.safetensors`, or a checkpoint of a stage.
         folder: where it goes.
         tracking_uri: of the registry; None as in `tracking.tracking_uri`.
 
@@ -273,7 +275,11 @@ def fetch_named_weights(reference: str, folder: Path, tracking_uri: str | None =
         return _download(client, version, folder), _numbered(version)
     store, name = _split_file(reference)
     path = folder / name
-    path.write_bytes(store.read(name))
+    if path.suffix == _CHECKPOINT:
+        path = path.with_suffix(".safetensors")
+        save_weights(checkpoint_model(reference), path)
+    else:
+        path.write_bytes(store.read(name))
     return path, _hashed(reference, file_sha256(path))
 
 
@@ -282,8 +288,8 @@ def stands_for(reference: str, tracking_uri: str | None = None) -> str:
     if reference.startswith("models:/"):
         _, version = _look_up(reference, tracking_uri)
         return _numbered(version)
-    store, name = _split_file(reference)
-    return _hashed(reference, hashlib.sha256(store.read(name)).hexdigest())
+    with tempfile.TemporaryDirectory(prefix="gmflow-model-") as folder:
+        return fetch_named_weights(reference, Path(folder), tracking_uri)[1]
 
 
 def _numbered(version: ModelVersion) -> str:
@@ -313,8 +319,10 @@ def _look_up(reference: str, tracking_uri: str | None) -> tuple[MlflowClient, Mo
 
 
 def _split_file(reference: str) -> tuple[ObjectStore, str]:
-    if not reference.endswith((".pth", ".safetensors")):
-        raise PipelineError(f"{reference}: no model reference; write models:/NAME@ALIAS, or a .pth or .safetensors")
+    if not reference.endswith((".pth", ".safetensors", _CHECKPOINT)):
+        raise PipelineError(
+            f"{reference}: no model reference; write models:/NAME@ALIAS, a .pth or .safetensors, or a checkpoint's .pt"
+        )
     return split_url(reference)
 
 
@@ -328,9 +336,9 @@ def find_version(client: MlflowClient, reference: str) -> ModelVersion:
         return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
     except MlflowException as error:
         if tracking.may_pass(error):
-            raise PipelineError(f"{reference}: {client.tracking_uri} does not answer: {error.message}") from error
+            raise PipelineError(f"{reference}: {tracking.place_of(client)} does not answer: {error.message}") from error
         known = _known(client)
-        raise PipelineError(f"{reference}: no such model at {client.tracking_uri}; there is: {known}") from error
+        raise PipelineError(f"{reference}: no such model at {tracking.place_of(client)}; there is: {known}") from error
 
 
 def version_weights(client: MlflowClient, version: ModelVersion) -> bytes:
@@ -344,7 +352,9 @@ def _download(client: MlflowClient, version: ModelVersion, folder: Path) -> Path
     try:
         local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
     except MlflowException as error:
-        raise PipelineError(f"{uri}: its files cannot be had from {client.tracking_uri}: {error.message}") from error
+        raise PipelineError(
+            f"{uri}: its files cannot be had from {tracking.place_of(client)}: {error.message}"
+        ) from error
     found = sorted(local.rglob("*.safetensors"))
     if not found:
         raise PipelineError(

@@ -3,12 +3,10 @@
 import logging
 import math
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray.train
@@ -21,15 +19,15 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets_etl.loader import EvaluationSet, FlowBatch, MixturePart, PositionDataset, TrainingStream
 from datasets_etl.manifest import Manifest
 from datasets_etl.storage import PATIENCE_VARIABLE, open_store
-from gmflow import GMFlow, load_model
+from gmflow import GMFlow
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.loss import sequence_loss
 from gmflow.metrics import ErrorMetrics
 from pipelines.errors import LASTING_ERRORS, PipelineError
-from pipelines.training.checkpoints import CheckpointStore, CheckpointWriter, KeepPolicy
+from pipelines.training.checkpoints import CheckpointStore, CheckpointWriter, KeepPolicy, initial_model
 from pipelines.training.config import MachineConfig, StageConfig
 from pipelines.training.feed import FeedWriter, Record
-from pipelines.training.interval import Interval, StepTotals
+from pipelines.training.interval import StepTotals
 from pipelines.training.memory import peak_bytes
 from pipelines.training.pictures import comparison_png
 from pipelines.training.state import TrainingState
@@ -37,8 +35,6 @@ from pipelines.training.validation import validate
 from pipelines.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-
-INITIAL_WEIGHTS = "init.safetensors"
 
 # How often the ranks ask Ray whether one of their machines is about to be taken away: asking is a collective.
 _LOOK_OUT_S = 2.0
@@ -126,22 +122,23 @@ class _Worker:
         self.watchdog = watchdog
         manifests = {name: Manifest.load(url) for name, url in job.data.items()}
         stage = job.stage
+        cache = job.machine.cache.build() if job.machine.cache else None
         self.dataset = PositionDataset(
             [
                 MixturePart(manifests[part.data], part.subset, part.repeats, part.augmentation(stage.crop))
                 for part in stage.mixture
             ],
             seed=job.seed,
-            cache=job.machine.cache.build() if job.machine.cache else None,
+            cache=cache,
         )
         self.validation = {
-            chosen.name: EvaluationSet(manifests[chosen.data], chosen.subset, chosen.limit)
+            chosen.name: EvaluationSet(manifests[chosen.data], chosen.subset, chosen.limit, cache)
             for chosen in stage.validation
         }
-        self.model = _initial_model(job).to(self.device)
+        self.checkpoints = CheckpointStore(open_store(job.folder))
+        self.model = initial_model(self.checkpoints.folder).to(self.device)
         self.state = TrainingState.fresh(self.model, stage, job.precision)
         self.prepared = self._prepare()
-        self.checkpoints = CheckpointStore(open_store(job.folder))
         best = None if stage.keep_best is None else stage.keep_best.name
         self.writer = CheckpointWriter(self.checkpoints, KeepPolicy(stage.keep_last, best), self._warn)
         self.checkpointed = (-1, -1)  # step and validation of the newest snapshot handed to the writer
@@ -181,6 +178,7 @@ class _Worker:
             rank=self.rank,
             world_size=self.world_size,
             workers=self.job.machine.loader_workers,
+            pinned=self.device.type == "cuda",
         )
 
     def accumulate(self, batches: Iterator[FlowBatch]) -> _StepSums:
@@ -270,16 +268,17 @@ class _Worker:
         metrics["train/lr"] = float(state.schedule.get_last_lr()[0])
         metrics["train/skipped_steps"] = float(state.skipped)
         metrics["system/memory_gib"] = peak_bytes(self.device) / 2**30
-        state.interval = Interval()
+        state.interval = state.interval.following()
         state.record(state.step, metrics)
-        left = (stage.steps - state.step) * metrics["time/step_s"]
         loss, epe = (metrics.get(f"train/{name}", math.nan) for name in ("loss", "epe"))  # all were skipped
-        self._say(
-            f"loss={loss:.3f} epe={epe:.3f} lr={metrics['train/lr']:.2e} "
-            f"samples/s={metrics['time/samples_per_s']:.1f} wait={100 * metrics['time/data_wait']:.0f}% "
-            f"eta={int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}",
-            metrics,
-        )
+        told = f"loss={loss:.3f} epe={epe:.3f} lr={metrics['train/lr']:.2e}"
+        if (step_s := metrics.get("time/step_s")) is not None:
+            left = (stage.steps - state.step) * step_s
+            told += (
+                f" samples/s={metrics['time/samples_per_s']:.1f} wait={100 * metrics['time/data_wait']:.0f}%"
+                f" eta={int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
+            )
+        self._say(told, metrics)
 
     def validate_when_due(self) -> bool:
         """Every set, where the step asks for it. False where the workers left meanwhile; it is made up for then."""
@@ -414,11 +413,3 @@ class _Worker:
 
 def _line(job: StageJob, step: int, rank: int, text: str) -> str:
     return f"stage={job.stage.name} step={step}/{job.stage.steps} rank={rank} {text}"
-
-
-def _initial_model(job: StageJob) -> GMFlow:
-    """The stage's initial weights, from its folder."""
-    with tempfile.TemporaryDirectory(prefix="gmflow-init-") as folder:
-        path = Path(folder) / INITIAL_WEIGHTS
-        path.write_bytes(open_store(job.folder).read(INITIAL_WEIGHTS))
-        return load_model(path)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import mlflow
 import requests
@@ -17,8 +18,9 @@ import tenacity
 import torch
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
-from mlflow.entities import Metric, Run
+from mlflow.entities import LifecycleStage, Metric, Run
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.tracking import MlflowClient
 
 from datasets_etl import storage
@@ -26,7 +28,7 @@ from datasets_etl.manifest import Manifest
 from pipelines.errors import PipelineError
 from pipelines.lasting import is_uploaded
 from pipelines.training.code_version import code_version
-from pipelines.training.config import CurriculumConfig, MlflowConfig
+from pipelines.training.config import CurriculumConfig, MlflowConfig, shown_uri
 from pipelines.training.feed import Record
 
 # Identifies what a run is of, so that a second attempt finds it.
@@ -43,6 +45,11 @@ _Result = TypeVar("_Result")
 def tracking_uri(configured: str | None) -> str:
     """The configured URI, else MLFLOW_TRACKING_URI, else SQLite in `runs/` of the working folder."""
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').absolute()}"
+
+
+def place_of(client: MlflowClient) -> str:
+    """Where a client's runs and models are, for people."""
+    return shown_uri(str(client.tracking_uri))
 
 
 def connect(configured: str | None) -> MlflowClient:
@@ -64,7 +71,7 @@ def connect(configured: str | None) -> MlflowClient:
     try:
         client.search_experiments(max_results=1)  # creates an embedded database's tables, once
     except Exception as error:  # MLflow raises whatever its transport does
-        raise PipelineError(f"MLflow at {uri} does not answer: {error}") from error
+        raise PipelineError(f"MLflow at {shown_uri(uri)} does not answer: {shown_uri(str(error))}") from error
     return client
 
 
@@ -220,8 +227,9 @@ class CurriculumRun:
     ) -> None:
         self.client = client
         self.patience = Patience(config.patience_s, tell)
-        self.experiment_id = _experiment(client, config.experiment)
-        self._own = TrackedRun(client, _find_or_create(client, self.experiment_id, name, key, {}), self.patience)
+        self.experiment_id = self.patience(_experiment, client, config.experiment)
+        own = self.patience(_find_or_create, client, self.experiment_id, name, key, {})
+        self._own = TrackedRun(client, own, self.patience)
         self.run_id = self._own.run_id
 
     def stage(self, name: str, key: str) -> TrackedRun:
@@ -265,7 +273,7 @@ def run_link(uri: str, experiment: str, run_id: str) -> str:
     if not uri.startswith(("http://", "https://")):
         return f"run {run_id}"
     found = MlflowClient(uri).get_experiment_by_name(experiment)
-    return f"{uri.rstrip('/')}/#/experiments/{found.experiment_id}/runs/{run_id}"
+    return f"{shown_uri(uri).rstrip('/')}/#/experiments/{found.experiment_id}/runs/{run_id}"
 
 
 def environment() -> dict[str, Any]:
@@ -304,12 +312,35 @@ def start_run(client: MlflowClient, experiment: str, name: str, tags: Mapping[st
 
 
 def _experiment(client: MlflowClient, name: str) -> str:
+    """The id of the experiment of that name, created where there is none. Raises PipelineError where it is unusable."""
     found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
-    folder = _embedded_folder(str(client.tracking_uri))
-    artifacts = None if folder is None else (folder / "mlflow-artifacts").as_uri()  # a server knows its own place
-    return str(client.create_experiment(name, artifact_location=artifacts))
+    if found is None:
+        return str(client.create_experiment(name, artifact_location=_place_of_artifacts(str(client.tracking_uri))))
+    where = f"MLflow at {place_of(client)}: experiment {name!r}"
+    if found.lifecycle_stage != LifecycleStage.ACTIVE:
+        raise PipelineError(
+            f"{where} was deleted: restore it (mlflow experiments restore --experiment-id {found.experiment_id}), or "
+            "give another one"
+        )
+    if is_uploaded(str(found.artifact_location)):
+        raise PipelineError(
+            f"{where} keeps its files in {found.artifact_location}, where a job was uploaded, and would lose them with "
+            "it; give another one"
+        )
+    return str(found.experiment_id)
+
+
+def _place_of_artifacts(uri: str) -> str | None:
+    """Where a new experiment's files go; None where a server has a place for them."""
+    if (folder := _embedded_folder(uri)) is not None:
+        return (folder / "mlflow-artifacts").as_uri()
+    if urlsplit(uri).scheme.partition("+")[0] in DATABASE_ENGINES:
+        raise PipelineError(
+            f"MLflow at {shown_uri(uri)}: a database without a server has no place for models; set MLFLOW_TRACKING_URI "
+            "to the server's http:// address, or make the experiment first: mlflow experiments create -n NAME -l "
+            "s3://BUCKET/PREFIX"
+        )
+    return None
 
 
 def _find_or_create(client: MlflowClient, experiment_id: str, name: str, key: str, tags: dict[str, str]) -> Run:

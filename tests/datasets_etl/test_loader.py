@@ -10,6 +10,7 @@ import torch
 
 from datasets_etl import loader
 from datasets_etl.augment import AugmentConfig
+from datasets_etl.cache import SampleCache
 from datasets_etl.errors import DataError
 from datasets_etl.loader import (
     EvaluationSet,
@@ -151,6 +152,17 @@ def test_an_evaluation_set_is_the_subset_in_order_untouched(sharded_chairs):
     chosen = EvaluationSet(Manifest.load(sharded_chairs.manifest_url), "val")
     assert [chosen[i].key for i in range(len(chosen))] == ["val_00007", "val_00008"]
     assert len(EvaluationSet(chosen.manifest, None, limit=3)) == 3
+
+
+def test_an_evaluation_set_reads_each_sample_from_storage_once_where_it_is_cached(
+    sharded_chairs, tmp_path, monkeypatch
+):
+    manifest = Manifest.load(sharded_chairs.manifest_url)
+    cache = SampleCache(tmp_path / "cache", 1 << 30)
+    first = [sample.flow for sample in EvaluationSet(manifest, "val", cache=cache)]
+    monkeypatch.setattr(loader, "read_sample_bytes", lambda *_: pytest.fail("read from storage again"))
+    again = [sample.flow for sample in EvaluationSet(manifest, "val", cache=cache)]
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_samples_without_truth_are_never_trained_or_scored_on(sharded_kitti):

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from datasets_etl.storage import PATIENCE_VARIABLE, FileStore, ObjectStore, open_store
+from gmflow import GMFlow, GMFlowConfig, save_weights
+from pipelines.errors import PipelineError
+from pipelines.training import registry
 from pipelines.training.checkpoints import CheckpointStore, CheckpointWriter, KeepPolicy, OtherFormatError
 from tests.seaweedfs import S3Server, running
 from tests.waiting import WAIT_SECONDS
@@ -246,3 +249,39 @@ def test_a_checkpoint_waits_for_storage_that_is_away(tmp_path: Path, monkeypatch
         back.join()
         writer.close()
         assert kept(store) == [1, 2]
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_checkpoint_is_a_model_by_reference(tmp_path: Path, averaged: bool):
+    """What `keep_best` keeps, or what a stage under way has come to, is scored and trained from like any other."""
+    store = CheckpointStore(open_store(str(tmp_path)))
+    config = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
+    torch.manual_seed(0)
+    initial, newest, average = (GMFlow(config) for _ in range(3))
+    save_weights(initial, tmp_path / "init.safetensors")
+    kept_average = {"n_averaged": torch.tensor(3)} | {f"module.{k}": v for k, v in average.state_dict().items()}
+    store.write({"step": 7, "model": newest.state_dict(), "average": kept_average if averaged else None}, {})
+    reference = tmp_path / "checkpoints" / data_of(store, 7)
+    model = registry.resolve_model(str(reference))
+    expected = (average if averaged else newest).state_dict()
+    assert model.config == config
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    registry.check_reference(reference.as_uri())
+    assert registry.stands_for(reference.as_uri()).startswith(f"{reference.as_uri()} (sha256 ")
+
+    reference.write_bytes(reference.read_bytes()[:-1] + b"x")
+    with pytest.raises(PipelineError, match=r"step_00000007-\w+\.pt: damaged checkpoint: its content is not what"):
+        registry.resolve_model(str(reference))
+    (tmp_path / "other.pt").write_bytes(b"")
+    with pytest.raises(PipelineError, match=r"other\.pt: no checkpoint; write"):
+        registry.resolve_model(str(tmp_path / "other.pt"))
+
+
+def test_the_writer_deletes_what_is_not_to_be_kept(tmp_path: Path):
+    store = CheckpointStore(FileStore(tmp_path))
+    writer = CheckpointWriter(store, KeepPolicy(last=1), pytest.fail)
+    for step in (1, 2, 3):
+        writer.submit(snapshot(step), {})
+        writer.flush()
+    writer.close()
+    assert kept(store) == [3]

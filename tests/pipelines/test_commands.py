@@ -544,6 +544,12 @@ class TestCurriculum:
             ("init_from=models:/gmflow@champion", ("models:/gmflow@champion", "no such model")),
             ("init_from=/no/weights.pth", ("/no/weights.pth",)),
             ("machine.min_workers=3", ("min_workers 3 is above num_workers 2",)),
+            ("machine={num_workers: 2, min_workers: 1, placement: strict_spread}", ("placement pack or spread",)),
+            (
+                "stages.chairs.gates=[{data: chairs, subset: val, metric: matched, below: 3}]",
+                ("gates: val/chairs/val/matched will have no value", "chairs does not tell"),
+            ),
+            ("promotion.metric=unmatched", ("promotion: val/chairs/val/unmatched will have no value",)),
             ("machine.hang_timeout_s=60", ("hang_timeout_s 60 must be above twice storage_patience_s 120",)),
         ],
     )

@@ -3,11 +3,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
 import yaml
 
 from pipelines.errors import PipelineError
+from pipelines.training import estimate as estimating
 from pipelines.training.config import CurriculumConfig, load_config
 from tests.conftest import ROOT
 
@@ -176,3 +179,31 @@ def test_a_stage_runs_alone(small, load):
     second = {**small["stages"][0], "name": "kitti"}
     config = load({**small, "stages": [small["stages"][0], second]}, "only=[kitti]")
     assert [stage.name for stage in config.selected_stages] == ["kitti"]
+
+
+@pytest.mark.parametrize(
+    ("override", "purpose"),
+    [
+        ("stages.chairs.gates=[{data: chairs, subset: val, below: 2}]", "gates"),
+        ("stages.chairs.keep_best={data: chairs, subset: val}", "keep_best"),
+    ],
+)
+def test_what_a_stage_is_judged_by_must_be_validated(small, load, override, purpose):
+    with pytest.raises(PipelineError, match=f"validation lacks chairs/val, which {purpose} compares by"):
+        load(small, override)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_an_estimate_counts_every_micro_batch_of_a_worker(small, load, monkeypatch):
+    measure = SimpleNamespace(remote=lambda config, stage: ray.put((2.0, 1.5)))
+    monkeypatch.setattr(estimating, "_measure", SimpleNamespace(options=lambda **how: measure))
+
+    def told(workers: int, micro_batch: int) -> float:
+        machine = f"machine={{num_workers: {workers}, micro_batch: {micro_batch}}}"
+        config = load(small, "stages.chairs.global_batch=8", machine)
+        found = estimating.estimate(config, config.stages[0])
+        assert found is not None
+        assert found.memory_gib == 1.5
+        return found.step_s
+
+    assert [told(1, 1), told(2, 2), told(2, 99), told(1, 8)] == [16.0, 4.0, 2.0, 2.0]

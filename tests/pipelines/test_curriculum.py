@@ -1,21 +1,25 @@
 """The curriculum as a user runs it: stages in order, resumed after a kill to the bit, told once to MLflow."""
 
+import contextlib
+import copy
 import hashlib
 import json
 import os
 import re
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
 from mlflow.tracking import MlflowClient
-from ray.train import TrainingFailedError
+from ray.train import ControllerError, TrainingFailedError
 from safetensors.torch import load_file
 
 import pipelines.curriculum
@@ -295,6 +299,39 @@ def test_workers_that_do_not_fit_are_told_of():
     assert launch.room_lacking(MachineConfig(num_workers=2)) == ""
     told = launch.room_lacking(MachineConfig(num_workers=2, min_workers=1, cpus_per_worker=999, use_gpu=True))
     assert "1 worker(s) need 999 CPU(s) and a GPU each, the cluster holds 0 such" in told
+    told = launch.room_lacking(MachineConfig(num_workers=2, placement="strict_spread"))
+    assert "2 worker(s) need 1 CPU(s) each on a node of its own, the cluster holds 1 such" in told
+    assert "machine.placement" in told
+
+
+def test_ctrl_c_ends_a_wait_for_room(workplace: Workplace):
+    """Just when somebody sees that the GPUs are missing."""
+    workplace.config["machine"]["use_gpu"] = True
+    process = workplace.start("curriculum.py", "--config", str(workplace.write()))
+    wait_until(lambda: any("TrainController" in " ".join(one.cmdline()) for one in below(process)))
+    time.sleep(3)  # it asks for a placement
+    process.send_signal(signal.SIGINT)
+    output, errors = output_of(process)
+    assert process.returncode == 130, errors
+    assert "stage=chairs waits for room: 2 worker(s) need 1 CPU(s) and a GPU each" in output
+    assert "interrupted; the same command goes on from here" in errors
+    assert "Traceback" not in errors
+    client = MlflowClient(workplace.tracking_uri)
+    runs = client.search_runs([client.get_experiment_by_name("gmflow").experiment_id])
+    assert [run.info.status for run in runs] == ["KILLED", "KILLED"], "the stage's and the curriculum's"
+
+
+def below(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(process.pid).children(recursive=True)
+    return []
+
+
+def test_a_users_error_in_ray_trains_controller_is_told_as_it_is():
+    mine = PipelineError("no luck")
+    assert launch._user_error(ControllerError(mine)) is mine
+    assert launch._user_error(copy.copy(ControllerError(mine))) is mine, "as it comes from another process"
+    assert launch._user_error(ControllerError(ValueError("a bug"))) is None
 
 
 @pytest.mark.usefixtures("local_ray")

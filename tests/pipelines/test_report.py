@@ -2,10 +2,12 @@
 network.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -18,7 +20,7 @@ from gmflow import GMFlowConfig
 from gmflow.metrics import FlowMetrics
 from pipelines.gallery import Gallery, card_pictures
 from pipelines.published import published_figures
-from pipelines.report_page import Curve, Report, Table, figure_cell
+from pipelines.report_page import Curve, Report, Table, figure_cell, scene_tables, worst_pairs
 from pipelines.training.validation import Scored
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -226,3 +228,25 @@ def test_published_figures_are_for_the_published_variants_only():
     assert published_figures(GMFlowConfig.base(), "sintel", "training-clean")["s40_plus"] == 8.257
     assert published_figures(GMFlowConfig(attn_splits=(4,)), "sintel", "training-clean") == {}
     assert published_figures(GMFlowConfig.base(), "kitti", "training") == {}
+
+
+def evaluation_of(epe: dict[str, float], scenes: dict[str, float]) -> Any:
+    def figures(value: float) -> dict[str, float]:
+        return {"epe": value, "px1": 1.0, "px3": 2.0, "f1_all": 3.0, "wauc": 4.0}
+
+    images = {key: figures(value) for key, value in epe.items()}
+    return SimpleNamespace(images=images, scenes={scene: figures(value) for scene, value in scenes.items()})
+
+
+def test_the_worst_pairs_and_scenes_come_first_and_those_without_a_figure_last():
+    first = evaluation_of({"a": 1.0, "b": math.nan, "c": 9.0}, {"calm": 0.5, "none": math.nan, "wild": 7.0})
+    sets: Any = {
+        "one": ([0] * 4, first),
+        "two": ([0] * 20, evaluation_of({f"d{n}": 2 + n / 100 for n in range(20)}, {})),
+    }
+    rows = worst_pairs(sets)
+    assert [one[:3] for one in rows[:2]] == [["c", "one", 9.0], ["d19", "two", 2.19]]
+    assert len(rows) == 12
+    assert "b" not in [one[0] for one in rows]
+    (table,) = scene_tables(sets)
+    assert [one[0] for one in table.rows] == ["wild", "calm", "none"]

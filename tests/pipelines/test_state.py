@@ -126,6 +126,44 @@ def test_a_skipped_step_counts_for_the_time_only():
         interval.add(StepTotals(loss, ErrorMetrics(), loss, applied, 0.0))
     metrics = interval.metrics(4)
     assert (metrics["train/loss"], metrics["train/grad_norm"]) == (3.0, 3.0)
-    none = Interval()
+    none = interval.following()
     none.add(StepTotals(math.inf, ErrorMetrics(), math.inf, False, 0.0))
     assert {name.partition("/")[0] for name in none.metrics(4)} == {"time"}
+
+
+def test_only_steps_whose_beginning_is_known_are_timed(monkeypatch: pytest.MonkeyPatch):
+    """Not an attempt's first, which loaders start in; not what a validation takes before a step."""
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    step = StepTotals(1.0, ErrorMetrics(), 1.0, True, 0.5)
+    interval = Interval.from_state_dict(Interval().state_dict())
+    interval.restart_clock()  # of a validation that an earlier attempt owed
+    interval.add(step)
+    assert not any(name.startswith("time/") for name in interval.metrics(4))
+    now += 2.0
+    interval.add(step)
+    times = {"time/step_s": 2.0, "time/samples_per_s": 2.0, "time/data_wait": 0.25}
+    assert interval.metrics(4).items() >= times.items()
+    interval = interval.following()
+    now += 30.0
+    interval.restart_clock()
+    now += 1.0
+    interval.add(step)
+    assert interval.metrics(4)["time/step_s"] == 1.0
+
+
+def errors(pixels: int, error: float) -> ErrorMetrics:
+    found = ErrorMetrics()
+    target = torch.zeros(1, 2, 1, pixels)
+    found.update(target + torch.tensor([error, 0.0]).reshape(1, 2, 1, 1), target, torch.ones(1, 1, pixels).bool())
+    return found
+
+
+def test_skipped_steps_and_errors_since_the_last_record_are_resumed_too():
+    first, second = fresh(), fresh()
+    first.skipped, first.skipped_in_a_row, first.validated = 5, 2, 4
+    first.interval.add(StepTotals(2.0, errors(3, 1.0), 3.0, True, 0.0))
+    second.restore(from_bytes(to_bytes(first.snapshot())))
+    assert (second.skipped, second.skipped_in_a_row, second.validated) == (5, 2, 4)
+    second.interval.add(StepTotals(2.0, errors(1, 5.0), 3.0, True, 0.0))
+    assert second.interval.metrics(4)["train/epe"] == pytest.approx(2.0)

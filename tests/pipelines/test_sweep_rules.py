@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import time
 from dataclasses import replace
@@ -19,13 +20,14 @@ from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError
 from ray.tune.search import Searcher
 
-from datasets_etl.storage import open_store
+from datasets_etl.errors import DamagedError, DataError
+from datasets_etl.storage import PATIENCE_VARIABLE, open_store
 from gmflow import GMFlow, GMFlowConfig, execution, save_weights
 from gmflow.errors import GMFlowError
 from gmflow.execution import ExecutionConfig, Precision, prepare_model, runs_in
 from gmflow.predict import padded_flow
 from pipelines.errors import PipelineError
-from pipelines.sweep import Sweep, keep_weights, plan_trials, register_best
+from pipelines.sweep import Sweep, keep_weights, plan_trials, prepare, register_best
 from pipelines.sweeping import cost, plots, tuning
 from pipelines.sweeping.accuracy import SharedFeatures, Weights, score_jobs
 from pipelines.sweeping.config import CostConfig, SweepConfig
@@ -47,8 +49,8 @@ from pipelines.sweeping.trials import (
 )
 from pipelines.sweeping.tuning import DistinctOptuna
 from pipelines.sweeping.view import SweepView
-from pipelines.training import tracking
-from pipelines.training.config import load_config
+from pipelines.training import registry, tracking
+from pipelines.training.config import SetConfig, load_config
 from tests.conftest import ROOT
 
 REFINE = GMFlowConfig.refine()
@@ -289,7 +291,9 @@ def test_storage_remembers_trials_in_order_and_only_those_of_the_config(tree, lo
     ("died_of", "kept"),
     [
         (ActorDiedError(), None),  # its controller: tried again by the same command
+        (DataError("storage is away"), None),
         (PipelineError("no luck"), TrialResult("failed", "no luck")),
+        (DamagedError("s3://x: damaged"), TrialResult("failed", "s3://x: damaged")),
     ],
 )
 def test_a_trial_fails_only_by_its_own_fault(tree, load, monkeypatch, died_of, kept):
@@ -302,6 +306,30 @@ def test_a_trial_fails_only_by_its_own_fault(tree, load, monkeypatch, died_of, k
     with pytest.raises(type(died_of)):
         tuning.run_trial({"point": point}, plan)
     assert TrialRecords.open(plan.trial(point).folder).result == kept
+
+
+def test_a_trials_driver_waits_for_storage_as_its_workers_do(tree, load, monkeypatch):
+    waits = []
+
+    def look(trial: Trial, plan: TrialPlan) -> None:
+        waits.append(os.environ[PATIENCE_VARIABLE])
+        raise ActorDiedError
+
+    monkeypatch.setattr(tuning, "_train", look)
+    plan = plan_of(load(tree, "tune.machine={storage_patience_s: 33}"))
+    with pytest.raises(ActorDiedError):
+        tuning.run_trial({"point": listed_points(plan.config, [])[0]}, plan)
+    assert waits == ["33.0"]
+
+
+def test_a_validation_that_storage_missed_is_made_up_for_in_its_place(tree, load):
+    plan = plan_of(load(tree))
+    trial = plan.trial(listed_points(plan.config, [])[0])
+    told = {10: 3.0, 20: 2.0, 30: 1.0}
+    TrialRecords.open(trial.folder).add(20, {METRIC: told[20]})
+    records = [(step, {METRIC: epe, "train/loss": 1.0}) for step, epe in told.items()]
+    tuning._catch_up(trial, plan, {"records": [*records, (15, {"train/loss": 9.0})]})
+    assert TrialRecords.open(trial.folder).history == [(step, {METRIC: epe}) for step, epe in told.items()]
 
 
 def test_a_trial_that_was_stopped_stays_so_whatever_its_driver_still_meets(tree, load, monkeypatch):
@@ -321,14 +349,25 @@ def test_a_trial_that_was_stopped_stays_so_whatever_its_driver_still_meets(tree,
 
 
 def test_no_more_trials_run_at_once_than_the_cluster_holds(tree, load):
-    tune = load(tree, "tune.machine={num_workers: 2, cpus_per_worker: 3}").tune
-    assert concurrent_trials(tune, [{"CPU": 12.0}]) == 2
-    assert concurrent_trials(tune, [{"CPU": 5.0}, {"CPU": 5.0}, {"CPU": 5.0}]) == 1  # 1 worker a node; not 15 / 6 = 2
+    pairs = load(tree, "tune.machine={num_workers: 2, cpus_per_worker: 3}")
+    assert concurrent_trials(pairs, [{"CPU": 12.0}]) == 2
+    assert concurrent_trials(pairs, [{"CPU": 5.0}, {"CPU": 5.0}, {"CPU": 5.0}]) == 1  # 1 worker a node; not 15 / 6 = 2
     with pytest.raises(PipelineError, match=r"2 worker\(s\) with 3 CPU\(s\) each; the cluster has room for 1"):
-        concurrent_trials(tune, [{"CPU": 5.0}])
-    gpu = load(tree, "tune.machine={num_workers: 1, use_gpu: true}").tune
+        concurrent_trials(pairs, [{"CPU": 5.0}])
+    apart = load(tree, "tune.machine={num_workers: 2, placement: strict_spread}")
+    assert concurrent_trials(apart, [{"CPU": 8.0}, {"CPU": 8.0}]) == 1
+    with pytest.raises(PipelineError, match=r"each on a node of its own; the cluster has room for 1\."):
+        concurrent_trials(apart, [{"CPU": 8.0}])
+    gpu = load(tree, "tune.machine={num_workers: 1, use_gpu: true}")
     assert concurrent_trials(gpu, [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 64.0}]) == 2
-    assert concurrent_trials(load(tree, "tune.max_concurrent=7").tune, [{"CPU": 1.0}]) == 7
+
+
+def test_as_many_trials_run_as_are_asked_for_where_they_fit_or_machines_come(tree, load):
+    asked = load(tree, "tune.max_concurrent=3")
+    assert [concurrent_trials(asked, [{"CPU": cpus}]) for cpus in (1.0, 8.0)] == [1, 3]
+    with pytest.raises(PipelineError, match="the cluster has room for 0"):
+        concurrent_trials(asked, [{"CPU": 0.0}])
+    assert concurrent_trials(load(tree, "tune.max_concurrent=3", "cluster_grows=true"), [{"CPU": 0.0}]) == 3
 
 
 @pytest.mark.parametrize(
@@ -574,3 +613,100 @@ def test_the_peak_is_what_was_held_at_once():
         torch.empty(2**19)
 
     assert _allocated_on_cpu(hold) == 8 * 2**20
+
+
+def test_a_trial_is_another_with_other_weights_precision_or_validation(tree, load):
+    """Else a sweep goes on with figures that were measured of something else."""
+    plan = plan_of(load(tree))
+    point = {"attn_splits_1": 1, "attn_splits_2": 4, "corr_radius": 3}
+    plans = [
+        plan,
+        *(replace(plan, weights=Weights("w.safetensors", version, "w.pth")) for version in ("v1", "v2")),
+        *(
+            plan_of(load(tree, override))
+            for override in ("precision=bf16", "tune.stage.validation.0.limit=2", "tune.stage.validate_every=5")
+        ),
+    ]
+    assert len({one.trial(point).key for one in plans}) == len(plans)
+
+
+def test_a_probes_figures_are_kept_by_all_that_decides_them():
+    setting = Setting((2, 8), (-1, 4), (-1, 1))
+
+    def key(version: str = "v", manifest_version: str = "m", precision: Any = "fp32", **chosen: Any) -> str:
+        whole = SetConfig(**{"data": "chairs", "subset": "val"} | chosen)
+        weights_of = Weights("w.safetensors", version, "w.pth")
+        stored: Any = SimpleNamespace(url="c.json", version=manifest_version)
+        (job,) = score_jobs(weights_of, [setting], whole, stored, precision)
+        return job.key(setting)
+
+    keys = [key(), key("w"), key(manifest_version="n"), key(precision="bf16"), key(subset="train"), key(limit=2)]
+    assert len(set(keys)) == len(keys)
+    assert key() == keys[0]
+
+
+def test_a_cost_is_kept_by_how_and_where_it_was_measured_and_is_the_median(tmp_path):
+    model, here = GMFlowConfig.refine(), {"device": "CPU", "torch": "2"}
+    usual = CostConfig()
+    others = [{"height": 64}, {"width": 64}, {"cpus": 2}, {"clock": "cpu"}]
+    keys = [cost._key(model, CostConfig(**other), "fp32", here) for other in others]
+    keys += [cost._key(model, usual, "bf16", here), cost._key(model, usual, "fp32", here | {"device": "GPU"})]
+    keys += [cost._key(replace(model, attn_splits=(1, 4)), usual, "fp32", here)]
+    first = cost._key(model, usual, "fp32", here)
+    assert len({first, *keys}) == len(keys) + 1
+    assert cost._key(model, CostConfig(rounds=9), "fp32", here) == first
+    store = open_store(str(tmp_path))
+    for seconds in (0.1, 9.0, 0.2):
+        record = cost._Record.load(store, first)
+        record.add(store, 3 * 2**20, seconds, model, here)
+    assert record.cost() == cost.Cost(pytest.approx(200.0), 3.0)
+
+
+def test_asha_stops_by_the_configs_rungs(tree, load):
+    asha = tuning._scheduler(plan_of(load(tree, "tune.reduction_factor=2", "tune.grace_steps=7")))
+    assert (asha._time_attr, asha._max_t, asha._reduction_factor) == ("step", 30, 2)
+    assert [milestone for milestone, _ in asha._brackets[0]._rungs] == [28, 14, 7]
+    usual = tuning._scheduler(plan_of(load(tree)))
+    assert [milestone for milestone, _ in usual._brackets[0]._rungs] == [30, 10]
+
+
+def test_of_several_registered_trials_the_best_is_the_last_and_has_the_alias(tracked, tmp_path, monkeypatch):
+    sweep = tracked("registration.best=2")
+    found = Weights("w.safetensors", "v", "w.pth")
+    plan = plan_trials(sweep, found)
+    rows = []
+    for epe, point in zip((2.0, 1.0, 3.0), listed_points(plan.config, []), strict=False):
+        trial = plan.trial(point)
+        open_store(trial.folder).write(FINAL_WEIGHTS, b"w")
+        rows.append(Row(trial.name, "trial", trial.key, trial.model.build(), "finished", metrics={METRIC: epe}))
+    told = []
+
+    def register(client: Any, name: str, run_id: str, path: Path, lineage: registry.Lineage, rule: Any) -> Any:
+        told.append((lineage.metrics[METRIC], lineage.stage, lineage.measured))
+        return SimpleNamespace(name=name, version="1")
+
+    monkeypatch.setattr(registry, "register", register)
+    run: Any = SimpleNamespace(
+        client=None,
+        parent=SimpleNamespace(patience=lambda work, *a: work(*a)),
+        child=lambda one: SimpleNamespace(run_id=one.name),
+    )
+    register_best(sweep, [*rows, replace(rows[0], status="stopped", metrics={METRIC: 0.1})], run, plan)
+    assert [epe for epe, _, _ in told] == [2.0, 1.0]
+    assert {stage for _, stage, _ in told} == {"small"}
+
+
+def test_a_sweep_whose_windows_do_not_fit_its_pictures_says_so_before_anything_starts(manifests, tmp_path):
+    sets = [{"data": "chairs", "subset": "val"}]
+    config = {
+        "name": "probe",
+        "storage": str(tmp_path / "storage"),
+        "data": {"chairs": manifests["chairs"]},
+        "model": {"variant": "refine", "attn_splits": [1, 2], "corr_radius": [-1, 2]},
+        "weights": "w.pth",
+        "objective": sets[0],
+        "cost": {"height": 48, "width": 64},
+        "probe": {"grid": {"attn_splits": [[1], [2, 16]]}, "validation": sets},
+    }
+    with pytest.raises(PipelineError, match=r"attn_splits 16 at scale 2 cuts images of 48×64"):
+        prepare(SweepConfig.model_validate(config))

@@ -41,9 +41,13 @@ def server(mlflow_server: MlflowServer) -> str:
 
 
 def curriculum_run(
-    server: str, key: str, tell: Callable[[str], None] = pytest.fail, patience_s: float = 60.0
+    server: str,
+    key: str,
+    tell: Callable[[str], None] = pytest.fail,
+    patience_s: float = 60.0,
+    experiment: str = "gmflow",
 ) -> tracking.CurriculumRun:
-    config = MlflowConfig(tracking_uri=server, patience_s=patience_s)
+    config = MlflowConfig(tracking_uri=server, patience_s=patience_s, experiment=experiment)
     return tracking.CurriculumRun(tracking.connect(server), config, "test", key, tell)
 
 
@@ -376,3 +380,42 @@ def test_a_server_that_is_away_is_said_in_a_line(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(PipelineError, match=r"MLflow at http://127\.0\.0\.1:9 does not answer"):
         tracking.connect("http://127.0.0.1:9")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_is_told_last_is_kept():
+    """Right before the end, when nobody will ask the queue in time any more."""
+    told: list[int] = []
+    with listening("feed-last", lambda record: None, lambda record: told.append(record.step)):
+        writer = FeedWriter("feed-last")
+        for step in range(20):
+            writer.send(Record(step))
+        writer.departures()  # answers after what was sent before
+    assert told == list(range(20))
+
+
+def test_a_database_without_a_server_has_no_place_for_models():
+    """MLflow would keep them in the working folder, which for a job is the folder it was uploaded into."""
+    refused = r"MLflow at postgresql\+psycopg2://db/runs: .* no place for models"
+    with pytest.raises(PipelineError, match=refused) as told:
+        tracking._place_of_artifacts("postgresql+psycopg2://me:secret@db/runs")
+    assert "secret" not in str(told.value)
+    assert tracking._place_of_artifacts("http://mlflow:5000") is None
+
+
+def test_an_experiment_that_cannot_be_used_is_said(tmp_path: Path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = tracking.connect(uri)
+    uploaded = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123" / "mlruns"
+    client.create_experiment("lost", artifact_location=str(uploaded))
+    with pytest.raises(PipelineError, match=r"experiment 'lost' keeps its files in .*, where a job was uploaded"):
+        tracking.start_run(client, "lost", "r", {})
+    client.delete_experiment(client.create_experiment("old"))
+    with pytest.raises(PipelineError, match=r"experiment 'old' was deleted: restore it \(mlflow experiments restore"):
+        curriculum_run(uri, "k", experiment="old")
+
+
+def test_no_password_is_shown_or_kept():
+    shown = MlflowConfig(tracking_uri="https://me:secret@mlflow.example/x").model_dump(mode="json")
+    assert shown["tracking_uri"] == "https://mlflow.example/x"
+    assert MlflowConfig(tracking_uri="https://me:secret@h").tracking_uri == "https://me:secret@h", "it is used"

@@ -1,0 +1,137 @@
+"""What the driver does around a stage's workers: gates, lineage, what the next stage starts from, what is told."""
+
+import contextlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from safetensors.torch import load, load_file
+
+import pipelines.curriculum
+from datasets_etl.storage import open_store
+from gmflow import GMFlow, save_weights
+from pipelines.curriculum import run_curriculum
+from pipelines.errors import PipelineError
+from pipelines.training import registry
+from pipelines.training.config import CurriculumConfig, ModelConfig, load_config
+from pipelines.training.launch import final_weights, provide_initial_weights
+from pipelines.training.plan import StageResult
+from pipelines.training.stage import StageJob
+from tests.pipelines.conftest import Workplace
+
+EPE = "val/chairs/val/epe"
+
+
+def snapshot(model: GMFlow, records: list[tuple[int, dict[str, float]]]) -> dict[str, Any]:
+    return {"step": 40, "validated": 40, "model": model.state_dict(), "average": None, "records": records}
+
+
+class Driver:
+    """A curriculum whose workers are not there: every stage ends with weights of its own."""
+
+    def __init__(self, workplace: Workplace) -> None:
+        self.workplace = workplace
+        self.records = [(2, {"train/loss": 3.0}), (40, {"train/loss": 2.0}), (40, {EPE: 5.0})]
+        self.ran: list[str] = []
+        self.started_from: list[dict[str, torch.Tensor]] = []
+        self.registered: list[registry.Lineage] = []
+
+    def fit(self, job: StageJob, name: str) -> dict[str, Any]:
+        self.ran.append(job.stage.name)
+        self.started_from.append(load(open_store(job.folder).read("init.safetensors")))
+        torch.manual_seed(100 + len(self.ran))
+        return snapshot(GMFlow(ModelConfig(**self.workplace.config["model"]).build()), self.records)
+
+    def register(self, client: Any, name: str, run_id: str, weights: Path, lineage: registry.Lineage, _: Any) -> Any:
+        self.registered.append(lineage)
+        return SimpleNamespace(name=name, version=str(len(self.registered)))
+
+    def run(self, *overrides: str) -> list[StageResult]:
+        tracked = f"mlflow={{tracking_uri: '{self.workplace.tracking_uri}'}}"
+        return run_curriculum(load_config(CurriculumConfig, str(self.workplace.write()), [tracked, *overrides]))
+
+
+@pytest.fixture
+def driver(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> Driver:
+    driver = Driver(workplace)
+    monkeypatch.setattr(pipelines.curriculum, "fit_stage", driver.fit)
+    monkeypatch.setattr(pipelines.curriculum, "listening", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(pipelines.curriculum, "room_lacking", lambda machine: "")
+    monkeypatch.setattr(pipelines.curriculum.registry, "register", driver.register)
+    monkeypatch.setattr(pipelines.curriculum.report, "log_curriculum_report", lambda client, run_id: None)
+    return driver
+
+
+def test_a_stage_that_has_just_been_trained_stops_at_its_gate_and_is_not_registered(driver: Driver):
+    gate = "stages.chairs.gates=[{data: chairs, subset: val, below: 4.5}]"
+    with pytest.raises(
+        PipelineError, match=r"stage chairs: stopped at its gate: val/chairs/val/epe is 5\.000, not below"
+    ):
+        driver.run(gate)
+    assert (driver.ran, driver.registered) == (["chairs"], [])
+    storage = driver.workplace.folder / "storage"
+    assert not list(storage.rglob("result.json"))
+    assert len(list(storage.glob("tiny-chairs-*/final.safetensors"))) == 1, "its weights are kept"
+    driver.records = driver.records[:-1]
+    with pytest.raises(PipelineError, match="stage chairs: its gate val/chairs/val/epe has no value"):
+        driver.run(gate)
+
+
+def test_only_the_first_stage_starts_from_the_given_weights_the_next_from_what_it_ended_with(
+    driver: Driver, tmp_path: Path
+):
+    torch.manual_seed(7)
+    given = GMFlow(ModelConfig(**driver.workplace.config["model"]).build())
+    save_weights(given, tmp_path / "given.safetensors")
+    first, _ = driver.run(f"init_from={tmp_path / 'given.safetensors'}")
+    assert driver.ran == ["chairs", "mix"]
+    ended = load_file(first.weights.removeprefix("file://"))
+    for start, expected in zip(driver.started_from, (given.state_dict(), ended), strict=True):
+        assert all(torch.equal(start[name], tensor) for name, tensor in expected.items())
+
+
+def test_what_an_attempt_that_was_killed_at_the_end_had_not_told_is_told(driver: Driver):
+    first, _ = driver.run()
+    client = MlflowClient(driver.workplace.tracking_uri)
+    told = client.get_metric_history(first.mlflow_run, "train/loss")
+    assert [(entry.step, entry.value) for entry in told] == [(2, 3.0), (40, 2.0)]
+    assert [entry.step for entry in client.get_metric_history(first.mlflow_run, EPE)] == [40]
+
+
+def test_the_lineage_says_on_what_the_figures_were_measured(driver: Driver):
+    """Without it a figure of a few easy pairs dethrones the champion."""
+    driver.run("stages.mix.validation.0.limit=2")
+    version = Path(driver.workplace.config["data"]["chairs"]).stem.removeprefix("manifest-")
+    assert [lineage.measured for lineage in driver.registered] == [
+        {"chairs/val": version},
+        {"chairs/val": f"{version}[:2]"},
+    ]
+    assert [lineage.parent for lineage in driver.registered] == ["random", "models:/gmflow/1"]
+    assert [lineage.metrics for lineage in driver.registered] == [{EPE: 5.0}] * 2
+
+
+def test_a_stage_ends_with_its_averaged_weights_and_without_figures_of_others(tmp_path: Path):
+    config = ModelConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
+    torch.manual_seed(0)
+    newest, mean = GMFlow(config.build()), GMFlow(config.build())
+    # At the end the flow was not finite, so the validation found nothing: what it found before is of other weights.
+    last = snapshot(newest, [(20, {EPE: 1.0, "train/loss": 9.0}), (40, {"train/loss": 2.0})])
+    last["average"] = {"n_averaged": torch.tensor(3)} | {f"module.{n}": value for n, value in mean.state_dict().items()}
+    metrics = final_weights(last, config, tmp_path / "w.safetensors")
+    assert metrics == {"train/loss": 2.0}
+    found = load_file(tmp_path / "w.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in mean.state_dict().items())
+
+
+def test_random_weights_are_those_of_the_seed(tmp_path: Path):
+    config = ModelConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
+
+    def start(name: str, seed: int) -> bytes:
+        folder = open_store(str(tmp_path / name))
+        assert provide_initial_weights(folder, config, seed, None, None) == "random"
+        return folder.read("init.safetensors")
+
+    assert start("a", 1) == start("b", 1) != start("c", 2)
