@@ -26,9 +26,7 @@ from pipelines.training.display import Display, output
 from pipelines.training.dry_run import show_dry_run
 from pipelines.training.feed import Record, listening
 from pipelines.training.launch import final_weights, fit_stage, provide_initial_weights, room_lacking
-from pipelines.training.plan import StagePlan, StageResult, plan_curriculum
-
-_FINAL_WEIGHTS = "final.safetensors"
+from pipelines.training.plan import FINAL_WEIGHTS, StagePlan, StageResult, plan_curriculum
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,6 +70,7 @@ def run_curriculum(config: CurriculumConfig) -> list[StageResult]:
         for plan in plans:
             result = plan.result()
             if result is not None:
+                _check_tracked(plan, result, run)
                 display.say(f"stage={plan.stage.name} finished earlier: {result.model}, skipped")
                 _check_gates(plan.stage, result.metrics)
             elif plan.stage not in config.selected_stages:
@@ -87,6 +86,18 @@ def run_curriculum(config: CurriculumConfig) -> list[StageResult]:
             results.append(result)
         _log_report(run, display)
     return results[-len(config.selected_stages) :]
+
+
+def _check_tracked(plan: StagePlan, result: StageResult, run: tracking.CurriculumRun) -> None:
+    """Raises PipelineError where another MLflow has a finished stage's run: its model would be a name for nothing here,
+    or for another model.
+    """
+    if not run.holds(result.mlflow_run):
+        raise PipelineError(
+            f"stage {plan.stage.name}: finished and registered as {result.model} in {result.mlflow}, of which "
+            f"{tracking.place_of(run.client)} does not know: set MLFLOW_TRACKING_URI to that one, or delete "
+            f"{plan.result_url} to register the stage here, from its newest checkpoint"
+        )
 
 
 def _log_report(run: tracking.CurriculumRun, display: Display) -> None:
@@ -125,7 +136,7 @@ def _run_stage(
         with tempfile.TemporaryDirectory(prefix="gmflow-final-") as folder:
             weights = Path(folder) / "model.safetensors"
             metrics = final_weights(last, config.model, weights)
-            plan.folder.upload(weights, _FINAL_WEIGHTS)
+            plan.folder.upload(weights, FINAL_WEIGHTS)
             _check_gates(stage, metrics)
             version = run.patience(
                 registry.register,
@@ -139,10 +150,11 @@ def _run_stage(
     result = StageResult(
         stage=stage.name,
         config_hash=plan.hash,
-        weights=f"{plan.folder.url}/{_FINAL_WEIGHTS}",
+        weights=f"{plan.folder.url}/{FINAL_WEIGHTS}",
         metrics=metrics,
         model=f"models:/{version.name}/{version.version}",
         mlflow_run=stage_run.run_id,
+        mlflow=tracking.place_of(run.client),
     )
     plan.finish(result)
     return result

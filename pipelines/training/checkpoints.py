@@ -193,8 +193,9 @@ def checkpoint_model(url: str) -> GMFlow:
 class CheckpointWriter:
     """Writes snapshots in a thread, so that training goes on meanwhile.
 
-    At most one snapshot waits while another is written: the newest. A write that fails (storage away for longer than it
-    is waited for, a full disk) is told and left at that: the checkpoint before stays, the next one is tried.
+    While one is written only the newest waits, beside the best one where that is kept. A write that fails (storage away
+    for longer than it is waited for, a full disk) is told and left at that: the checkpoint before stays, the next one
+    is tried.
 
     Args:
         store: where they go.
@@ -207,7 +208,7 @@ class CheckpointWriter:
         self._policy = policy
         self._warn = warn
         self._changed = threading.Condition()
-        self._waiting: tuple[dict[str, Any], Mapping[str, float]] | None = None
+        self._waiting: list[tuple[dict[str, Any], Mapping[str, float]]] = []
         self._busy = False
         self._closed = False
         self._failure: Exception | None = None
@@ -217,13 +218,20 @@ class CheckpointWriter:
     def submit(self, snapshot: dict[str, Any], metrics: Mapping[str, float]) -> None:
         """Have a snapshot written as soon as the one before is; returns at once."""
         with self._changed:
-            self._waiting = (snapshot, metrics)
+            best = min([*self._waiting, (snapshot, metrics)], key=lambda one: self._score(one[1]))
+            self._waiting = [(snapshot, metrics)]
+            if best[0] is not snapshot and self._score(best[1]) < math.inf:
+                self._waiting.insert(0, best)
             self._changed.notify_all()
+
+    def _score(self, metrics: Mapping[str, float]) -> float:
+        """By what the best is kept; infinite where none is."""
+        return math.inf if self._policy.best_by is None else metrics.get(self._policy.best_by, math.inf)
 
     def flush(self) -> None:
         """Wait until the newest snapshot is stored. Raises what its write met."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting is None and not self._busy)
+            self._changed.wait_for(lambda: not self._waiting and not self._busy)
             if self._failure is not None:
                 raise self._failure
 
@@ -237,10 +245,10 @@ class CheckpointWriter:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None or self._closed)
-                if self._waiting is None:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if not self._waiting:
                     return
-                (snapshot, metrics), self._waiting, self._busy = self._waiting, None, True
+                (snapshot, metrics), self._busy = self._waiting.pop(0), True
             failure = self._written(snapshot, metrics)
             with self._changed:
                 self._failure, self._busy = failure, False

@@ -109,7 +109,9 @@ def listening(name: str, show: Callable[[Record], None], keep: Callable[[Record]
             than its successors would leave a gap for good.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    queue = _Queue.options(name=name, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    # One that dies is started again: what it held is in the next checkpoint, and its name still leads to it.
+    options = {"scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
+    queue = _Queue.options(name=name, **options).remote()  # type: ignore[attr-defined]
     ray.get(queue.drain.remote())  # it must stand before a worker looks for it
     ended = threading.Event()
     keeper = _Keeper(keep, show)

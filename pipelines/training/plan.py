@@ -12,6 +12,9 @@ from pipelines.lasting import lasting_store
 from pipelines.training.config import CurriculumConfig, MetricConfig, StageConfig
 from pipelines.training.stage import StageJob
 
+FINAL_WEIGHTS = "final.safetensors"
+"""In a finished stage's folder."""
+
 _RESULT = "result.json"
 
 
@@ -26,6 +29,7 @@ class StageResult:
         metrics: of the last validation and training record.
         model: registered version, as a reference.
         mlflow_run: id of the stage's run.
+        mlflow: where that and the model are.
     """
 
     stage: str
@@ -34,6 +38,7 @@ class StageResult:
     metrics: dict[str, float]
     model: str
     mlflow_run: str
+    mlflow: str
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,22 @@ class StagePlan:
         return {name: self.manifests[name].url for name in sorted(names)}
 
     def result(self) -> StageResult | None:
-        """Of a finished stage."""
+        """Of a finished stage. Raises PipelineError where what says so is damaged, or its weights are gone."""
         if self.folder.size(_RESULT) is None:
             return None
-        content: dict[str, Any] = json.loads(self.folder.read(_RESULT))
-        return StageResult(**content)
+        again = f"delete {self.result_url}, and the same command registers the stage again from its newest checkpoint"
+        try:
+            content: dict[str, Any] = json.loads(self.folder.read(_RESULT))
+            result = StageResult(**content)
+        except (ValueError, TypeError) as error:
+            raise PipelineError(f"stage {self.stage.name}: its {_RESULT} is damaged ({error}): {again}") from error
+        if self.folder.size(FINAL_WEIGHTS) is None:
+            raise PipelineError(f"stage {self.stage.name}: {result.weights} is gone: {again}")
+        return result
+
+    @property
+    def result_url(self) -> str:
+        return f"{self.folder.url}/{_RESULT}"
 
     def finish(self, result: StageResult) -> None:
         """Say that the stage is finished."""

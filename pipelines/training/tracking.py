@@ -243,6 +243,14 @@ class CurriculumRun:
                 self.patience(self.client.set_terminated, before, "KILLED")
         return TrackedRun(self.client, run, self.patience)
 
+    def holds(self, run_id: str) -> bool:
+        """Whether this MLflow has a run: another one has neither the curves nor the models of what was trained."""
+        try:
+            self.patience(self.client.get_run, run_id)
+        except MlflowException:
+            return False
+        return True
+
     def name_stage(self, name: str, run_id: str) -> None:
         """Say which run holds a stage's curves: a stage that was finished earlier is another parent's child."""
         self.patience(self.client.set_tag, self.run_id, f"{STAGE_RUN_TAG}{name}", run_id)

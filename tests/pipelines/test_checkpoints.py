@@ -154,6 +154,21 @@ def test_training_does_not_wait_for_slow_storage_and_the_newest_snapshot_is_writ
     assert kept(store) == [1, 4]
 
 
+def test_the_best_is_written_though_newer_ones_come_while_storage_is_slow(tmp_path: Path):
+    slow = _Gate(tmp_path)
+    store = CheckpointStore(slow)  # type: ignore[arg-type]
+    writer = CheckpointWriter(store, KeepPolicy(last=1, best_by="val/c/val/epe"), pytest.fail)
+    writer.submit(snapshot(1), {"val/c/val/epe": 5.0})
+    assert slow.writing.wait(WAIT_SECONDS)
+    for step, epe in ((2, 2.0), (3, 1.0), (4, 4.0)):
+        writer.submit(snapshot(step), {"val/c/val/epe": epe})
+    writer.submit(snapshot(5), {})
+    slow.open.set()
+    writer.flush()
+    writer.close()
+    assert kept(store) == [3, 5]
+
+
 def test_a_full_disk_loses_no_checkpoint_and_is_no_end(small_disk: Callable[[int], Path]):
     disk = small_disk(1)
     store = CheckpointStore(FileStore(disk))
