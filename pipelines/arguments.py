@@ -1,9 +1,13 @@
 """Argument types the commands share."""
 
+from __future__ import annotations
+
 import argparse
 import math
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def positive(text: str) -> int:
@@ -47,6 +51,8 @@ def size(text: str) -> tuple[int, int]:
 
 def device(text: str) -> torch.device:
     """A torch device by name; "auto" is the GPU where there is one."""
+    import torch  # by who computes: it takes seconds
+
     if text == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pipelines.arguments import positive
-from pipelines.errors import PipelineError, command
+from pipelines.entry import PipelineError, command_for
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@command
+@command_for(PipelineError)
 def main() -> None:
     arguments = parse_arguments()
     if arguments.command == "watch":

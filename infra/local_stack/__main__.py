@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +19,7 @@ from infra.local_stack.errors import StackError
 from infra.local_stack.processes import ServerProcess, undone_on_failure
 from infra.local_stack.services import Service, ray_folder, require_postgresql, services
 from infra.local_stack.settings import Settings, Stack, require_free
+from pipelines.entry import command_for
 
 _DEFAULT_FOLDER = Path("runs/stack")
 
@@ -157,13 +158,9 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-def main() -> NoReturn:
-    arguments = parse_arguments()
-    try:
-        sys.exit(run(arguments))
-    except StackError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+@command_for(StackError)
+def main() -> None:
+    sys.exit(run(parse_arguments()))
 
 
 def run(arguments: argparse.Namespace) -> int:

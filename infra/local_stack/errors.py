@@ -1,4 +1,4 @@
-"""What a user of the stack can mend. Not the pipelines' error: importing that takes torch, and seconds."""
+"""What a user of the stack can mend."""
 
 
 class StackError(Exception):

@@ -28,6 +28,7 @@ from tests.waiting import WAIT_SECONDS, output_of, wait_until
 
 SCRIPT = str(ROOT / "pipelines/preemption.py")
 ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
+HEAVY = ("torch", "ray", "mlflow", "numpy")
 
 
 class Metadata:
@@ -189,6 +190,13 @@ def test_no_ray_is_started_on_a_machine_that_is_taken(metadata: Metadata, call: 
     assert re.fullmatch(r"error: EC2 takes this spot instance at \d\d:\d\d:\d\d UTC: no Ray is started on it\n", said)
     metadata.server.broken = True
     assert call(preemption, "check")[0] == 0, "no reason to do without a machine"
+
+
+def test_it_starts_at_once():
+    """A pod that GKE takes has some 15 s, and torch alone would take as long on a machine at work."""
+    code = f"import sys, pipelines.preemption; print([name for name in {HEAVY} if name in sys.modules])"
+    started = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert started.stdout == "[]\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["drain"], ["drain", "--seconds", "0"], ["leave"]])
