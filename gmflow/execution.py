@@ -5,6 +5,9 @@ The model says what is computed and knows none of this; here is the one place th
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +53,7 @@ class ExecutionConfig:
             training.
         checkpointing: what is recomputed in the backward pass instead of kept. "selective": the feed-forward's hidden
             layer and the residual blocks; "full": whole transformer blocks and the residual blocks.
-        compile: run through `torch.compile`.
+        compile: run through `torch.compile`, which needs a compiler of C++ (CPU) or C (NVIDIA GPU) on this machine.
         ddp: wrap into DistributedDataParallel over the default process group.
         replay: on an NVIDIA GPU, record the operations of a pass once for each shape of images and replay them
             (`gmflow/replay.py`): the same numbers, without the time that asking for each of them takes.
@@ -96,13 +99,15 @@ def prepare_model(
             where its memory is measured, or needed by what runs in it afterwards.
 
     Raises:
-        GMFlowError: DDP without an initialised process group, or a model that was prepared before; it is left as it
-            was.
+        GMFlowError: DDP without an initialised process group, `compile` without a compiler, or a model that was
+            prepared before; it is left as it was.
     """
     if _prepared_for(model) is not None:
         raise GMFlowError("this model has been prepared already; build it afresh to run it differently")
     if config.ddp and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise GMFlowError("ddp needs an initialised process group (torch.distributed.init_process_group)")
+    if config.compile:
+        _require_compiler(next(model.parameters()).device if device is None else torch.device(device))
     if device is not None:
         model.to(device)
     vars(model)[_PREPARED_FOR] = config
@@ -151,6 +156,22 @@ def runs_in(model: nn.Module, precision: Precision | None) -> Precision:
             "leave precision out, or build the model afresh"
         )
     return prepared.precision if prepared is not None else precision or "fp32"
+
+
+def _require_compiler(device: torch.device) -> None:
+    """As PyTorch's compiler looks for one on a CPU, and Triton on a GPU: they would end the first pass with a trace."""
+    if sys.platform != "linux" or device.type not in ("cpu", "cuda"):
+        return  # other compilers, of other names
+    if device.type == "cpu" and os.environ.get("TORCH_INDUCTOR_INSTALL_GXX"):
+        return  # PyTorch gets one itself
+    variable, usual = ("CXX", ("g++",)) if device.type == "cpu" else ("CC", ("gcc", "clang"))
+    named = os.environ.get(variable)
+    if not any(shutil.which(name) for name in (usual if named is None else (named,))):
+        missing = " or ".join(usual) if named is None else f"{variable}={named!r}"
+        raise GMFlowError(
+            f"compile needs a compiler, and this machine has no {missing}; "
+            f"install it, name one that is there in {variable}, or leave compile out"
+        )
 
 
 def _prepared_for(model: nn.Module) -> ExecutionConfig | None:

@@ -207,7 +207,7 @@ class MachineConfig(_Frozen):
         loader_workers: processes of each worker that read and augment; 0: the worker itself does.
         cache: keeps samples on the machines' own disks; None: each is read from storage every time.
         checkpointing: activations recomputed in the backward pass instead of kept.
-        compile: the model through torch.compile.
+        compile: the model through torch.compile, with a compiler that the machine has (as the image does).
         replay: on GPUs, record a step's operations once and replay them, unless the model is compiled: the same bits in
             less time where micro-batches are small, for memory that validation cannot use.
         max_failures: how often a stage is started again after a worker failed, without a new checkpoint in between; 0:

@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import subprocess
 import sys
 import textwrap
@@ -35,7 +36,7 @@ from gmflow import (
     predict_flow,
     save_weights,
 )
-from gmflow.execution import ExecutionConfig, prepare_model
+from gmflow.execution import ExecutionConfig, _require_compiler, prepare_model
 from gmflow.geometry import _OrderedSample, _OrderedUpsample, backward_warp, forward_backward_occlusion
 from gmflow.predict import Padding, evaluating, padded_flow
 from gmflow.visualize import color_wheel
@@ -490,6 +491,65 @@ def test_ddp_without_a_process_group_is_refused_and_leaves_the_model_as_it_was()
     model = tiny()
     with pytest.raises(GMFlowError, match="process group"):
         prepare_model(model, ExecutionConfig("bf16", "full", ddp=True))
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
+    prepare_model(model, ExecutionConfig())
+
+
+COMPILERS = [  # device, what the environment names, what is installed, what is missed
+    ("cpu", {}, (), "g++"),
+    ("cpu", {}, ("gcc", "clang", "clang++"), "g++"),
+    ("cpu", {}, ("g++",), None),
+    ("cpu", {"CXX": "clang++"}, ("g++",), "CXX='clang++'"),
+    ("cpu", {"CXX": "clang++"}, ("clang++",), None),
+    ("cpu", {"CXX": ""}, ("g++",), "CXX=''"),
+    ("cpu", {"TORCH_INDUCTOR_INSTALL_GXX": "1"}, (), None),
+    ("cuda", {}, (), "gcc or clang"),
+    ("cuda", {}, ("g++",), "gcc or clang"),
+    ("cuda", {}, ("gcc",), None),
+    ("cuda", {}, ("clang",), None),
+    ("cuda", {"CC": "icx"}, ("gcc",), "CC='icx'"),
+]
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only folder in which programs are looked for."""
+    for name in ("CC", "CXX", "TORCH_INDUCTOR_INSTALL_GXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="compilers have other names there")
+@pytest.mark.parametrize(("device", "named", "installed", "missed"), COMPILERS)
+def test_compile_is_refused_where_its_compiler_would_not_be_found(
+    programs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    named: dict[str, str],
+    installed: tuple[str, ...],
+    missed: str | None,
+) -> None:
+    for variable, value in named.items():
+        monkeypatch.setenv(variable, value)
+    for name in installed:
+        (programs / name).touch(mode=0o755)
+    if missed is None:
+        _require_compiler(torch.device(device))
+        return
+    variable = "CXX" if device == "cpu" else "CC"
+    told = f"this machine has no {missed}; install it, name one that is there in {variable}, or leave compile out"
+    with pytest.raises(GMFlowError, match=f"^compile needs a compiler, and {re.escape(told)}$"):
+        _require_compiler(torch.device(device))
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.skipif(sys.platform != "linux", reason="compilers have other names there")
+@pytest.mark.parametrize("device", [None, "cpu", "cuda"])
+def test_compile_without_a_compiler_leaves_the_model_as_it_was(device: str | None) -> None:
+    model = tiny()
+    with pytest.raises(GMFlowError, match="compile needs a compiler"):
+        prepare_model(model, ExecutionConfig("bf16", "full", compile=True), device)
     assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
     prepare_model(model, ExecutionConfig())
 
