@@ -30,6 +30,7 @@ from tests.conftest import ROOT
 INFRA = ROOT / "infra"
 KUBERAY = INFRA / "kuberay"
 DOCKERFILE = (INFRA / "docker" / "Dockerfile").read_text()
+LAST_STAGE = DOCKERFILE.rpartition("\nFROM ")[2]  # what is installed in others is left behind
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines())
 # kuberay/secrets.yaml is what a user filled in.
@@ -287,6 +288,12 @@ def job_config() -> CurriculumConfig:
     return load_config(CurriculumConfig, parsed.config, parsed.overrides)
 
 
+def in_the_image() -> set[str]:
+    """Debian's packages that it gets."""
+    (named,) = re.findall(r"apt-get install --yes --no-install-recommends (.*?) \\$", LAST_STAGE, re.MULTILINE)
+    return set(named.split())
+
+
 class TestAgreement:
     """A value that stands in several files stands there once in truth."""
 
@@ -325,8 +332,13 @@ class TestAgreement:
             assert {template["spec"]["securityContext"]["runAsUser"] for template in templates(spec)} == {1000}
 
     def test_the_image_holds_what_rays_autoscaler_runs(self):
-        (installed,) = re.findall(r"apt-get install --yes --no-install-recommends (.*?) \\$", DOCKERFILE, re.MULTILINE)
-        assert {"openssh-client", "rsync", "wget"} <= set(installed.split())
+        assert {"openssh-client", "rsync", "wget"} <= in_the_image()
+
+    def test_the_image_can_compile_models(self):
+        assert {"g++", "gcc"} <= in_the_image()  # g++ brings the headers of C, which gcc only recommends
+
+    def test_the_image_finds_the_driver_that_gke_mounts(self):
+        assert re.findall(r"^ENV LD_LIBRARY_PATH=(\S+)$", LAST_STAGE, re.MULTILINE) == ["/usr/local/nvidia/lib64"]
 
     def test_a_login_shell_finds_the_same_programs(self, tmp_path: Path):
         """Debian's /etc/profile sets PATH anew, and Ray's autoscaler runs everything by login shells."""
