@@ -2,6 +2,7 @@
 
 import configparser
 import copy
+import functools
 import json
 import os
 import re
@@ -18,7 +19,14 @@ import kubernetes_validate
 import pytest
 import yaml
 from ray.autoscaler._private.command_runner import _with_interactive
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
+from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated.autoscaler_pb2 import ResourceRequestByCount
 from ray.train.v2._internal.constants import PREEMPTION_POLL_INTERVAL_S_ENV_VAR
 
 import pipelines.curriculum
@@ -156,6 +164,13 @@ class TestRayAutoscaler:
         spot = [name for name, kind in workers.items() if "InstanceMarketOptions" in kind["node_config"]]
         assert spot == ["gpu-spot"]
 
+    def test_spot_instances_come_first(self):
+        config = prepare_config(copy.deepcopy(AUTOSCALER))
+        assert_spot_comes_first(config)
+        # `ray up` with RAY_UP_enable_autoscaler_v2=0.
+        assert launched_by_v1(config, 20) == {"gpu-spot": 5}
+        assert launched_by_v1(config, 1000) == {"gpu-spot": 12, "gpu": 4}
+
     def test_a_misspelt_key_is_refused(self):
         """The validation can fail."""
         with pytest.raises(jsonschema.ValidationError, match="idle_timeout_minute"):
@@ -183,6 +198,40 @@ class TestRayAutoscaler:
         """--runtime=nvidia, which Ray adds, looks at a variable that CUDA's own images set and this one does not."""
         assert AUTOSCALER["docker"]["worker_run_options"] == ["--gpus all"]
         assert not any("gpus" in option for option in AUTOSCALER["docker"]["run_options"])
+
+
+WORKER = {"CPU": 8, "GPU": 1}  # four of them fit a machine, and leave CPUs free
+
+
+def launched(config: dict[str, Any], workers: int) -> dict[str, int]:
+    """How many machines of which kind Ray's autoscaler launches for so many workers where there are none."""
+    autoscaling = AutoscalingConfig(config, skip_content_hash=True)
+    request = SchedulingRequest(
+        disable_launch_config_check=True,
+        node_type_configs=autoscaling.get_node_type_configs(),
+        max_num_nodes=autoscaling.get_max_num_nodes(),
+        resource_requests=[ResourceRequestByCount(request=ResourceRequestUtil.make(WORKER), count=workers)],
+    )
+    reply = ResourceDemandScheduler().schedule(request)
+    return {launch.instance_type: launch.count for launch in reply.to_launch}
+
+
+def launched_by_v1(config: dict[str, Any], workers: int) -> dict[str, int]:
+    scorer = functools.partial(_default_utilization_scorer, node_availability_summary=NodeAvailabilitySummary({}))
+    kinds, head = config["available_node_types"], config["head_node_type"]
+    found, _ = get_nodes_for(kinds, {}, head, config["max_workers"], [WORKER] * workers, scorer)
+    return dict(found)
+
+
+def assert_spot_comes_first(config: dict[str, Any]) -> None:
+    """Until there are as many as there may be; and either kind alone, as the comments say."""
+    assert launched(config, 1) == {"gpu-spot": 1}
+    assert launched(config, 20) == {"gpu-spot": 5}
+    assert launched(config, 1000) == {"gpu-spot": 12, "gpu": 4}
+    for left_out, other, most in (("gpu", "gpu-spot", 12), ("gpu-spot", "gpu", 4)):
+        alone = copy.deepcopy(config)
+        alone["available_node_types"][left_out]["max_workers"] = 0
+        assert launched(alone, 1000) == {other: most}
 
 
 def filled_in(key: str) -> list[str]:
@@ -261,6 +310,12 @@ class TestKubernetes:
             resources = worker["resources"]
             assert resources["limits"]["nvidia.com/gpu"] == resources["requests"]["nvidia.com/gpu"] == "4"
             assert resources["limits"] == resources["requests"]
+
+    def test_spot_pods_come_first(self):
+        cluster = copy.deepcopy(CLUSTER)
+        cluster["metadata"]["namespace"] = "default"  # Kubernetes fills it in
+        assert cluster["spec"]["autoscalerOptions"]["version"] == "v2"
+        assert_spot_comes_first(_derive_autoscaling_config_from_ray_cr(cluster))
 
     def test_nothing_needs_a_persistent_volume(self):
         assert "persistentVolumeClaim" not in "".join(path.read_text() for path in KUBERAY.glob("*.yaml"))
