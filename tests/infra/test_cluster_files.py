@@ -317,6 +317,11 @@ class TestKubernetes:
         assert cluster["spec"]["autoscalerOptions"]["version"] == "v2"
         assert_spot_comes_first(_derive_autoscaling_config_from_ray_cr(cluster))
 
+    def test_a_job_that_cannot_succeed_is_not_tried_for_long(self):
+        """KubeRay tries again whatever the exit code says, each time with all GPUs; a lost head needs one more try."""
+        assert 1 <= JOB["spec"]["backoffLimit"] <= 2
+        assert JOB["spec"]["submitterConfig"]["backoffLimit"] == 0
+
     def test_nothing_needs_a_persistent_volume(self):
         assert "persistentVolumeClaim" not in "".join(path.read_text() for path in KUBERAY.glob("*.yaml"))
 
