@@ -7,9 +7,12 @@ import contextlib
 import fcntl
 import logging
 import os
+import signal
 import socket
 import struct
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 # Read when Ray is imported: a local Ray listens on loopback only. A job's driver is a part of its cluster's network.
 if not os.environ.get("RAY_ADDRESS"):
@@ -22,6 +25,9 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 import ray
+from ray.exceptions import RayError, RayTaskError
+
+from pipelines.entry import PipelineError
 
 Nodes = Sequence[Mapping[str, float]]
 """The resources of each node, as Ray names them."""
@@ -41,7 +47,8 @@ def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool
         dashboard: a local Ray runs its dashboard: without it, Ray Train inside Tune leaks the workers' places of a
             trial that is stopped early.
 
-    `RAY_ADDRESS` (set by `ray job submit`) names the cluster; without it a local Ray is started and stopped.
+    `RAY_ADDRESS` (set by `ray job submit`) names the cluster; without it a local Ray is started and stopped. A SIGTERM
+    is as good as Ctrl-C. Raises PipelineError where Ray does not start, does not answer, or is lost on the way.
     """
     if ray.is_initialized():  # a caller's, or a test's
         yield
@@ -52,23 +59,53 @@ def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool
     if port is not None:
         # What asks the dashboard would else ask that of whatever Ray was started last on this machine.
         os.environ[_DASHBOARD_VARIABLE] = f"http://127.0.0.1:{port}"
-    ray.init(
-        address=None if remote else "local",
-        num_cpus=None if remote else max(machine, cpus or machine),
-        include_dashboard=None if remote else dashboard,
-        dashboard_port=port,
-        object_store_memory=None if remote else _LOCAL_OBJECT_STORE_BYTES,
-        runtime_env={"worker_process_setup_hook": talk_where_ray_does} if remote else None,
-        configure_logging=True,
-        logging_level=logging.INFO if verbose else logging.ERROR,
-        log_to_driver=verbose,
-    )
     try:
-        yield
+        ray.init(
+            address=None if remote else "local",
+            num_cpus=None if remote else max(machine, cpus or machine),
+            include_dashboard=None if remote else dashboard,
+            dashboard_port=port,
+            object_store_memory=None if remote else _LOCAL_OBJECT_STORE_BYTES,
+            runtime_env={"worker_process_setup_hook": talk_where_ray_does} if remote else None,
+            configure_logging=True,
+            logging_level=logging.INFO if verbose else logging.ERROR,
+            log_to_driver=verbose,
+        )
+    except Exception as error:  # of no common kind
+        which = f"the cluster at {os.environ['RAY_ADDRESS']} does not answer" if remote else "it does not start here"
+        raise PipelineError(f"no Ray: {which} ({_first_line(error)})") from error
+    try:
+        with _ended_by_sigterm():
+            yield
+    except RayError as error:
+        if isinstance(error, RayTaskError):
+            raise  # the mistake of a task, not Ray's end
+        raise PipelineError(f"Ray was lost ({_first_line(error)}); give the same command again") from error
     finally:
         ray.shutdown()
         if port is not None:
             os.environ.pop(_DASHBOARD_VARIABLE, None)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """A SIGTERM is a KeyboardInterrupt. Ray would print where its threads are, and abort."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def nodes() -> Nodes:

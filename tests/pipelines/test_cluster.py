@@ -1,0 +1,75 @@
+"""Being connected to Ray: how it begins, and how it ends."""
+
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import ray
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from pipelines.cluster import connected
+from pipelines.errors import PipelineError
+from tests.conftest import ROOT
+from tests.waiting import output_of
+
+SCRIPT = """
+import time
+from pipelines.cluster import connected
+from pipelines.errors import command
+
+@command
+def main():
+    with connected():
+        print("connected", flush=True)
+        time.sleep(1000)
+
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT])
+def test_who_is_told_to_end_ends_with_a_line(told: signal.Signals):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "connected\n", process.communicate()
+    process.send_signal(told)
+    _, errors = output_of(process)
+    assert (process.returncode, errors) == (130, "interrupted; the same command goes on from here\n")
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this process had none yet; starting one does nothing."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **how: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_ray_that_is_lost_is_said_in_a_line():
+    lost = r"Ray was lost \(The actor died.*\); give the same command again"
+    with pytest.raises(PipelineError, match=lost), connected():
+        raise ActorDiedError
+    with pytest.raises(RayTaskError), connected():
+        raise RayTaskError("f", "Traceback", ValueError("a bug"))
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_ray_that_is_not_there_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch):
+    def fail(**how: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance.\nPlease specify …")
+
+    monkeypatch.setattr(ray, "init", fail)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(PipelineError) as told:
+        connected().__enter__()
+    expected = "no Ray: the cluster at 10.0.0.1:6379 does not answer (Could not find any running Ray instance.)"
+    assert str(told.value) == expected
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(PipelineError, match=re.escape("no Ray: it does not start here")):
+        connected().__enter__()
