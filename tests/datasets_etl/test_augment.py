@@ -459,3 +459,22 @@ def test_a_sample_without_ground_truth_is_refused_by_name() -> None:
 def test_a_config_out_of_range_is_refused_naming_the_field(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         replace(LIVELY, **{field: value})
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_an_augmented_sample_has_the_colours_drawn_for_its_whole_frames(sparse: bool) -> None:
+    config = AugmentConfig((96, 128), 0, 0, hflip=0, vflip=0)
+    pair = synthetic_pair(1, *SIZE, sparse=sparse)
+    frames = [pair.image0, pair.image1]
+    unscaled = 0
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        whole = apply_jitters(frames, frames, draw_jitters(sparse, rng))
+        geometry = draw_geometry(SIZE, sparse, config, rng)
+        if geometry.scale == (1, 1):
+            unscaled += 1
+            out = augment(pair, config, np.random.default_rng(seed))
+            y, x = geometry.offset
+            for ours, jittered in zip((out.image0, out.image1), whole, strict=True):
+                np.testing.assert_array_equal(ours, jittered[y : y + 96, x : x + 128])
+    assert unscaled

@@ -221,6 +221,7 @@ def png_of_size(height: int, width: int) -> bytes:
         b"PF\n99999999999 2\n-1.0\n",
         b"PF\n0 2\n-1.0\n",
         b"P6\n70000 70000\n255\n",
+        b"P6\n32768 32768\n255\n",
         png_of_size(2**31 - 1, 2**31 - 1),
         png_of_size(0, 3),
     ],
@@ -279,3 +280,25 @@ def test_real_files_decode_and_encode_to_the_same_content(samples: Path, format_
             decoded = formats.decode_frame(data, name)
             np.testing.assert_array_equal(decoded, cv2.imread(str(path), cv2.IMREAD_COLOR)[..., ::-1])
         assert formats.image_size(data[: formats.HEAD_BYTES], name) == decoded.shape[:2]
+
+
+def test_kitti_flow_is_valid_wherever_its_third_channel_is_not_zero() -> None:
+    bgr = np.array([[[0, 2**15, 2**15], [1, 2**15, 2**15], [2, 2**15, 2**15], [65535, 2**15, 2**15]]], np.uint16)
+    _, valid = formats.decode_kitti_flow(cv2.imencode(".png", bgr)[1].tobytes(), "a.png")
+    np.testing.assert_array_equal(valid, [[False, True, True, True]])
+
+
+def test_an_alpha_channel_says_nothing_about_a_mask() -> None:
+    opaque = np.zeros((1, 2, 4), np.uint8)
+    opaque[..., 3], opaque[0, 1, 0] = 255, 255
+    data = cv2.imencode(".png", opaque)[1].tobytes()
+    np.testing.assert_array_equal(formats.decode_mask(data, "m.png"), [[False, True]])
+
+
+def test_a_jpegs_orientation_is_not_applied_for_the_flow_belongs_to_the_stored_pixels() -> None:
+    tag = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)  # orientation: turned by a quarter
+    exif = b"Exif\0\0" + b"II*\0" + struct.pack("<IH", 8, 1) + tag + struct.pack("<I", 0)
+    turned = JPEG[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(exif)) + exif + JPEG[2:]
+    assert cv2.imdecode(np.frombuffer(turned, np.uint8), cv2.IMREAD_COLOR).shape == (7, 5, 3)
+    np.testing.assert_array_equal(formats.decode_frame(turned, "a.jpg"), formats.decode_frame(JPEG, "a.jpg"))
+    assert formats.image_size(turned, "a.jpg") == FRAME.shape[:2]

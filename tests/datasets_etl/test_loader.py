@@ -1,5 +1,6 @@
 """The stream of a run: the same samples for every world size, bit-equal in every worker, from any step."""
 
+import dataclasses
 import itertools
 import zlib
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from datasets_etl import loader
-from datasets_etl.augment import AugmentConfig
+from datasets_etl.augment import AugmentConfig, augment
 from datasets_etl.cache import SampleCache
 from datasets_etl.errors import DataError
 from datasets_etl.loader import (
@@ -20,9 +21,10 @@ from datasets_etl.loader import (
     TrainingStream,
     _MicroBatches,
     _read_stored,
+    read_sample,
 )
 from datasets_etl.manifest import Manifest
-from datasets_etl.order import rank_positions
+from datasets_etl.order import Order, rank_positions, sample_generator
 
 AUGMENTATION = AugmentConfig(crop=(32, 48), min_log2_scale=-0.1, max_log2_scale=0.4, hflip=0.5, vflip=0.1)
 
@@ -193,3 +195,20 @@ def test_generators_of_ranks_leave_the_global_generators_alone(dataset):
     stream(dataset, range(2), world_size=2)
     assert (np.random.get_state()[1] == before[0]).all()  # noqa: NPY002
     assert torch.equal(torch.random.get_rng_state(), before[1])
+
+
+def test_a_position_is_its_parts_sample_augmented_as_that_part_says_by_the_runs_seed(sharded_chairs, sharded_kitti):
+    chairs, kitti = Manifest.load(sharded_chairs.manifest_url), Manifest.load(sharded_kitti.manifest_url)
+    livelier = dataclasses.replace(AUGMENTATION, max_log2_scale=0.9, hflip=1.0)
+    parts = [MixturePart(chairs, "train", 1, AUGMENTATION), MixturePart(kitti, "training", 2, livelier)]
+    dataset = PositionDataset(parts, seed=9)
+    positions = range(dataset.order.epoch_length)
+    for position, number, index in zip(positions, *Order((6, 3), (1, 2), seed=9).locate(positions), strict=True):
+        part = parts[number]
+        stored = read_sample(part.manifest, int(part.manifest.select(part.subset)[index]))
+        expected = augment(stored, part.augmentation, sample_generator(9, position))
+        found = dataset[position]
+        for name in ("image0", "image1", "flow"):
+            pixels = getattr(found, name).permute(1, 2, 0).numpy()
+            np.testing.assert_array_equal(pixels, getattr(expected, name), name)
+        np.testing.assert_array_equal(found.valid.numpy(), expected.valid)

@@ -109,3 +109,8 @@ def test_generators_differ_by_seed_and_position_and_by_nothing_else():
 def test_an_order_without_samples_is_refused(sizes, repeats):
     with pytest.raises(ValueError, match="sizes"):
         Order(sizes, repeats, seed=0)
+
+
+def test_the_generators_are_frozen():
+    """As the order is: a resumed run's samples would be augmented otherwise from there on."""
+    assert sample_generator(7, 3).integers(1000, size=4).tolist() == [727, 975, 538, 884]

@@ -9,6 +9,7 @@ import os
 import pickle
 import platform
 import re
+import stat
 import subprocess
 import sys
 import textwrap
@@ -22,7 +23,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gmflow import (
@@ -38,9 +39,11 @@ from gmflow import (
 )
 from gmflow.execution import ExecutionConfig, _require_compiler, prepare_model
 from gmflow.geometry import _OrderedSample, _OrderedUpsample, backward_warp, forward_backward_occlusion
+from gmflow.model import FlowOutput
 from gmflow.predict import Padding, evaluating, padded_flow
+from gmflow.tiling import Tiling
 from gmflow.visualize import color_wheel
-from gmflow.weights import encode_weights, save_published
+from gmflow.weights import encode_weights, replace_file, save_published, weights_digest
 
 TINY: dict[str, Any] = {"backbone_channels": (4, 6, 8), "feature_channels": 8, "num_layers": 2, "ffn_expansion": 2}
 BASE = GMFlowConfig(**TINY)
@@ -729,3 +732,129 @@ def test_a_prepared_model_flushes_denormals_on_every_thread_that_computes_for_it
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["0.0", "1.0", "2"]
+
+
+def test_a_digest_names_the_weights_and_the_configuration_whatever_the_file(tmp_path: Path) -> None:
+    model = tiny()
+    save_weights(model, tmp_path / "model.safetensors")
+    save_published(model, tmp_path / "model.pth")
+    digest = weights_digest(model)
+    assert {weights_digest(load_model(path)) for path in tmp_path.iterdir()} == {digest}
+    other = weights_digest(load_model(tmp_path / "model.safetensors", corr_radius=(-1, 2)))
+    with torch.no_grad():
+        model.upsampler.hidden.bias[0] += 1e-6
+    assert len({digest, other, weights_digest(model)}) == 3
+
+
+def test_a_file_that_could_not_be_written_whole_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"old")
+
+    def breaks_off(beside: str) -> None:
+        Path(beside).write_bytes(b"ne")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        replace_file(path, breaks_off)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_weights_are_for_all_whom_other_new_files_are_for(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_weights(tiny(), tmp_path / "model.safetensors")
+        assert os.umask(0o027) == 0o027, "the process's own setting stays"
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == 0o640
+
+
+def test_weights_that_were_saved_from_a_parallel_model_load(tmp_path: Path) -> None:
+    """As the published training scripts save them."""
+    path, model = tmp_path / "model.pth", tiny()
+    save_published(model, path)
+    state = torch.load(path, weights_only=True)["model"]
+    torch.save({"model": {f"module.{name}": tensor for name, tensor in state.items()}}, path)
+    loaded = load_model(path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+
+
+def test_a_fresh_model_is_initialised_as_the_published_one() -> None:
+    """Kaiming for convolutions, Xavier for matrices (model_spec); PyTorch's own defaults train to other weights."""
+    torch.manual_seed(0)
+    model = GMFlow(GMFlowConfig.refine())
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv2d | nn.Linear) or name.startswith("upsampler"):
+            continue
+        outgoing, incoming, *kernel = module.weight.shape
+        area = int(np.prod(kernel))
+        if name == "backbone.shared":
+            variance = 2 / (incoming * area)
+        elif isinstance(module, nn.Conv2d):
+            variance = 2 / (outgoing * area)
+        else:
+            variance = 2 / (incoming + outgoing)
+        assert module.weight.var().item() == pytest.approx(variance, rel=0.1), name
+        largest = module.weight.abs().max().item() / variance**0.5
+        assert (largest > 3) == (isinstance(module, nn.Conv2d) and name != "backbone.shared"), name  # normal or uniform
+
+
+@pytest.mark.parametrize("tiling", [None, Tiling(40, 60, 8)])
+def test_the_padding_asked_for_is_taken(tiling: Tiling | None) -> None:
+    model, pair = tiny(), frames(50, 70)
+    sintel, kitti = (predict_flow(model, *pair, padding=padding, tiling=tiling) for padding in ("sintel", "kitti"))
+    assert np.abs(sintel - kitti).mean() > 1e-3
+    if tiling is None:
+        images = [torch.from_numpy(frame).permute(2, 0, 1)[None].float() for frame in pair]
+        with torch.no_grad():
+            wanted = padded_flow(model.eval(), *images, padding="kitti")[0].permute(1, 2, 0)
+        np.testing.assert_array_equal(kitti, wanted)
+
+
+def test_each_frame_has_its_own_occlusion_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = torch.zeros(1, 2, 50, 70)
+    flow[:, 0] = 2
+    monkeypatch.setattr("gmflow.predict.padded_forward", lambda *_, **__: FlowOutput(flow, -flow, (flow,)))
+    (found,) = predict_batch(tiny(), [tuple(frames(50, 70))], bidirectional=True)
+    assert found.occluded is not None
+    assert found.backward_occluded is not None
+    assert found.occluded.nonzero()[1].tolist() == [68, 69] * 50  # what leaves frame 0 to the right
+    assert found.backward_occluded.nonzero()[1].tolist() == [0, 1] * 50
+
+
+def test_speeds_beyond_the_fullest_colour_are_darkened_and_the_fullest_is_the_largest() -> None:
+    flow = np.array([[[3.0, 0.0], [0.0, -4.0], [1.0, 1.0]]])
+    np.testing.assert_array_equal(flow_to_image(flow), flow_to_image(flow, max_flow=4.0))
+    full = np.array(middlebury_color(1.0, 0.0))
+    fast = flow_to_image(np.array([[[9.0, 0.0]]]), max_flow=3.0)[0, 0]
+    assert np.abs(fast - 0.75 * full).max() <= 1
+
+
+def saved_bytes(checkpointing: Any) -> int:
+    """What a training pass keeps for its way back, of each piece of memory once."""
+    model = tiny(REFINE).train()
+    prepare_model(model, ExecutionConfig(checkpointing=checkpointing))
+    pieces: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        pieces[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model(*torch.rand(2, 1, 3, 64, 96) * 255)
+    assert out.flow.requires_grad
+    return sum(pieces.values())
+
+
+def test_checkpointing_keeps_less_the_more_is_recomputed() -> None:
+    nothing, selective, full = (saved_bytes(how) for how in ("none", "selective", "full"))
+    assert full < 0.9 * selective < 0.9**2 * nothing, (nothing, selective, full)
+
+
+def test_a_model_is_compiled_and_moved_where_that_is_asked_for() -> None:
+    model = tiny(BASE)
+    prepare_model(model, ExecutionConfig(compile=True), "meta")
+    assert model._compiled_call_impl is not None
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

@@ -178,3 +178,39 @@ def test_wauc_of_exact_flow_is_100_and_of_far_off_flow_0_and_is_pooled_over_pixe
     assert far.compute()["wauc"] == 0
     exact.merge(far)
     assert exact.compute()["wauc"] == pytest.approx(100 * 16 / 20)
+
+
+def test_an_image_without_truth_counts_for_nothing() -> None:
+    target, valid = torch.zeros(3, 2, 2, 2), torch.ones(3, 2, 2, dtype=torch.bool)
+    valid[1] = False
+    metrics = FlowMetrics()
+    metrics.update(target + torch.tensor([3.0, 4.0]).view(1, 2, 1, 1), target, valid)
+    figures = metrics.compute()
+    assert figures["epe_per_image"] == pytest.approx(5)
+    assert figures["epe"] == pytest.approx(5)
+
+
+def test_matched_and_unmatched_are_means_over_valid_pixels_alone() -> None:
+    target, valid = torch.zeros(1, 2, 2, 4), torch.ones(1, 2, 4, dtype=torch.bool)
+    occluded = torch.zeros(1, 2, 4, dtype=torch.bool)
+    occluded[..., :2] = True
+    valid[:, 0] = False
+    flow = target.clone()
+    flow[:, 0, :, :2], flow[:, 0, :, 2:] = 4, 2
+    metrics = FlowMetrics()
+    metrics.update(flow, target, valid, occluded)
+    figures = metrics.compute()
+    assert (figures["unmatched"], figures["matched"]) == (pytest.approx(4), pytest.approx(2))
+
+
+def test_speeds_of_10_and_40_px_are_of_the_middle_bin() -> None:
+    target = torch.zeros(1, 2, 1, 4)
+    target[0, 0, 0] = torch.tensor([9.0, 10.0, 40.0, 41.0])
+    flow = target.clone()
+    flow[0, 1, 0] = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    metrics = FlowMetrics()
+    metrics.update(flow, target, torch.ones(1, 1, 4, dtype=torch.bool))
+    figures = metrics.compute()
+    assert [figures[name] for name in ("s0_10", "s10_40", "s40_plus")] == pytest.approx([1, 3, 8])
+    assert "matched" not in figures
+    assert not math.isnan(figures["epe"])

@@ -90,3 +90,20 @@ def test_the_animation_goes_from_frame_0_to_frame_1_and_back() -> None:
     assert len(animation.frames) == 8
     shown = cv2.cvtColor(animation.frames[4][..., :3], cv2.COLOR_BGR2RGB)
     assert np.abs(shown.astype(int) - frame1).mean() < 4
+
+
+def test_arrows_go_down_where_the_flow_goes_down() -> None:
+    frame = np.full((96, 48, 3), 128, np.uint8)
+    flow = np.zeros((96, 48, 2), np.float32)
+    flow[..., 1] = 20
+    changed = (draw_arrows(frame, flow, spacing=48) != frame).any(axis=2)  # they begin at (24, 24) and (24, 72)
+    assert changed[24:45, 24].all()
+    assert not changed[:20].any()
+
+
+def test_flow_marked_as_unknown_moves_nothing_and_gets_no_arrow() -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    for unknown in (1e10, np.inf, np.nan):
+        flow = np.full((30, 40, 2), unknown, np.float32)
+        np.testing.assert_array_equal(warp_frame(frame, flow), frame)
+        np.testing.assert_array_equal(draw_arrows(frame, flow, spacing=8), frame)

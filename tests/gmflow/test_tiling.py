@@ -70,8 +70,10 @@ def test_tiles_give_both_ways_and_batches_too() -> None:
     pairs = [(frames[0], frames[1]), (frames[1], frames[0])]
     one, other = predict_batch(model, pairs, bidirectional=True, tiling=Tiling(64, 64, 16))
     assert one.backward_flow is not None
+    assert other.backward_flow is not None
     assert one.occluded is not None
     np.testing.assert_allclose(one.backward_flow, other.flow, atol=1e-4)
+    np.testing.assert_allclose(other.backward_flow, one.flow, atol=1e-4)
     assert one.occluded.shape == (80, 100)
     assert one.occluded.dtype == np.bool_
 
@@ -96,3 +98,36 @@ def test_a_real_pair_by_tiles_loses_little_and_shows_no_seams(
     borders = [192, 320]  # where the two columns of tiles begin and end
     elsewhere = [column for column in range(2, 511) if min(abs(column - border) for border in borders) > 8]
     assert jump(flow, borders) < 1.5 * jump(flow, elsewhere)
+
+
+@pytest.mark.parametrize("motion", [(30, -20), (-24, 12)])
+def test_a_tile_meets_the_part_of_image_1_to_which_it_moved(motion: tuple[int, int]) -> None:
+    """Away from the border it sees no motion left; without that, motion beyond a tile would be lost."""
+    left: list[float] = []
+
+    class Watched(ExactFlow):
+        def __call__(self, image0: Tensor, image1: Tensor) -> Tensor:
+            flow = super().__call__(image0, image1)
+            if image0[0, 0, 0, 1] - image0[0, 0, 0, 0] == 1:  # a tile, not the small version of the frame
+                inside = all(float(image0[0, axis].min()) >= 32 for axis in (0, 1))
+                inside &= float(image0[0, 0].max()) < 400 - 32 and float(image0[0, 1].max()) < 300 - 32
+                left.extend([float(flow.abs().max())] if inside else [])
+            return flow
+
+    tiled_flow(Watched(), *tagged_images(300, 400, *motion), Tiling(64, 80, 16))
+    assert left
+    assert max(left) <= 1
+
+
+def test_neighbouring_tiles_are_faded_into_each_other() -> None:
+    """Where they disagree, no line may be seen."""
+
+    def one_for_the_second(image0: Tensor, image1: Tensor) -> Tensor:
+        return torch.full_like(image0[:, :2], float(image0[0, 0, 0, 0] == 48))  # its first column is the frame's 48th
+
+    flow = tiled_flow(one_for_the_second, *tagged_images(64, 112, 0, 0), Tiling(64, 64, 16))[0, 0]
+    assert (flow[:, :48] == 0).all()
+    assert (flow[:, 64:] == 1).all()
+    steps = flow.diff(dim=1)
+    assert steps.min() >= 0
+    assert steps.max() < 0.1  # of a squared sine over 16 px
