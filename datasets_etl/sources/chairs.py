@@ -35,7 +35,7 @@ def index(tree: SourceTree, *, split_list: str | None = None) -> list[SampleRef]
     """
     prefix, numbers = _pairs(tree)
     where = "the given split list" if split_list is not None else _split_path(tree)
-    text = split_list if split_list is not None else tree.read(where).decode("utf-8", "replace")
+    text = split_list if split_list is not None else decoded(tree.read(where))
     lines = text.split()
     wrong = next((line for line in lines if line not in _SUBSETS), None)
     if wrong is not None:
@@ -48,6 +48,11 @@ def index(tree: SourceTree, *, split_list: str | None = None) -> list[SampleRef]
     # By number, not by rank: an excerpt of the dataset keeps the official split.
     subsets = {number: _SUBSETS[lines[int(number) - 1]] for number in numbers}
     return _refs(tree, prefix, subsets)
+
+
+def decoded(split_list: bytes) -> str:
+    """The text of a list's file; Windows' editors begin it with a mark."""
+    return split_list.decode("utf-8-sig", "replace")
 
 
 def index_by_hash(tree: SourceTree) -> list[SampleRef]:

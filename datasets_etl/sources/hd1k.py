@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from itertools import pairwise
 
-from datasets_etl.sources.layout import finished, matches, one_prefix, require
+from datasets_etl.sources.layout import finished, matches, one_prefix, require, require_together
 from datasets_etl.sources.ref import SampleRef, SourceTree
 
 _TITLE = "HD1K"
@@ -26,6 +26,7 @@ def index(tree: SourceTree) -> list[SampleRef]:
         DataError: no frames, or a frame without flow or flow without its frame.
     """
     found = matches(tree, _FILE)
+    require_together(tree, {(match["prefix"], match["kind"].partition("/")[0]) for match in found})
     prefix = one_prefix(
         tree,
         (match["prefix"] for match in found),

@@ -8,11 +8,14 @@ Subsets: "training" (200 pairs) and "testing" (200, without flow). The multi-vie
 
 import re
 
+from datasets_etl.errors import DataError
 from datasets_etl.sources.layout import finished, matches, one_prefix, require
 from datasets_etl.sources.ref import SampleRef, SourceTree
 
 _TITLE = "KITTI 2015"
 _FRAME = re.compile(r"(?P<prefix>(?:.*/)?)(?P<part>training|testing)/image_2/(?P<scene>\d{6})_1[01]\.png")
+_FRAME_2012 = re.compile(r"(?:.*/)?(?:colored_0|image_0)/\d{6}_1[01]\.png")
+_FLOW = re.compile(r"\d{6}_10\.png")
 _BARE_FRAME = re.compile(r"image_2/(?P<scene>\d{6})_1[01]\.png")
 
 
@@ -29,9 +32,9 @@ def index(tree: SourceTree) -> list[SampleRef]:
     flow_occ = f"{folders['training']}flow_occ/"
     flow_noc = f"{folders['training']}flow_noc/"
     for path in tree.files:
-        if path.startswith(flow_occ) and path.endswith("_10.png"):
-            require(tree, files, path.replace("flow_occ/", "image_2/"), path)
-    has_noc = any(path.startswith(flow_noc) for path in tree.files)
+        if path.startswith(flow_occ) and _FLOW.fullmatch(name := path.removeprefix(flow_occ)):
+            require(tree, files, f"{folders['training']}image_2/{name}", path)
+    has_noc = any(path.startswith(flow_noc) and _FLOW.fullmatch(path.removeprefix(flow_noc)) for path in tree.files)
     refs = []
     for part, scene in sorted(scenes):
         images = f"{folders[part]}image_2/{scene}"
@@ -58,6 +61,10 @@ def _scenes(tree: SourceTree) -> tuple[dict[str, str], set[tuple[str, str]]]:
         prefix = one_prefix(tree, (match["prefix"] for match in found), _TITLE, "", "")
         folders = {"training": f"{prefix}training/", "testing": f"{prefix}testing/"}
         return folders, {(match["part"], match["scene"]) for match in found}
+    if older := matches(tree, _FRAME_2012):
+        raise DataError(
+            f"{tree.root} holds KITTI 2012 ({older[0][0]}), this is for {_TITLE}: unpack data_scene_flow.zip"
+        )
     found = matches(tree, _BARE_FRAME)
     has_flow = any(path.startswith("flow_occ/") for path in tree.files)
     one_prefix(

@@ -47,6 +47,22 @@ def require(tree: SourceTree, files: Collection[str], path: str, partner: str) -
     return path
 
 
+def require_together(tree: SourceTree, places: Collection[tuple[str, str]]) -> None:
+    """The parts of a layout lie side by side.
+
+    Args:
+        tree: the listing.
+        places: a folder ("" or ending in "/") below the root with the part that lies in it, as often as there are any.
+
+    Raises:
+        DataError: each part is there once, but not all in one folder: archives that were unpacked apart.
+    """
+    folders, parts = {folder for folder, _ in places}, {part for _, part in places}
+    if len(folders) > 1 and len(parts) == len(places):
+        there = ", ".join(sorted(folder + part for folder, part in places))
+        raise DataError(f"{tree.root} holds {there}: unpacked apart; move them into one folder")
+
+
 def require_unbroken(tree: SourceTree, numbers: Collection[int], path_format: str) -> None:
     """A sequence's frame numbers follow each other. Raises DataError naming the first gap's file."""
     for number in range(min(numbers), max(numbers)):

@@ -17,6 +17,7 @@ _TITLE = "MPI-Sintel"
 _IMAGE = r"(?P<pass>clean|final)/(?P<scene>[^/.]+)/frame_(?P<number>\d{4})\.png"
 _FRAME = re.compile(r"(?P<prefix>(?:.*/)?)(?P<part>training|test)/" + _IMAGE)
 _BARE_FRAME = re.compile(_IMAGE)
+_MASK = re.compile(r"(?P<folder>(?:.*/)?)(?P<kind>occlusions|invalid)/[^/.]+/frame_\d{4}\.png")
 _FLOW = re.compile(r"(?P<folder>(?:.*/)?)flow/(?P<scene>[^/.]+)/frame_(?P<number>\d{4})\.flo")
 
 _Frames = dict[tuple[str, str, str], set[int]]  # (part, pass, scene) → frame numbers
@@ -32,11 +33,8 @@ def index(tree: SourceTree) -> list[SampleRef]:
     """
     folders, frames = _frames(tree)
     files = frozenset(tree.files)
-    labels = [
-        kind
-        for kind in ("flow", "occlusions", "invalid")
-        if kind == "flow" or any(path.startswith(f"{folders['training']}{kind}/") for path in tree.files)
-    ]
+    masks = {match["kind"] for match in matches(tree, _MASK) if match["folder"] == folders["training"]}
+    labels = ["flow", *sorted(masks)]
     refs = []
     for (part, pass_name, scene), numbers in sorted(frames.items()):
         images = f"{folders[part]}{pass_name}/{scene}/"

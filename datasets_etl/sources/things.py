@@ -12,7 +12,8 @@ pairs in two disjoint parts: "val-clean", the 1,024 that GMFlow validates on (of
 import re
 from collections import defaultdict
 
-from datasets_etl.sources.layout import finished, matches, one_prefix, require, require_unbroken
+from datasets_etl.errors import DataError
+from datasets_etl.sources.layout import finished, matches, one_prefix, require, require_together, require_unbroken
 from datasets_etl.sources.ref import SampleRef, SourceTree
 
 _TITLE = "FlyingThings3D"
@@ -36,6 +37,12 @@ def index(tree: SourceTree) -> list[SampleRef]:
     """
     found = matches(tree, _FRAME)
     flows = matches(tree, _FLOW)
+    _refuse_webp(tree, found)
+    require_together(
+        tree,
+        {(match["prefix"], f"frames_{match['pass']}pass") for match in found}
+        | {(match["prefix"], "optical_flow") for match in flows},
+    )
     prefix = one_prefix(
         tree,
         [match["prefix"] for match in found + flows],
@@ -61,6 +68,12 @@ def index(tree: SourceTree) -> list[SampleRef]:
                         refs.append(_ref(tree, files, prefix, subset, part, scene, direction, number))
                         position += 1
     return finished(tree, refs, _TITLE)
+
+
+def _refuse_webp(tree: SourceTree, found: list[re.Match[str]]) -> None:
+    """The authors offer the frames in both formats."""
+    if not found and (webp := next((path for path in tree.files if path.endswith(".webp")), None)):
+        raise DataError(f"{tree.root} holds frames as .webp ({webp}): download the archives with PNG frames instead")
 
 
 def _part_subset(part: str, position: int) -> str:

@@ -139,7 +139,7 @@ def test_every_path_of_a_ref_is_in_the_listing(dataset: str) -> None:
 
 def test_indexing_does_not_depend_on_where_below_the_root_the_layout_lies(dataset: str) -> None:
     tree = whole(dataset)
-    prefix = "mirror/of.2020/"
+    prefix = "mirror_flow_occ/of.2020/"
     moved = SourceTree(
         tree.root, [prefix + path for path in tree.files], lambda path: tree.read(path.removeprefix(prefix))
     )
@@ -154,9 +154,9 @@ def test_indexing_does_not_depend_on_where_below_the_root_the_layout_lies(datase
 
 def test_litter_in_the_tree_changes_nothing(dataset: str) -> None:
     tree = whole(dataset)
-    sample = next(path for path in tree.files if path.endswith((".ppm", ".png")))
-    head, _, tail = sample.rpartition("/")
-    litter = [".DS_Store", f"{head}/._{tail}", f"__MACOSX/{head}/._{tail}", f"{head}/Thumbs.db"]
+    litter = [".DS_Store"]
+    for head, tail in {head: tail for head, _, tail in (path.rpartition("/") for path in tree.files) if head}.items():
+        litter += [f"{head}/.DS_Store", f"{head}/._{tail}", f"__MACOSX/{head}/._{tail}", f"{head}/Thumbs.db"]
     littered = SourceTree(tree.root, sorted([*tree.files, *litter]), tree.read)
     assert SOURCES[dataset](littered) == SOURCES[dataset](tree)
 
@@ -200,6 +200,11 @@ def test_chairs_take_the_list_from_elsewhere_or_split_by_hash() -> None:
     assert abs(val - 640) < 4 * 640**0.5
     excerpt = {ref.scene: ref.subset for ref in chairs.index_by_hash(listing(chairs_files(2000)))}
     assert excerpt == {ref.scene: ref.subset for ref in hashed if ref.scene in excerpt}
+
+
+def test_a_chairs_list_may_begin_with_a_byte_order_mark() -> None:
+    tree = listing(chairs_files(3), {"FlyingChairs_train_val.txt": b"\xef\xbb\xbf1\r\n2\r\n1\r\n"})
+    assert [ref.key for ref in chairs.index(tree)] == ["train_00001", "train_00003", "val_00002"]
 
 
 @pytest.mark.parametrize(
@@ -255,6 +260,15 @@ def test_sintel_without_masks_or_with_one_pass_is_what_it_is() -> None:
     kept = [path for path in full.files if "/clean/" in path or "/flow/" in path]
     refs = SOURCES["sintel"](listing(kept))
     assert {(ref.subset, ref.occlusion, ref.invalid) for ref in refs} == {("training-clean", None, None)}
+
+
+def test_a_folder_with_nothing_but_litter_is_no_ground_truth() -> None:
+    full = whole("kitti")
+    kept = [path for path in full.files if "/flow_noc/" not in path]
+    assert {ref.flow_noc for ref in SOURCES["kitti"](listing([*kept, "training/flow_noc/.DS_Store"]))} == {None}
+    kept = [path for path in small_sintel().files if "/invalid/" not in path]
+    refs = SOURCES["sintel"](listing([*kept, "training/invalid/.DS_Store"]))
+    assert {(ref.occlusion is None, ref.invalid) for ref in refs} == {(False, None)}
 
 
 @pytest.mark.parametrize("dataset", ["sintel", "kitti"])
@@ -319,6 +333,43 @@ def test_two_copies_below_the_root_are_ambiguous(dataset: str) -> None:
     message = refusal(lambda: SOURCES[dataset](twice))
     assert "several copies" in message
     assert "new/" in message
+
+
+@pytest.mark.parametrize(
+    ("dataset", "folders", "there"),
+    [
+        (
+            "things",
+            {"frames_cleanpass": "a/", "frames_finalpass": "b/", "optical_flow": ""},
+            "a/frames_cleanpass, b/frames_finalpass, optical_flow",
+        ),
+        (
+            "things",
+            {"frames_cleanpass": "frames/", "frames_finalpass": "frames/", "optical_flow": "flow/"},
+            "flow/optical_flow, frames/frames_cleanpass, frames/frames_finalpass",
+        ),
+        ("hd1k", {"hd1k_input": "in/", "hd1k_flow_gt": "gt/"}, "gt/hd1k_flow_gt, in/hd1k_input"),
+    ],
+)
+def test_archives_that_were_unpacked_apart_are_told_from_copies(
+    dataset: str, folders: dict[str, str], there: str
+) -> None:
+    tree = small_things() if dataset == "things" else whole(dataset)
+    moved = listing([folders.get(path.split("/")[0], "") + path for path in tree.files])
+    assert f"/data/set holds {there}: unpacked apart" in refusal(lambda: SOURCES[dataset](moved))
+
+
+def test_things_frames_as_webp_are_told_which_archives_to_take() -> None:
+    webp = [f"{path.removesuffix('.png')}.webp" if "frames_" in path else path for path in things_files(2, 1)]
+    message = refusal(lambda: SOURCES["things"](listing(webp)))
+    assert "left/0006.webp" in message
+    assert "archives with PNG frames" in message
+
+
+@pytest.mark.parametrize("camera", ["colored_0", "image_0"])
+def test_kitti_of_2012_is_called_by_its_name(camera: str) -> None:
+    tree = listing([path.replace("image_2/", f"{camera}/") for path in kitti_files()])
+    assert f"holds KITTI 2012 (testing/{camera}/000000_10.png)" in refusal(lambda: SOURCES["kitti"](tree))
 
 
 @pytest.mark.parametrize(
