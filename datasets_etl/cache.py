@@ -45,16 +45,31 @@ class SampleCache:
             return data
         data = fetch()
         with contextlib.suppress(OSError, sqlite3.Error, diskcache.Timeout):
-            kept = _opened(self, os.getpid())
+            kept = self._tables()
             if _has_room(self.folder):
                 kept.set(key, data)
         return data
 
     def _kept(self, key: str) -> bytes | None:
         with contextlib.suppress(OSError, sqlite3.Error, diskcache.Timeout):
-            data = _opened(self, os.getpid()).get(key)
+            data = self._tables().get(key)
             return data if isinstance(data, bytes) else None
         return None
+
+    def _tables(self) -> diskcache.FanoutCache:
+        """Made anew where the folder was deleted: what is open still would keep samples that no other process finds."""
+        kept, table = _opened(self, os.getpid())
+        if _table_of(self.folder) != table:
+            _opened.cache_clear()
+            kept, _ = _opened(self, os.getpid())
+        return kept
+
+
+def _table_of(folder: Path) -> int | None:
+    """Which file the first part's table is. Its number is no other file's for as long as a process has it open."""
+    with contextlib.suppress(FileNotFoundError):
+        return (folder / "000" / "cache.db").stat().st_ino
+    return None
 
 
 def _has_room(folder: Path) -> bool:
@@ -64,15 +79,16 @@ def _has_room(folder: Path) -> bool:
 
 
 @functools.lru_cache(maxsize=4)
-def _opened(cache: SampleCache, pid: int) -> diskcache.FanoutCache:
-    """One a process: SQLite's connections must not be shared with a fork."""
-    return diskcache.FanoutCache(
+def _opened(cache: SampleCache, pid: int) -> tuple[diskcache.FanoutCache, int | None]:
+    """One a process, with its `_table_of`: SQLite's connections must not be shared with a fork."""
+    tables = diskcache.FanoutCache(
         str(cache.folder),
         shards=_PARTS,
         size_limit=cache.limit_bytes,
         cull_limit=2,  # samples that go for each that comes: enough to stay within the bound
         disk=_PlainDisk,
     )
+    return tables, _table_of(cache.folder)
 
 
 class _PlainDisk(diskcache.Disk):

@@ -87,6 +87,22 @@ def test_a_folder_that_takes_nothing_is_no_reason_to_stop(tmp_path: Path):
     assert asked == [1, 1]
 
 
+@pytest.mark.parametrize("by_another", [False, True])
+def test_a_folder_that_was_deleted_comes_back(tmp_path: Path, by_another: bool):
+    asked: list[int] = []
+    cache = SampleCache(tmp_path / "cache", 10 << 20)
+    cache.read(SHARD, entry(1), fetched(asked, 1))
+    shutil.rmtree(tmp_path / "cache")
+    if by_another:  # a process that noticed first
+        diskcache.FanoutCache(str(tmp_path / "cache"), shards=8).close()
+    for _ in range(2):
+        assert cache.read(SHARD, entry(1), fetched(asked, 1)) == content(1)
+    assert asked == [1, 1]
+    kept = diskcache.FanoutCache(str(tmp_path / "cache"), shards=8)
+    assert len(kept) == kept_samples(tmp_path / "cache") == 1
+    kept.close()
+
+
 def test_a_disk_smaller_than_the_bound_is_not_filled(small_disk):
     """On a full one every further sample would leave a file that nothing counts, and checkpoints had no room."""
     folder = small_disk(12)
