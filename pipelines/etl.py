@@ -7,6 +7,7 @@ python pipelines/etl.py inspect MANIFEST --output sheet.png             # counts
 
 import argparse
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,8 @@ from pipelines.training.pictures import to_png
 
 # Progress and reports go to stderr: stdout is for what scripts read.
 console = Console(stderr=True)
+
+_TOLD_EVERY_S = 30.0
 
 _REPORTED = 20  # damaged pairs listed; the manifest has them all
 
@@ -115,12 +118,22 @@ def _progress(dataset: str, doing: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task(f"{dataset}: indexing", total=None, pace="")
         pace = Pace()
+        told = -math.inf
 
         def show(done: int, total: int) -> None:
-            said = pace.say(done, total, time.monotonic())
+            nonlocal told
+            now = time.monotonic()
+            said = pace.say(done, total, now)
+            if not console.is_terminal and now - told >= _TOLD_EVERY_S:  # a job's log: a bar shows only once it is full
+                told = now
+                _tell(f"{dataset}: {doing}: {done:,} of {total:,} pairs {said}".rstrip())
             progress.update(bar, description=f"{dataset}: {doing}", completed=done, total=total, pace=said)
 
         yield show
+
+
+def _tell(line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class Pace:
@@ -150,7 +163,9 @@ def shard_dataset(
     strict: bool = False,
     index: Source | None = None,
 ) -> EtlResult:
-    """`run_etl` with a progress bar. Needs a connected Ray."""
+    """`run_etl` with a progress bar, or lines where stderr is no terminal. Needs a connected Ray."""
+    if not console.is_terminal:
+        _tell(f"{dataset}: listing {source} and reading the files' sizes")
     with _progress(dataset, "writing shards") as show:
         return run_etl(
             dataset,
@@ -170,7 +185,7 @@ def chosen_index(split_list: str | None, split_by_hash: bool) -> Source | None:
         return chairs.index_by_hash
     if split_list is not None:
         store, name = split_url(split_list)
-        return functools.partial(chairs.index, split_list=store.read(name).decode("utf-8", "replace"))
+        return functools.partial(chairs.index, split_list=chairs.decoded(store.read(name)))
     return None
 
 
