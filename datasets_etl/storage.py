@@ -41,6 +41,7 @@ _CONNECTIONS = 32
 _SIGNATURE_S = 900
 _SIGNATURE_LEFT_S = 900
 _SIGNATURES = 4096
+_LEFT_BEHIND_S = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,10 @@ class ObjectStore(Protocol):
 
     url: str
 
-    def read(self, key: str) -> bytes: ...
+    def read(self, key: str, size: int | None = None) -> bytes:
+        """The whole object. Raises DataError where what comes has not the size it was listed with, if that is given."""
+        ...
+
     def read_range(self, key: str, offset: int, length: int) -> bytes: ...
     def write(self, key: str, data: bytes) -> None: ...
     def upload(self, path: Path, key: str) -> None: ...
@@ -71,6 +75,10 @@ class ObjectStore(Protocol):
         """Remove an object; one that does not exist is no error."""
         ...
 
+    def remove_leftovers(self) -> None:
+        """What killed writers left behind, where the storage itself has no way to forget it."""
+        ...
+
     def walk(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Every object whose key starts with `prefix`, sorted by key."""
         ...
@@ -79,6 +87,8 @@ class ObjectStore(Protocol):
 def open_store(url: str) -> ObjectStore:
     """The store rooted at a `file://` or `s3://` URL or a local path. Raises DataError for any other scheme."""
     parsed = urlparse(url)
+    if parsed.scheme in ("s3", "file") and {"?", "#"} & set(url):
+        raise DataError(f"{url}: a place has no ? or # in it; choose a name without, or in file:// write %3F or %23")
     if parsed.scheme == "s3":
         if not parsed.netloc:
             raise DataError(f"{url}: no bucket in this URL; write s3://BUCKET/PREFIX")
@@ -112,12 +122,17 @@ class FileStore:
     """A folder as an object store."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().absolute()
+        try:
+            self.root = root.expanduser().absolute()
+        except RuntimeError:
+            raise DataError(f"{root}: no user of that name; write the folder's whole path") from None
         self.url = self.root.as_uri()
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, size: int | None = None) -> bytes:
         with self._errors(key):
-            return (self.root / key).read_bytes()
+            data = (self.root / key).read_bytes()
+        _require_size(len(data), f"{self.url}/{key}", size)
+        return data
 
     def read_range(self, key: str, offset: int, length: int) -> bytes:
         with self._errors(key), (self.root / key).open("rb") as file:
@@ -139,14 +154,25 @@ class FileStore:
                 target.write(chunk)
 
     def size(self, key: str) -> int | None:
-        try:
-            return (self.root / key).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        with self._errors(key):
+            try:
+                return (self.root / key).stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                return None
 
     def delete(self, key: str) -> None:
         with self._errors(key):
             (self.root / key).unlink(missing_ok=True)
+
+    def remove_leftovers(self) -> None:
+        """Files that were to take their final names. Whoever writes one changes its time with every piece: one that has
+        not changed for a day is nobody's, so none of another run goes.
+        """
+        with self._errors(""):
+            for path in self.root.rglob(".*.part"):
+                with contextlib.suppress(FileNotFoundError):  # another run removes them as well
+                    if time.time() - path.stat().st_mtime > _LEFT_BEHIND_S:
+                        path.unlink()
 
     def walk(self, prefix: str = "") -> Iterator[ObjectInfo]:
         found = []
@@ -208,8 +234,8 @@ def _raise_unless_gone(error: OSError) -> None:
         raise error
 
 
-class _ShortAnswerError(DamagedError):
-    """Fewer bytes than asked for, of an object that has them: worth asking again."""
+class _ShortAnswerError(DataError):
+    """Other bytes than asked for, of an object that has those: worth asking again, and no damage."""
 
 
 # What may be otherwise a moment later: a server that is away or busy, an answer that broke off on the way.
@@ -255,8 +281,15 @@ def waiting_for_storage(seconds: float) -> Iterator[None]:
 
 
 def _out_of_patience(state: tenacity.RetryCallState) -> bool:
-    spent = (state.seconds_since_start or 0.0) > float(os.environ.get(PATIENCE_VARIABLE, "10"))
-    return spent and state.attempt_number > 1
+    return (state.seconds_since_start or 0.0) > _patience() and state.attempt_number > 1
+
+
+def _patience() -> float:
+    given = os.environ.get(PATIENCE_VARIABLE, "10")
+    try:
+        return float(given)
+    except ValueError:
+        raise DataError(f"{PATIENCE_VARIABLE}={given}: not a number of seconds; set it to one, such as 60") from None
 
 
 # Every request is idempotent: reads, listings, deletions, and writes of whole objects. botocore's own retries come
@@ -277,9 +310,9 @@ class S3Store:
         self.prefix = prefix
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, size: int | None = None) -> bytes:
         with self._errors(key):
-            return self._get(key)
+            return self._get(key, size)
 
     def read_range(self, key: str, offset: int, length: int) -> bytes:
         with self._errors(key):
@@ -306,6 +339,9 @@ class S3Store:
         with self._errors(key):
             _retry(_s3().delete_object)(Bucket=self.bucket, Key=self._key(key))
 
+    def remove_leftovers(self) -> None:
+        """Nothing: parts of uploads that never ended go by the bucket's lifecycle (docs/data.md)."""
+
     def walk(self, prefix: str = "") -> Iterator[ObjectInfo]:
         start = self._key("")
         further: dict[str, Any] | None = {}
@@ -313,12 +349,16 @@ class S3Store:
             with self._errors(prefix):
                 page = _retry(_s3().list_objects_v2)(Bucket=self.bucket, Prefix=start + prefix, **further)
             for entry in page.get("Contents", []):
-                yield ObjectInfo(entry["Key"][len(start) :], entry["Size"], entry["ETag"].strip('"'))
+                if not entry["Key"].endswith("/"):  # consoles make an empty object to show a folder
+                    yield ObjectInfo(entry["Key"][len(start) :], entry["Size"], entry["ETag"].strip('"'))
             further = {"ContinuationToken": page["NextContinuationToken"]} if page["IsTruncated"] else None
 
     @_retry
-    def _get(self, key: str) -> bytes:
-        return _s3().get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+    def _get(self, key: str, size: int | None) -> bytes:
+        answer = _s3().get_object(Bucket=self.bucket, Key=self._key(key))
+        # Before it is read: a short one has another checksum too, which would be damage.
+        _require_size(answer.get("ContentLength", size), f"{self.url}/{key}", size)
+        return answer["Body"].read()
 
     @_retry
     def _get_range(self, key: str, offset: int, length: int) -> bytes:
@@ -331,7 +371,7 @@ class S3Store:
         url = f"{self.url}/{key}"
         total = answer.get("ContentRange", "").rpartition("/")[2]
         if len(data) != length and total.isdigit() and int(total) >= offset + length:
-            raise _ShortAnswerError(_too_short(data, url, offset, length))
+            raise _ShortAnswerError(_too_short(data, url, offset, length, "answer"))
         return _whole(data, url, offset, length)
 
     def _get_range_quickly(self, key: str, offset: int, length: int) -> bytes | None:
@@ -355,6 +395,8 @@ class S3Store:
             yield
         except s3_errors.NoCredentialsError:
             raise DataError(f"{url}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
+        except (s3_errors.PartialCredentialsError, s3_errors.ProfileNotFound) as error:
+            raise DataError(f"{url}: {error}; correct AWS_PROFILE or AWS_ACCESS_KEY_ID and its secret") from None
         except s3_errors.FlexibleChecksumError as error:
             raise DamagedError(f"{url}: damaged: its checksum is not the one stored with it") from error
         except s3_errors.ClientError as error:
@@ -376,12 +418,17 @@ def _explain(error: s3_errors.ClientError, bucket: str) -> str:
 
 def _whole(data: bytes, url: str, offset: int, length: int) -> bytes:
     if len(data) != length:
-        raise DamagedError(_too_short(data, url, offset, length))
+        raise DamagedError(_too_short(data, url, offset, length, "object"))
     return data
 
 
-def _too_short(data: bytes, url: str, offset: int, length: int) -> str:
-    return f"{url}: {len(data)} bytes at offset {offset} instead of {length}; the object is cut short"
+def _require_size(found: int | None, url: str, listed: int | None) -> None:
+    if listed not in (None, found):
+        raise _ShortAnswerError(f"{url}: {found} bytes instead of {listed} as listed; did it change? Run again")
+
+
+def _too_short(data: bytes, url: str, offset: int, length: int, what: str) -> str:
+    return f"{url}: {len(data)} bytes at offset {offset} instead of {length}; the {what} is cut short"
 
 
 @functools.lru_cache(maxsize=_SIGNATURES)
@@ -407,17 +454,20 @@ def _s3() -> "S3Client":
 @functools.lru_cache(maxsize=1)
 def _s3_of_process(pid: int) -> "S3Client":
     """One client a process: sockets must not be shared with a fork."""
+    _patience()  # said now, not in the middle of training, once storage is away
     own_endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return boto3.session.Session().client(
-        "s3",
-        config=Config(
-            connect_timeout=_CONNECT_TIMEOUT_S,
-            read_timeout=READ_TIMEOUT_S,
-            max_pool_connections=_CONNECTIONS,
-            retries={"mode": "standard", "total_max_attempts": 3},
-            # botocore would sign URLs by version 2 in some regions, which encrypted objects and newer servers refuse.
-            signature_version="s3v4",
-            # Servers other than AWS seldom have a DNS name for every bucket.
-            s3={"addressing_style": "path"} if own_endpoint else None,
-        ),
+    config = Config(
+        connect_timeout=_CONNECT_TIMEOUT_S,
+        read_timeout=READ_TIMEOUT_S,
+        max_pool_connections=_CONNECTIONS,
+        retries={"mode": "standard", "total_max_attempts": 3},
+        # botocore would sign URLs by version 2 in some regions, which encrypted objects and newer servers refuse.
+        signature_version="s3v4",
+        # Servers other than AWS seldom have a DNS name for every bucket.
+        s3={"addressing_style": "path"} if own_endpoint else None,
     )
+    session = boto3.session.Session()
+    try:
+        return session.client("s3", config=config)
+    except ValueError as error:
+        raise DataError(f"{error}; AWS_ENDPOINT_URL begins with http:// or https://") from None

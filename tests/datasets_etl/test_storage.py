@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 
 import boto3
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from datasets_etl import storage
 from datasets_etl.errors import DataError
 from datasets_etl.storage import PATIENCE_VARIABLE, open_store, split_url
+from tests.datasets_etl.refusals import refusal
 
 
 @pytest.fixture(params=["file", "s3"])
@@ -126,6 +128,38 @@ def test_a_failed_write_leaves_neither_the_object_nor_a_part_of_it(tmp_path):
     assert [path.name for path in (tmp_path / "root").iterdir()] == ["kept"]
 
 
+def test_an_empty_object_that_shows_a_folder_is_none_of_its_objects(s3, tmp_path):
+    boto3.client("s3").put_object(Bucket="data", Key=f"{tmp_path.name}/", Body=b"")
+    assert list(open_store(f"s3://data/{tmp_path.name}").walk()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("AWS_ENDPOINT_URL", "localhost:8333", r"localhost:8333; AWS_ENDPOINT_URL begins with http:// or https://"),
+        ("AWS_PROFILE", "nobody", r"s3://data/x: .*\(nobody\) could not be found; correct AWS_PROFILE"),
+        ("AWS_SECRET_ACCESS_KEY", None, r"s3://data/x: Partial credentials .*AWS_SECRET_ACCESS_KEY; correct"),
+        (PATIENCE_VARIABLE, "abc", rf"{PATIENCE_VARIABLE}=abc: not a number of seconds"),
+    ],
+)
+def test_settings_that_cannot_be_are_said_in_a_line(name, value, words, s3, fresh_client, monkeypatch):
+    monkeypatch.delenv(name, raising=False)
+    if value is not None:
+        monkeypatch.setenv(name, value)
+    message = refusal(lambda: open_store("s3://data").read("x"))
+    assert re.search(words, message)
+    assert "is the object store up" not in message
+
+
+def test_a_mistake_of_ours_does_not_pass_for_a_wrong_setting(s3, monkeypatch):
+    def mistaken():
+        raise ValueError("of ours")
+
+    monkeypatch.setattr(storage, "_s3", mistaken)
+    with pytest.raises(ValueError, match="of ours"):
+        open_store("s3://data").size("x")
+
+
 def test_wrong_credentials_are_said_in_a_line(s3, fresh_client, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(DataError, match="access denied; check AWS_ACCESS_KEY_ID"):
@@ -172,6 +206,31 @@ def test_an_objects_url_splits_into_its_store_and_its_key(url, root, key):
 def test_other_urls_are_refused_with_the_way_out(url):
     with pytest.raises(DataError, match=r"file://|s3://|slashes"):
         open_store(url)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a#b", "s3://bucket/a?", "file:///a?b", "file:///a/#"])
+def test_what_would_end_a_place_in_a_url_is_refused(url):
+    assert url in refusal(lambda: open_store(url))
+
+
+def test_a_path_may_hold_what_a_url_may_not(tmp_path):
+    store = open_store(str(tmp_path / "a#b?"))
+    store.write("x", b"1")
+    assert (tmp_path / "a#b?" / "x").exists()
+    assert open_store(store.url).read("x") == b"1"
+
+
+def test_folders_that_cannot_be_are_said_in_a_line(tmp_path):
+    assert "~nosuch/x: no user of that name" in refusal(lambda: open_store("~nosuch/x"))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    message = refusal(lambda: open_store(str(tmp_path / "loop")).size("x"))
+    assert f"{tmp_path}/loop/x: Too many levels of symbolic links" in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may enter any folder")
+def test_a_folder_that_may_not_be_entered_is_said_in_a_line(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o600)
+    assert "closed/x: Permission denied" in refusal(lambda: open_store(str(tmp_path / "closed")).size("x"))
 
 
 def test_stores_open_the_bucket_they_are_told(s3, tmp_path):
