@@ -1,5 +1,6 @@
 """A raw dataset → shards and a manifest, by Ray tasks: index, plan, write, publish."""
 
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from datasets_etl.manifest import build
 from datasets_etl.samples import check_size
 from datasets_etl.shards import ShardPlan, WrittenShard, finished_shard, plan_shards, raw_files, write_shard
 from datasets_etl.sources import SOURCES, SampleRef, Source, SourceTree
-from datasets_etl.storage import ObjectInfo, ObjectStore, open_store
+from datasets_etl.storage import FileStore, ObjectInfo, ObjectStore, open_store
 
 DEFAULT_SHARD_BYTES = 512 * 2**20
 
@@ -81,27 +82,31 @@ def run_etl(
     refs = (index or SOURCES[dataset])(tree)
     pixels, quarantined = _check_sizes(refs, source, objects, strict)
     _require_some_of_each(refs, quarantined, source)
-    sound = [ref for ref in refs if ref.key not in quarantined]
-    plans = plan_shards(sound, pixels, {key: info.stamp for key, info in objects.items()}, shard_bytes)
+    # Also those known to be damaged: once they are mended, only their own shards are written again.
+    plans = plan_shards(refs, pixels, {key: info.stamp for key, info in objects.items()}, shard_bytes)
     store = open_store(f"{target.rstrip('/')}/{dataset}")
+    store.remove_leftovers()
 
     def report() -> None:
-        on_progress(sum(len(plans[number].refs) for number in written), len(sound))
+        on_progress(sum(len(plans[number].refs) for number in written), len(refs))
 
     written = {plan.index: shard for plan in plans if (shard := finished_shard(plan, store)) is not None}
     if strict:
         _refuse_quarantined(written.values(), source)
     reused = len(written)
     report()
-    missing = [(plan, source, store.url, strict) for plan in plans if plan.index not in written]
+    missing = [
+        (plan, source, store.url, strict, {path: objects[path].size for ref in plan.refs for path in raw_files(ref)})
+        for plan in plans
+        if plan.index not in written
+    ]
     for (plan, *_), shard in run_tasks(_write_task, missing, workers):
         written[plan.index] = shard
         report()
     _require_within_reach(store, [written[plan.index] for plan, *_ in missing])
 
     shards = [written[plan.index] for plan in plans]
-    for shard in shards:
-        quarantined |= shard.quarantined
+    quarantined = {key: why for shard in shards for key, why in shard.quarantined.items()}
     _require_some_of_each(refs, quarantined, source)
     manifest = build(dataset, [shard.entry for shard in shards if shard.entry is not None], quarantined)
     raw = {path for ref in refs if ref.key not in quarantined for path in raw_files(ref)}
@@ -169,7 +174,8 @@ def _check_sizes(
     """From the files' first bytes, so that what is wrong with a size shows before anything is written.
 
     Returns:
-        Pixels of a frame by sample key; and for the samples with a file that tells no size, why.
+        Pixels of a frame by sample key, for those with a file that tells no size as many as the sample before has; and
+        for these, why.
 
     Raises:
         DataError: files of one pair differ in size.
@@ -199,6 +205,9 @@ def _check_sizes(
             quarantined[ref.key] = str(error)
         except DataError as error:
             raise DataError(f"{source}: {error}") from None
+    usual = next(iter(pixels.values()), 1)
+    for ref in refs:
+        usual = pixels.setdefault(ref.key, usual)
     return pixels, quarantined
 
 
@@ -242,10 +251,24 @@ def _stopped(source: str, key: str, reason: str) -> DataError:
     return DataError(f"{source}: {key}: {reason} (without --strict the pair is left out)")
 
 
-def _write_task(plan: ShardPlan, source: str, target: str, strict: bool) -> WrittenShard | DataError:
+def _write_task(
+    plan: ShardPlan, source: str, target: str, strict: bool, sizes: Mapping[str, int]
+) -> WrittenShard | DataError:
     raw = open_store(source)
+    if isinstance(raw, FileStore) and not raw.root.is_dir():
+        return DataError(
+            f"{source}: no such folder on node {socket.gethostname()}: --source must be storage that all nodes reach, "
+            "such as s3://BUCKET/PREFIX"
+        )
+
+    def read(path: str) -> bytes:
+        try:
+            return raw.read(path, sizes[path])
+        except DamagedError as error:  # told by storage, with a place that the manifest must not depend on
+            raise DamagedError(str(error).removeprefix(f"{raw.url}/")) from None
+
     try:
-        return write_shard(plan, SourceTree(source, (), raw.read), open_store(target), strict=strict)
+        return write_shard(plan, SourceTree(source, (), read), open_store(target), strict=strict)
     except DamagedError as error:
         return _stopped(source, f"shard {plan.index}", str(error))
     except DataError as error:

@@ -228,7 +228,7 @@ def image_size(head: bytes, name: str) -> tuple[int, int]:
     Raises:
         DamagedError: none of the formats of this module, an absurd size, or too few bytes to tell.
     """
-    if head.startswith(_FLO_MAGIC):
+    if not_empty(head, name).startswith(_FLO_MAGIC):
         return _flo_size(head, name)
     if head.startswith(_PNG_MAGIC):
         return _png_size(head, name)
@@ -240,6 +240,13 @@ def image_size(head: bytes, name: str) -> tuple[int, int]:
     if head.startswith(_JPEG_MAGIC):
         return _checked_size(*_jpeg_size(head, name), name)
     raise _bad(name, "is none of .flo, .pfm, .png, .ppm, .jpg", "check what the file is")
+
+
+def not_empty(data: bytes, name: str) -> bytes:
+    """The data themselves. Raises DamagedError where there are none: no format begins with nothing."""
+    if not data:
+        raise _bad(name, "is empty", _DAMAGED)
+    return data
 
 
 # ------------------------------------------------------------------------------------------------ inside

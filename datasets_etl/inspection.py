@@ -60,9 +60,10 @@ def verify_manifest(
 def _verify_task(root: str, shard: ShardEntry) -> list[Damage] | DataError:
     store = open_store(root)
     try:
-        if store.size(shard.name) is None:
+        size = store.size(shard.name)
+        if size is None:
             return [Damage(shard.name, "it is not there")]
-        data = store.read(shard.name)
+        data = store.read(shard.name, size)
     except DamagedError as error:
         return [Damage(shard.name, str(error))]
     except DataError as error:  # of storage, and nothing is known of the shard

@@ -82,7 +82,7 @@ def encode_sample(ref: SampleRef, tree: SourceTree) -> tuple[dict[str, bytes | s
     raw: dict[str, bytes] = {}
 
     def read(path: str) -> bytes:
-        raw[path] = tree.read(path)
+        raw[path] = formats.not_empty(tree.read(path), path)
         return raw[path]
 
     image0 = formats.decode_frame(read(ref.image0), ref.image0)

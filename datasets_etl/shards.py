@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import sys
 import tarfile
 import tempfile
 import zlib
@@ -90,12 +91,15 @@ def _fingerprint(refs: Sequence[SampleRef], stamps: Mapping[str, str]) -> str:
 
 
 def finished_shard(plan: ShardPlan, store: ObjectStore) -> WrittenShard | None:
-    """What an earlier run already wrote, None where it wrote nothing or the object is gone."""
+    """What an earlier run already wrote, None where it wrote nothing, the object is gone, or the record is not ours."""
     if store.size(plan.record_name) is None:
         return None
-    record = json.loads(store.read(plan.record_name))
-    entry = ShardEntry.from_dict(record["shard"])
-    return WrittenShard(entry, record["quarantined"]) if store.size(entry.name) == entry.bytes else None
+    try:
+        record = json.loads(store.read(plan.record_name))
+        entry, quarantined = ShardEntry.from_dict(record["shard"]), dict(record["quarantined"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    return WrittenShard(entry, quarantined) if store.size(entry.name) == entry.bytes else None
 
 
 def write_shard(plan: ShardPlan, tree: SourceTree, store: ObjectStore, *, strict: bool = False) -> WrittenShard:
@@ -104,8 +108,7 @@ def write_shard(plan: ShardPlan, tree: SourceTree, store: ObjectStore, *, strict
     A damaged pair is left out; when `strict`, it is a DamagedError and nothing is written. Of a shard with nothing
     but damaged pairs nothing is written either. Raises DataError where storage does, or the temporary folder is full.
     """
-    with _telling_of_temporary_folders(), tempfile.TemporaryDirectory(prefix="gmflow-shard-") as folder:
-        path = Path(folder) / "shard.tar"
+    with _telling_of_temporary_folders(), _temporary_file() as path:
         facts, quarantined = _write_tar(plan, tree, path, strict)
         if not facts:
             return WrittenShard(None, quarantined)
@@ -121,6 +124,14 @@ def write_shard(plan: ShardPlan, tree: SourceTree, store: ObjectStore, *, strict
     record = {"shard": asdict(entry), "quarantined": quarantined}
     store.write(plan.record_name, json.dumps(record, sort_keys=True).encode())
     return WrittenShard(entry, quarantined)
+
+
+@contextlib.contextmanager
+def _temporary_file() -> Iterator[Path]:
+    """On Linux it has no name in its folder, but can be opened all the same: a killed worker leaves nothing behind."""
+    nameless = sys.platform == "linux"
+    with tempfile.TemporaryFile() if nameless else tempfile.NamedTemporaryFile(prefix="gmflow-shard-") as file:
+        yield Path(f"/proc/self/fd/{file.fileno()}" if nameless else file.name)
 
 
 @contextlib.contextmanager

@@ -3,16 +3,18 @@
 import dataclasses
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from datasets_etl import etl, formats
-from datasets_etl.errors import DataError
+from datasets_etl.errors import DamagedError, DataError
 from datasets_etl.etl import EtlResult, run_etl, run_tasks
 from datasets_etl.inspection import MOTION_EDGES, Damage, motion_histogram, spread, verify_manifest
 from datasets_etl.loader import EvaluationSet
@@ -135,7 +137,7 @@ def damaged_chairs(raw_chairs: Path, tmp_path: Path) -> Path:
 
 REASONS = {
     "train_00002": "data/00002_flow.flo is truncated: 24583 of 24588 bytes: copy or download the file again",
-    "val_00008": "data/00008_img2.ppm is none of .flo, .pfm, .png, .ppm, .jpg: check what the file is",
+    "val_00008": "data/00008_img2.ppm is empty: copy or download the file again",
 }
 
 
@@ -168,6 +170,76 @@ def test_a_mended_file_comes_in_again(damaged_chairs, raw_chairs, tmp_path):
     result = run_etl("chairs", str(damaged_chairs), str(tmp_path / "out"), shard_bytes=100_000)
     assert not result.quarantined
     assert result.subsets == {"train": 6, "val": 2}
+
+
+def test_mending_a_broken_header_writes_its_shard_only(sharded_chairs, raw_chairs, tmp_path):
+    source = tmp_path / "raw"
+    shutil.copytree(raw_chairs, source)
+    (source / "data/00002_img1.ppm").write_bytes(b"P6 broken")
+    run_etl("chairs", str(source), str(tmp_path), shard_bytes=100_000)
+    shutil.copy(raw_chairs / "data/00002_img1.ppm", source / "data")
+    mended = run_etl("chairs", str(source), str(tmp_path), shard_bytes=100_000)
+    assert (mended.shards, mended.reused) == (3, 2)
+    assert Path(mended.manifest_url).name == Path(sharded_chairs.manifest_url).name
+
+
+def test_records_that_are_empty_or_not_ours_are_written_again(raw_chairs, tmp_path):
+    first = run_etl("chairs", str(raw_chairs), str(tmp_path), shard_bytes=100_000)
+    records = sorted((tmp_path / "chairs/records").iterdir())
+    for record, content in zip(records, (b"", b"null", b'{"shard": {}, "quarantined": {}}'), strict=True):
+        record.write_bytes(content)
+    second = run_etl("chairs", str(raw_chairs), str(tmp_path), shard_bytes=100_000)
+    assert (second.manifest_url, second.reused) == (first.manifest_url, 0)
+
+
+def test_what_a_killed_run_left_goes_and_what_another_one_writes_stays(raw_chairs, tmp_path):
+    shards = tmp_path / "chairs/shards"
+    shards.mkdir(parents=True)
+    names = (".chairs-00000-0123456789abcdef.tar.k1ll3d.part", ".chairs-00001-0123456789abcdef.tar.wr1t35.part")
+    left, written = (shards / name for name in names)
+    for path in (left, written):
+        path.write_bytes(b"x")
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(left, (two_days_ago, two_days_ago))
+    run_etl("chairs", str(raw_chairs), str(tmp_path), shard_bytes=100_000)
+    assert [path.name for path in shards.glob(".*")] == [written.name]
+
+
+KILLED = """
+import sys, time
+from datasets_etl.shards import plan_shards, write_shard
+from datasets_etl.sources import SOURCES, SourceTree
+from datasets_etl.storage import open_store
+
+source, target = sys.argv[1:]
+store = open_store(source)
+files = [info.key for info in store.walk()]
+
+def read(path):
+    if "00004" in path:
+        print("half written", flush=True)
+        time.sleep(900)
+    return store.read(path)
+
+refs = SOURCES["chairs"](SourceTree(source, files, store.read))
+(plan,) = plan_shards(refs, {ref.key: 1 for ref in refs}, dict.fromkeys(files, ""), 2**30)
+write_shard(plan, SourceTree(source, files, read), open_store(target))
+"""
+
+
+def test_a_worker_killed_while_it_writes_a_shard_leaves_nothing_in_the_temporary_folder(raw_chairs, tmp_path):
+    place = tmp_path / "tmp"
+    place.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(raw_chairs), str(tmp_path / "out")],
+        env={**os.environ, "TMPDIR": str(place)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "half written\n"
+        worker.kill()
+    assert list(place.iterdir()) == []
 
 
 def test_a_strict_run_stops_at_a_damaged_file_without_a_manifest(damaged_chairs, raw_chairs, tmp_path):
@@ -224,6 +296,39 @@ def test_shards_that_only_the_node_which_wrote_them_can_see_are_not_published(ra
     ):
         run_etl("chairs", str(raw_chairs), str(tmp_path))
     assert not list(tmp_path.rglob("manifest-*"))
+
+
+def test_a_source_that_only_the_drivers_node_has_is_said_with_the_node(raw_chairs, tmp_path, monkeypatch):
+    source = tmp_path / "raw"
+    shutil.copytree(raw_chairs, source)
+
+    def on_another_node(work, tasks, at_once):
+        shutil.rmtree(source)
+        return run_tasks(work, tasks, at_once)
+
+    monkeypatch.setattr(etl, "run_tasks", on_another_node)
+    with pytest.raises(DataError, match=rf"raw: no such folder on node {socket.gethostname()}: --source .* all nodes"):
+        run_etl("chairs", str(source), str(tmp_path))
+
+
+def test_damage_that_storage_tells_of_is_named_by_its_place_in_the_dataset(raw_chairs, tmp_path, monkeypatch):
+    """Else the manifest would be another one for every place."""
+    store = open_store(str(raw_chairs))
+    objects = {info.key: info for info in store.walk()}
+    refs = SOURCES["chairs"](SourceTree(str(raw_chairs), tuple(objects), store.read))
+    (plan,) = plan_shards(refs, {ref.key: 1 for ref in refs}, dict.fromkeys(objects, ""), 2**30)
+    read = FileStore.read
+
+    def checked(self, key, size=None):
+        if key == "data/00002_img1.ppm":
+            raise DamagedError(f"{self.url}/{key}: damaged: its checksum is not the one stored with it")
+        return read(self, key, size)
+
+    monkeypatch.setattr(FileStore, "read", checked)
+    sizes = {path: info.size for path, info in objects.items()}
+    shard = etl._write_task(plan, str(raw_chairs), str(tmp_path), False, sizes)
+    reason = "data/00002_img1.ppm: damaged: its checksum is not the one stored with it"
+    assert shard.quarantined == {"train_00002": reason}
 
 
 def test_a_temporary_folder_that_is_full_is_said_in_a_line(raw_chairs, small_disk, tmp_path, monkeypatch):

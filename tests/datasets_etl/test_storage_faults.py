@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from datasets_etl import storage
+from datasets_etl import etl, storage
 from datasets_etl.errors import DamagedError, DataError
+from datasets_etl.etl import run_etl
 from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
 from datasets_etl.range_reads import RangeReader
@@ -94,8 +95,46 @@ def test_an_object_that_is_too_short_is_damage_at_once(store, proxy):
 def test_a_short_answer_that_stays_short_is_not_mistaken_for_the_sample(store, proxy, monkeypatch):
     monkeypatch.setenv(storage.PATIENCE_VARIABLE, "2")
     proxy.faults = ["short"] * 200
-    with pytest.raises(DamagedError, match="2500 bytes at offset 0 instead of 5000"):
+    with pytest.raises(DataError, match="2500 bytes at offset 0 instead of 5000; the answer is cut short") as caught:
         store.read_range("x", 0, 5000)
+    assert not isinstance(caught.value, DamagedError)
+
+
+class TestShortAnswersToTheEtl:
+    """Whole objects whose length agrees with their answers' headers: the listing alone tells what is missing."""
+
+    @pytest.fixture(params=["when_supported", "when_required"])  # objects stored with a checksum, and without
+    def source(self, request, store: ObjectStore, proxy: FaultyProxy, raw_chairs: Path, monkeypatch) -> str:
+        def here(work, tasks, at_once):
+            for task in tasks:
+                result = work(*task)
+                if isinstance(result, DataError):
+                    raise result
+                yield task, result
+
+        monkeypatch.setattr(etl, "run_tasks", here)  # Ray's workers know another network
+        monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", request.param)
+        storage._s3_of_process.cache_clear()
+        raw = open_store(f"{store.url}/raw")
+        for path in (path for path in raw_chairs.rglob("*") if path.is_file()):
+            raw.upload(path, path.relative_to(raw_chairs).as_posix())
+        proxy.applies = lambda method, path: method == "GET" and "00002_flow.flo" in path
+        return raw.url
+
+    def test_one_of_them_quarantines_no_sound_pair(self, source, proxy, sharded_chairs, tmp_path):
+        proxy.faults = [None, "short"]  # the header comes first
+        result = run_etl("chairs", source, str(tmp_path), shard_bytes=100_000)
+        assert not proxy.faults
+        assert not result.quarantined
+        assert Path(result.manifest_url).name == Path(sharded_chairs.manifest_url).name
+
+    def test_where_all_are_it_ends_without_a_manifest(self, source, proxy, tmp_path, monkeypatch):
+        monkeypatch.setenv(storage.PATIENCE_VARIABLE, "1")
+        proxy.faults = [None] + ["short"] * 200
+        with pytest.raises(DataError, match=r"00002_flow\.flo: 12294 bytes instead of 24588 as listed") as caught:
+            run_etl("chairs", source, str(tmp_path), shard_bytes=100_000)
+        assert not isinstance(caught.value, DamagedError)
+        assert not list(tmp_path.rglob("manifest-*"))
 
 
 def test_training_reads_the_same_samples_through_a_bad_network(sharded_chairs, proxy, tmp_path):
