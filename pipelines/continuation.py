@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from datasets_etl.errors import DataError
@@ -11,6 +11,7 @@ from pipelines.errors import PipelineError
 
 _NOTE = "made_by.json"
 _INPUTS = "inputs"
+_STALE = "stale"
 _FRAME_NUMBER = re.compile(r"(.*)_\d{6,}(?=[._][^/]*$)")  # the last: a video's own name may hold such numbers
 
 ANY_FRAME = "_*"
@@ -29,25 +30,34 @@ def claim_output(
         overwrite: take over the output of another job or input, and keep nothing.
 
     Returns:
-        Keys of the files that may be kept.
+        Keys of the files that may be kept. On S3 one that was made again with the same bytes is not among them.
 
     Raises:
         PipelineError: files there are of another job, of other inputs or of unknown origin, and not to be overwritten.
     """
     wanted = json.loads(json.dumps(job))
-    there = {found.key for found in output.walk()} - {_NOTE}
+    there = {found.key: found.stamp for found in output.walk() if found.key != _NOTE}
     noted = _noted(output) if there else {}  # a run that failed before it wrote anything keeps nobody out
-    told = dict(noted.pop(_INPUTS, {}))
+    told, stale = dict(noted.pop(_INPUTS, {})), dict(noted.pop(_STALE, {}))
     if noted and noted != wanted and not overwrite:
         differing = sorted(name for name in {*noted, *wanted} if noted.get(name) != wanted.get(name))
         listed = ", ".join(f"{name} {noted.get(name)!r}, not {wanted.get(name)!r}" for name in differing)
         raise PipelineError(f"{output.url} holds another run's files ({listed}); give another folder or --overwrite")
-    kept = set() if overwrite or not noted else there
+    kept = set(there)
+    if overwrite or not noted:
+        # All of it is to be replaced, but lies there until it is, which an interruption may put off: its stamp tells.
+        kept = set()
+        stale = {key: stamp for key, stamp in there.items() if not inputs or _of_key(key, inputs)}
     if inputs and not overwrite:
         kept = _made_of(inputs, told, there, output.url)
-    content = {**wanted, _INPUTS: inputs if overwrite else {**told, **inputs}} if inputs else wanted
+    stale = {key: stamp for key, stamp in stale.items() if there.get(key) == stamp}
+    content = dict(wanted)
+    if inputs:
+        content[_INPUTS] = inputs if overwrite else {**told, **inputs}
+    if stale:
+        content[_STALE] = stale
     output.write(_NOTE, json.dumps(content, indent=1, sort_keys=True).encode())
-    return kept
+    return kept - stale.keys()
 
 
 def _noted(output: ObjectStore) -> dict[str, Any]:
@@ -60,7 +70,7 @@ def _noted(output: ObjectStore) -> dict[str, Any]:
     return noted
 
 
-def _made_of(inputs: Mapping[str, str], told: Mapping[str, str], there: set[str], url: str) -> set[str]:
+def _made_of(inputs: Mapping[str, str], told: Mapping[str, str], there: Iterable[str], url: str) -> set[str]:
     """Those of the keys whose files are of these inputs. Raises PipelineError for one that is of others."""
     kept = set()
     for key in sorted(there):

@@ -438,6 +438,36 @@ class TestPredict:
         assert call(*command, "--overwrite", *frames)[0] == 0
         assert (tmp_path / "o" / "frame_0000.flo").read_bytes() != before
 
+    def test_an_interrupted_overwriting_keeps_nothing_of_the_earlier_model(
+        self, call, weights, frames, tmp_path, monkeypatch
+    ):
+        output = tmp_path / "o"
+        command = (pipelines.predict, "--model", weights, "--output", output)
+        assert call(*command, "--formats", "flo,color,arrows", *frames)[0] == 0
+        other = tmp_path / "other.safetensors"
+        torch.manual_seed(99)
+        save_weights(GMFlow(TINY), other)
+        assert call(pipelines.predict, "--model", other, "--output", tmp_path / "p", *frames)[0] == 0
+        real, computed = pipelines.predict.predict_batch, []
+
+        def interrupted(*arguments: object, **how: object) -> object:
+            computed.append(1)
+            if len(computed) == 2:
+                raise KeyboardInterrupt
+            return real(*arguments, **how)
+
+        monkeypatch.setattr(pipelines.predict, "predict_batch", interrupted)
+        command = (pipelines.predict, "--model", other, "--output", output)
+        assert call(*command, "--overwrite", *frames)[0] == 130
+        made = (output / "frame_0000.flo").stat().st_mtime_ns
+        assert call(*command, *frames)[0] == 0
+        assert len(computed) == 3, "what was made before the interruption is kept"
+        assert (output / "frame_0000.flo").stat().st_mtime_ns == made
+        for path in (tmp_path / "p").glob("frame*"):
+            assert (output / path.name).read_bytes() == path.read_bytes()
+        # Nor does a format that the overwriting command did not ask for pass for the new model's.
+        assert_one_line(call(*command, "--formats", "arrows", *frames), "frame_0000_arrows.png is there already")
+
     def test_other_frames_of_the_same_names_are_not_taken_for_these(self, call, weights, frames, tmp_path):
         scenes = [tmp_path / name for name in ("one", "two")]
         for scene, chosen in zip(scenes, (frames[:2], frames[1:]), strict=True):

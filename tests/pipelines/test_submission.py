@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import pipelines.submission
 from datasets_etl import formats
@@ -91,6 +92,21 @@ def test_a_second_run_computes_what_is_missing_and_gives_the_same_archive(weight
     assert (tmp_path / "mine.zip").read_bytes() == archive
     assert (tmp_path / "mine" / "flow" / "000000_10.png").stat().st_mtime_ns == before
     assert zipfile.ZipFile(io.BytesIO(archive)).namelist() == ["flow/000000_10.png", "flow/000001_10.png"]
+
+
+def test_an_interrupted_overwriting_keeps_nothing_of_the_earlier_model(weights, manifests, tmp_path, monkeypatch):
+    submit(monkeypatch, "--model", weights, "--data", manifests["kitti"], "--output", tmp_path / "mine")
+    other = tmp_path / "other.safetensors"
+    torch.manual_seed(99)
+    save_weights(GMFlow(TINY), other)
+    command = ("--model", other, "--data", manifests["kitti"], "--output")
+    submit(monkeypatch, *command, tmp_path / "wanted")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipelines.submission, "predict_batch", lambda *_, **__: sys.exit("interrupted"))
+        with pytest.raises(SystemExit):
+            submit(monkeypatch, *command, tmp_path / "mine", "--overwrite")
+    submit(monkeypatch, *command, tmp_path / "mine")
+    assert (tmp_path / "mine.zip").read_bytes() == (tmp_path / "wanted.zip").read_bytes()
 
 
 def test_a_set_without_a_test_split_or_a_server_is_refused(manifests):
