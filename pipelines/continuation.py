@@ -87,4 +87,9 @@ def _made_of(inputs: Mapping[str, str], told: Mapping[str, str], there: Iterable
 
 
 def _of_key(key: str, inputs: Mapping[str, str]) -> str | None:
-    return inputs.get(key) or inputs.get(_FRAME_NUMBER.sub(rf"\1{ANY_FRAME}", key))
+    return inputs.get(key) or inputs.get(any_frame(key))
+
+
+def any_frame(key: str) -> str:
+    """With `ANY_FRAME` for the number that it ends in, should it be that of a video's frame."""
+    return _FRAME_NUMBER.sub(rf"\1{ANY_FRAME}", key)

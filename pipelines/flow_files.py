@@ -16,6 +16,8 @@ from pipelines.errors import PipelineError
 from pipelines.frames import Pair
 from pipelines.training.pictures import to_png
 
+TRUTH_SUFFIXES = (".flo", ".pfm", ".png")
+
 _KITTI_LARGEST = 511.98  # pixels, what KITTI's 16 bits hold
 
 
@@ -66,9 +68,14 @@ def _warp(result: Result) -> bytes:
     return encode_animation(list(warp_animation(result.pair.frame1, result.prediction.flow)))
 
 
+def no_truth(name: str) -> PipelineError:
+    """For a pair of which an error map is asked for."""
+    return PipelineError(f"frame {name} has no ground truth in --truth: no error map of it")
+
+
 def _error(result: Result) -> bytes:
     if result.truth is None:
-        raise PipelineError(f"frame {result.pair.name} has no ground truth in --truth: no error map of it")
+        raise no_truth(result.pair.name)
     return to_png(error_to_image(result.prediction.flow, result.truth.flow, result.truth.valid))
 
 
@@ -100,18 +107,25 @@ FLOW_FORMATS: dict[str, FlowFormat] = {
 """Name on the command line → format."""
 
 
+def truth_file(folder: Path, name: str) -> Path | None:
+    """`NAME.flo`, `NAME.pfm` or KITTI's `NAME.png` of a folder, the first there is."""
+    paths = (folder / f"{name}{suffix}" for suffix in TRUTH_SUFFIXES)
+    return next((path for path in paths if path.is_file()), None)
+
+
 def read_truth(folder: Path, name: str) -> Truth | None:
-    """`NAME.flo`, `NAME.pfm` or KITTI's `NAME.png` of a folder; None where there is none of them.
+    """What `truth_file` finds; None where it finds nothing.
 
     Raises DamagedError for a file that is not what its suffix says.
     """
-    for suffix in (".flo", ".pfm"):
-        path = folder / f"{name}{suffix}"
-        if path.is_file():
-            decode = formats.decode_flo if suffix == ".flo" else formats.decode_pfm
-            flow = decode(path.read_bytes(), str(path))
-            known = np.abs(flow) <= UNKNOWN  # false for NaN
-            valid = known[..., 0] & known[..., 1]
-            return Truth(np.where(valid[..., None], flow, 0).astype(np.float32), valid)
-    path = folder / f"{name}.png"
-    return Truth(*formats.decode_kitti_flow(path.read_bytes(), str(path))) if path.is_file() else None
+    path = truth_file(folder, name)
+    if path is None:
+        return None
+    data = path.read_bytes()
+    if path.suffix == ".png":
+        return Truth(*formats.decode_kitti_flow(data, str(path)))
+    decode = formats.decode_flo if path.suffix == ".flo" else formats.decode_pfm
+    flow = decode(data, str(path))
+    known = np.abs(flow) <= UNKNOWN  # false for NaN
+    valid = known[..., 0] & known[..., 1]
+    return Truth(np.where(valid[..., None], flow, 0).astype(np.float32), valid)

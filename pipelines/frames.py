@@ -1,11 +1,12 @@
 """Frames in order, from files, folders and videos, read one at a time."""
 
 import itertools
+import logging
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -17,9 +18,15 @@ from datasets_etl.errors import DataError
 from datasets_etl.storage import file_sha256
 from pipelines.errors import PipelineError
 
+log = logging.getLogger(__name__)
+
 FRAME_SUFFIXES = (".png", ".ppm", ".jpg", ".jpeg")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 DEFAULT_RATE = 10.0
+
+# Their headers count the frames. For Matroska OpenCV guesses from the length, too many where the rate varies.
+_COUNTED_SUFFIXES = (".mp4", ".mov", ".avi")
+_JPEG_MAGIC = b"\xff\xd8"  # its size may lie deep
 
 
 @dataclass(frozen=True)
@@ -66,17 +73,30 @@ class Clip:
             return {self.names[0]: found[0]}
         return {
             name: f"{one}-{next_one}"
-            for name, (one, next_one) in zip(self.names[:-1], itertools.pairwise(found), strict=True)
+            for name, (one, next_one) in zip(self.pair_names, itertools.pairwise(found), strict=True)
         }
+
+    @property
+    def pair_names(self) -> tuple[str, ...]:
+        """Of all pairs; of a video what they begin with."""
+        return self.names if self.is_video else self.names[:-1]
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """(height, width) of every file's frame as its header tells; none of a video, which has one size.
+
+        Raises DataError where two frames of a pair differ, or a file is no frame.
+        """
+        if self.is_video:
+            return {}
+        found = {name: told_size(path) for name, path in zip(self.names, self.files, strict=True)}
+        for (name, size), (other, other_size) in itertools.pairwise(found.items()):
+            _check_sizes(name, size, other, other_size)
+        return found
 
     def pairs(self) -> Iterator[Pair]:
         """Raises DataError where two frames of a pair differ in size, PipelineError where a video holds no pair."""
         for (name, frame0), (other, frame1) in itertools.pairwise(self._frames()):
-            if frame0.shape != frame1.shape:
-                (h0, w0, _), (h1, w1, _) = frame0.shape, frame1.shape
-                raise DataError(
-                    f"frames {name} ({w0}x{h0}) and {other} ({w1}x{h1}) differ in size; a pair needs one size"
-                )
+            _check_sizes(name, frame0.shape, other, frame1.shape)
             yield Pair(name, frame0, frame1)
 
     def _frames(self) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
@@ -97,6 +117,29 @@ class Clip:
             raise PipelineError(
                 f"{self.files[0]}: {number} frames could be read; not a video, or its codec is unknown here"
             )
+        told = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        if number < told and self.files[0].suffix.lower() in _COUNTED_SUFFIXES:
+            log.warning(
+                "%s: %d of %d frames could be read; copy it again unless it was trimmed", self.files[0], number, told
+            )
+
+
+def told_size(path: Path) -> tuple[int, int]:
+    """(height, width) of a frame, or of flow, by its header. Raises PipelineError or DamagedError where it has none."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(formats.HEAD_BYTES)
+            return formats.image_size(head + file.read() if head.startswith(_JPEG_MAGIC) else head, str(path))
+    except OSError as error:
+        raise PipelineError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _check_sizes(name: str, size: Sequence[int], other: str, other_size: Sequence[int]) -> None:
+    if tuple(size) != tuple(other_size):
+        raise DataError(
+            f"frames {name} ({size[1]}x{size[0]}) and {other} ({other_size[1]}x{other_size[0]}) differ in size; a pair "
+            "needs one size"
+        )
 
 
 def find_clips(paths: Sequence[str]) -> list[Clip]:
@@ -134,7 +177,11 @@ def find_clips(paths: Sequence[str]) -> list[Clip]:
 
 
 def _frames_of(folder: Path) -> list[Path]:
-    found = sorted((path for path in folder.iterdir() if path.suffix.lower() in FRAME_SUFFIXES), key=_by_numbers)
+    named = (path for path in folder.iterdir() if path.suffix.lower() in FRAME_SUFFIXES and not path.is_dir())
+    found = sorted(named, key=_by_numbers)
+    for path in found:
+        if not path.exists():
+            raise PipelineError(f"{path}: a link to {path.readlink()}, which is not there; mend or remove it")
     if len(found) < 2:
         raise PipelineError(f"{folder}: {len(found)} frames in it; two or more of {', '.join(FRAME_SUFFIXES)} needed")
     return found
@@ -159,9 +206,12 @@ def _unique_names(files: Sequence[Path]) -> list[str]:
 
 def _with_unique_titles(clips: Sequence[Clip]) -> list[Clip]:
     seen = Counter(clip.title for clip in clips)
-    return [
-        clip
-        if seen[clip.title] == 1
-        else Clip(f"{clip.title}_{number + 1}", clip.names, clip.files, is_video=clip.is_video)
-        for number, clip in enumerate(clips)
-    ]
+    taken = set(seen)
+    titled = []
+    for number, clip in enumerate(clips, start=1):
+        if seen[clip.title] > 1:
+            numbered = (f"{clip.title}_{n}" for n in itertools.count(number))
+            clip = replace(clip, title=next(title for title in numbered if title not in taken))
+            taken.add(clip.title)
+        titled.append(clip)
+    return titled

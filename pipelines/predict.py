@@ -6,10 +6,11 @@ where it stopped.
 
 import argparse
 import contextlib
+import glob
 import hashlib
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -20,16 +21,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from datasets_etl import formats
 from datasets_etl.samples import check_size
-from datasets_etl.storage import ObjectStore
+from datasets_etl.storage import ObjectStore, file_sha256
 from gmflow import GMFlow, Prediction, Tiling, predict_batch
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import PaddingMode
 from gmflow.weights import weights_digest
 from pipelines.arguments import device, positive, positive_number, size
-from pipelines.continuation import ANY_FRAME, claim_output
+from pipelines.continuation import ANY_FRAME, any_frame, claim_output
 from pipelines.errors import PipelineError, command
-from pipelines.flow_files import FLOW_FORMATS, Result, Truth, read_truth
-from pipelines.frames import Clip, Pair, find_clips
+from pipelines.flow_files import FLOW_FORMATS, TRUTH_SUFFIXES, Result, Truth, no_truth, read_truth, truth_file
+from pipelines.frames import FRAME_SUFFIXES, Clip, Pair, find_clips, told_size
 from pipelines.lasting import lasting_store
 from pipelines.side_by_side import SideBySideVideo
 from pipelines.training.registry import resolve_model
@@ -129,20 +130,25 @@ def predict_clip(
 ) -> None:
     """Write the files of every pair of a clip; those `kept` from an earlier run are not made again."""
     wanted = VIDEO in options.formats and _video_key(clip) not in kept
+    with _video_of(clip, output, options) if wanted else contextlib.nullcontext() as video:
+        for result in _results(model, clip, output, options, kept, need_all=wanted):
+            if result is not None:
+                for name in options.files:
+                    if _key(result.pair, name) not in kept:
+                        output.write(_key(result.pair, name), FLOW_FORMATS[name].encode(result))
+                if video is not None:
+                    video.add(result)
+            on_pair()
+
+
+@contextlib.contextmanager
+def _video_of(clip: Clip, output: ObjectStore, options: PredictionOptions) -> Iterator[SideBySideVideo]:
+    """To be filled in a `with`, at whose end it goes to the output."""
     with tempfile.TemporaryDirectory(prefix="gmflow-video-") as folder:
         path = Path(folder) / "video.mp4"
-        opened = SideBySideVideo(path, clip.rate, with_truth=options.truth is not None)
-        with opened if wanted else contextlib.nullcontext() as video:
-            for result in _results(model, clip, output, options, kept, need_all=wanted):
-                if result is not None:
-                    for name in options.files:
-                        if _key(result.pair, name) not in kept:
-                            output.write(_key(result.pair, name), FLOW_FORMATS[name].encode(result))
-                    if video is not None:
-                        video.add(result)
-                on_pair()
-        if wanted:
-            output.upload(path, _video_key(clip))
+        with SideBySideVideo(path, clip.rate, with_truth=options.truth is not None) as video:
+            yield video
+        output.upload(path, _video_key(clip))
 
 
 def _results(
@@ -198,34 +204,101 @@ def _key(pair: Pair, name: str) -> str:
 
 def inputs_of(clips: Sequence[Clip], options: PredictionOptions) -> dict[str, str]:
     """What every file is made of, as `claim_output` takes it: its frames, and the truth where that is shown too."""
-    truth = "" if options.truth is None else f" with {options.truth.resolve()}"
     inputs = {}
     for clip in clips:
         digests = clip.digests()
-        for name, digest in digests.items():
-            stem = f"{name}{ANY_FRAME}" if clip.is_video else name
+        truths = {name: _truth_digest(clip, name, options.truth) for name in digests}
+        for name, stem in zip(digests, _stems(clip), strict=True):
             for form in (FLOW_FORMATS[chosen] for chosen in {*options.files, "flo"}):  # `_earlier` reads that one
-                inputs[f"{stem}{form.suffix}"] = digest + truth if form.truth else digest
+                inputs[f"{stem}{form.suffix}"] = digests[name] + truths[name] * form.truth
         if VIDEO in options.formats:
-            whole = hashlib.sha256("".join(digests.values()).encode()).hexdigest()[:16]
-            inputs[_video_key(clip)] = whole + truth
+            whole = "".join([*digests.values(), *truths.values()])
+            inputs[_video_key(clip)] = hashlib.sha256(whole.encode()).hexdigest()[:16]
     return inputs
+
+
+def _truth_digest(clip: Clip, name: str, folder: Path | None) -> str:
+    """What the truth of a pair holds, or that of all pairs of a video; "" where there is none."""
+    if folder is None:
+        return ""
+    if clip.is_video:
+        stem = folder / name
+        found = stem.parent.glob(f"{glob.escape(stem.name)}_*")
+        names = {f"{stem.name}{ANY_FRAME}{suffix}" for suffix in TRUTH_SUFFIXES}
+        files = sorted(path for path in found if any_frame(path.name) in names)
+    else:
+        files = [path for path in (truth_file(folder, name),) if path is not None]
+    return "".join(f" with {path.name} {file_sha256(path)[:16]}" for path in files)
 
 
 def _video_key(clip: Clip) -> str:
     return f"{clip.title}_flow.mp4"
 
 
-def _check_inputs_survive(clips: Sequence[Clip], output: ObjectStore, options: PredictionOptions) -> None:
-    """An output in the folder of the frames must not replace them."""
-    if not output.url.startswith("file://"):
-        return
-    inputs = {file.resolve() for clip in clips for file in clip.files}
-    root = Path(url2pathname(output.url.removeprefix("file://")))
+def _stems(clip: Clip) -> list[str]:
+    """What the keys of every pair's files begin with; of a video those of all."""
+    return [f"{name}{ANY_FRAME}" if clip.is_video else name for name in clip.pair_names]
+
+
+def _outputs(clips: Sequence[Clip], options: PredictionOptions) -> Iterator[tuple[str, Path]]:
+    """Key of every file, perhaps with `ANY_FRAME`, and the first of the files it is made of."""
     for clip in clips:
-        for name, suffix in itertools.product(clip.names, (FLOW_FORMATS[chosen].suffix for chosen in options.files)):
-            if (root / f"{name}{suffix}").resolve() in inputs:
-                raise PipelineError(f"{output.url}: {name}{suffix} would replace a frame; give another --output")
+        for stem, file in zip(_stems(clip), clip.files, strict=False):  # a clip's last frame begins no pair
+            for name in options.files:
+                yield f"{stem}{FLOW_FORMATS[name].suffix}", file
+        if VIDEO in options.formats:
+            yield _video_key(clip), clip.files[0]
+
+
+def check_outputs(
+    clips: Sequence[Clip], output: ObjectStore, options: PredictionOptions, folders: Sequence[Path]
+) -> None:
+    """Every output has a name of its own, and an output in one of the frames' folders spares the frames.
+
+    Raises PipelineError.
+    """
+    made: dict[str, Path] = {}
+    for key, file in sorted(_outputs(clips, options), key=lambda found: ANY_FRAME not in found[0]):
+        other = made.get(key) or made.get(any_frame(key))
+        if other is not None:
+            raise PipelineError(f"{other} and {file} would both give {key}; rename one, or give each its own --output")
+        made[key] = file
+    if output.url.startswith("file://"):
+        _check_frames_survive(clips, made, Path(url2pathname(output.url.removeprefix("file://"))), folders)
+
+
+def _check_frames_survive(clips: Sequence[Clip], keys: Iterable[str], root: Path, folders: Sequence[Path]) -> None:
+    """No output replaces a frame, nor lies among those of a folder, as one of which the same command would take it."""
+    inputs = {file.resolve() for clip in clips for file in clip.files}
+    inputs |= {file.with_name(any_frame(file.name)) for file in inputs}
+    folders = [folder.resolve() for folder in folders]
+    for key in keys:
+        path = (root / key).resolve()
+        if path in inputs:
+            raise PipelineError(f"{root}: {key} would replace a frame; give another --output")
+        if path.parent in folders and path.suffix in FRAME_SUFFIXES:
+            raise PipelineError(f"{root}: {key} would be taken for a frame of {path.parent}; give another --output")
+
+
+def check_inputs(clips: Sequence[Clip], options: PredictionOptions) -> None:
+    """What headers tell: frames have one size, and so has their truth, which is there where an error map is asked for.
+
+    Raises PipelineError or DataError.
+    """
+    for clip in clips:
+        sizes = clip.sizes()
+        if options.truth is not None:
+            _check_truth(clip, sizes, options.truth, needed=any(FLOW_FORMATS[name].truth for name in options.files))
+
+
+def _check_truth(clip: Clip, sizes: Mapping[str, tuple[int, int]], folder: Path, *, needed: bool) -> None:
+    for name in clip.pair_names:
+        pair = f"{name}_000000" if clip.is_video else name
+        path = truth_file(folder, pair)
+        if path is None and needed:
+            raise no_truth(pair)
+        if path is not None and name in sizes:
+            check_size(f"frame {name}", sizes[name], f"its truth in {folder}", told_size(path))
 
 
 def options_of(arguments: argparse.Namespace) -> PredictionOptions:
@@ -247,7 +320,8 @@ def main() -> None:
     options = options_of(arguments)
     clips = find_clips(arguments.frames)
     output = lasting_store(arguments.output, "--output")
-    _check_inputs_survive(clips, output, options)
+    check_outputs(clips, output, options, [path for path in map(Path, arguments.frames) if path.is_dir()])
+    check_inputs(clips, options)
     model = resolve_model(arguments.model)
     prepare_model(model, ExecutionConfig(arguments.precision, replay=True), arguments.device)
     kept = claim_output(output, options.job(model), inputs_of(clips, options), overwrite=arguments.overwrite)

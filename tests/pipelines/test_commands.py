@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from datasets_etl import formats
 from datasets_etl.etl import run_etl
 from datasets_etl.manifest import Manifest
 from datasets_etl.synthetic import synthetic_pair, write_dataset
-from gmflow import GMFlow, GMFlowConfig, error_to_image, save_weights
+from gmflow import GMFlow, GMFlowConfig, error_to_image, load_model, save_weights
 from pipelines.errors import PipelineError
 from pipelines.flow_files import FLOW_FORMATS
 from pipelines.frames import find_clips
@@ -50,6 +51,13 @@ def frames(tmp_path: Path) -> list[str]:
         path.write_bytes(formats.encode_frame_png(image))
         paths.append(str(path))
     return paths
+
+
+def write_video(path: Path, frames: int = 3, codec: str = "MJPG", rate: float = 10) -> None:
+    video = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), rate, (64, 48))
+    for frame in np.random.default_rng(0).integers(0, 256, (frames, 48, 64, 3), np.uint8):
+        video.write(frame)
+    video.release()
 
 
 def assert_one_line(result: tuple[int, str, str], *fragments: str) -> None:
@@ -343,10 +351,7 @@ class TestPredict:
         assert call(pipelines.predict, "--model", weights, "--output", tmp_path / "a", folder)[0] == 0
         assert len(list((tmp_path / "a").glob("*.flo"))) == 2
 
-        video = cv2.VideoWriter(str(tmp_path / "v.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 48))
-        for number in range(3):
-            video.write(np.full((48, 64, 3), 60 * number, np.uint8))
-        video.release()
+        write_video(tmp_path / "v.avi")
         assert call(pipelines.predict, "--model", weights, "--output", tmp_path / "b", tmp_path / "v.avi")[0] == 0
         assert sorted(path.name for path in (tmp_path / "b").glob("*.flo")) == ["v_000000.flo", "v_000001.flo"]
 
@@ -371,6 +376,72 @@ class TestPredict:
         found = {path.relative_to(tmp_path / "o").as_posix() for path in (tmp_path / "o").rglob("*.flo")}
         assert found == {f"{clip}/frame_000{n}.flo" for clip in "ab" for n in (0, 1)}  # none from a to b
         assert len(list((tmp_path / "o").glob("*_flow.mp4"))) == 2
+
+    def test_clips_of_one_title_have_each_a_video(self, call, weights, frames, tmp_path):
+        folders = [tmp_path / name for name in ("x/a", "y/a", "a_2")]
+        for folder in folders:
+            folder.mkdir(parents=True)
+            for path in frames[:2]:
+                shutil.copy(path, folder)
+        command = (pipelines.predict, "--model", weights, "--output", tmp_path / "o", "--formats", "video")
+        assert call(*command, *folders)[0] == 0
+        assert len(list((tmp_path / "o").glob("*_flow.mp4"))) == 3
+
+    def test_outputs_of_one_name_are_refused_before_anything_is_computed(self, call, weights, frames, tmp_path):
+        named = [shutil.copy(frames[0], tmp_path / f"{name}.png") for name in ("f", "f_arrows", "g")]
+        command = (pipelines.predict, "--model", weights, "--output", tmp_path / "o", "--formats")
+        assert_one_line(call(*command, "color,arrows", *named), "f.png and", "f_arrows.png would both give")
+        (tmp_path / "ext").mkdir()
+        for number in range(2):
+            shutil.copy(frames[0], tmp_path / "ext" / f"clip_{number:06d}.png")
+        write_video(tmp_path / "clip.avi")
+        result = call(*command, "flo", tmp_path / "ext", tmp_path / "clip.avi")
+        assert_one_line(result, "clip.avi and", "clip_000000.png would both give clip_000000.flo")
+        assert not (tmp_path / "o").exists()
+        assert call(*command, "color", *named)[0] == 0
+
+    def test_a_video_that_was_cut_short_says_so(self, call, weights, tmp_path, caplog):
+        video = tmp_path / "v.avi"
+        write_video(video, frames=12)
+        command = (pipelines.predict, "--model", weights, "--output", tmp_path / "o", "--formats", "flo")
+        assert call(*command, video)[0] == 0
+        assert "could be read" not in caplog.text
+        content = video.read_bytes()
+        video.write_bytes(content[: len(content) // 2])
+        assert call(*command, "--overwrite", video)[0] == 0
+        (told,) = [record.getMessage() for record in caplog.records]
+        assert told.startswith(f"{video}: ")
+        assert "of 12 frames could be read" in told
+
+    def test_a_matroska_videos_length_is_not_taken_for_a_number_of_frames(self, tmp_path, caplog):
+        """One frame may last as long as it likes: OpenCV tells 37 of these 12."""
+        video = tmp_path / "v.mkv"
+        write_video(video, frames=12, codec="mp4v", rate=25)
+        milliseconds = [struct.pack(">d", length) for length in (480.0, 1480.0)]
+        video.write_bytes(video.read_bytes().replace(*milliseconds))
+        assert cv2.VideoCapture(str(video)).get(cv2.CAP_PROP_FRAME_COUNT) == 37
+        (clip,) = find_clips([str(video)])
+        assert len(list(clip.pairs())) == 11
+        assert not caplog.records
+
+    def test_other_truth_is_not_taken_for_this_one(self, call, weights, frames, tmp_path):
+        truth = tmp_path / "truth"
+        truth.mkdir()
+        write_video(tmp_path / "v.avi")
+        for name in ("frame_0000", "v_000000", "v_000001"):
+            shape = (48, 64, 2) if name.startswith("v") else (45, 70, 2)
+            (truth / f"{name}.flo").write_bytes(formats.encode_flo(np.zeros(shape, np.float32)))
+        command = (pipelines.predict, "--model", weights, "--output", tmp_path / "o", "--formats", "flo,error,video")
+        inputs = (*frames[:2], tmp_path / "v.avi")
+        assert call(*command, "--truth", truth, *inputs)[0] == 0
+        moved = truth.rename(tmp_path / "moved")
+        assert call(*command, "--truth", moved, *inputs)[0] == 0, "it is the same truth"
+        for name, stale in (("v_000001", "v_000000_error.png"), ("frame_0000", "frame_0000_error.png")):
+            path = moved / f"{name}.flo"
+            before = path.read_bytes()
+            path.write_bytes(before[:-1] + b"\x01")
+            assert_one_line(call(*command, "--truth", moved, *inputs), f"{stale} is there already")
+            path.write_bytes(before)
 
     def test_every_format_reads_back(self, call, weights, frames, tmp_path):
         (tmp_path / "truth").mkdir()
@@ -541,6 +612,29 @@ class TestPredict:
         assert_one_line(result, "frame_0000.png would replace a frame")
         assert Path(frames[0]).read_bytes() == before
 
+    def test_pictures_among_a_folders_frames_are_not_to_be_taken_for_frames(self, call, weights, frames, tmp_path):
+        command = (pipelines.predict, "--model", weights, "--output", tmp_path, "--formats")
+        assert_one_line(call(*command, "flo,arrows", tmp_path), "frame_0000_arrows.png would be taken for a frame")
+        assert sorted(path.name for path in tmp_path.iterdir()) == [Path(frame).name for frame in frames]
+        assert call(*command, "flo,warp", tmp_path)[0] == 0
+        assert call(*command, "arrows", *frames)[0] == 0  # of frames that are named nothing is taken for one
+
+    def test_a_folder_with_a_link_to_nothing_says_so_and_folders_in_it_are_no_frames(self, frames, tmp_path):
+        (tmp_path / "x.png").mkdir()
+        (clip,) = find_clips([str(tmp_path)])
+        assert [str(file) for file in clip.files] == frames
+        (tmp_path / "gone.png").symlink_to("nowhere.png")
+        with pytest.raises(PipelineError, match=r"gone\.png: a link to nowhere\.png, which is not there"):
+            find_clips([str(tmp_path)])
+
+    def test_nothing_is_left_in_the_temporary_folder_where_no_video_is_asked_for(
+        self, call, weights, frames, tmp_path, monkeypatch
+    ):
+        """Not even of a run that is killed: then nobody tidies up."""
+        monkeypatch.setattr(pipelines.predict.tempfile, "TemporaryDirectory", lambda **_: pytest.fail("made a folder"))
+        monkeypatch.setattr(pipelines.predict, "resolve_model", lambda _: load_model(weights))
+        assert call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", *frames)[0] == 0
+
     @pytest.mark.parametrize(
         ("arguments", "fragments"),
         [
@@ -561,16 +655,34 @@ class TestPredict:
         result = call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", frames[0])
         assert_one_line(result, frames[0], "two frames")
 
-    def test_frames_of_different_size(self, call, weights, frames, tmp_path):
-        Path(frames[1]).write_bytes(formats.encode_frame_png(np.zeros((45, 71, 3), np.uint8)))
-        result = call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", *frames[:2])
-        assert_one_line(result, "70x45", "71x45")
-        assert not list((tmp_path / "o").rglob("frame*"))
+    @pytest.mark.parametrize("suffix", [".png", ".jpg"])
+    def test_frames_of_different_size_are_refused_before_any_is_computed(self, call, weights, frames, tmp_path, suffix):
+        other = Path(frames[2]).with_suffix(suffix)
+        other.write_bytes(cv2.imencode(suffix, np.zeros((45, 71, 3), np.uint8))[1].tobytes())
+        result = call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", *frames[:2], other)
+        assert_one_line(result, "frame_0001 (70x45)", "71x45")
+        assert not (tmp_path / "o").exists()
+
+    def test_missing_or_misshapen_truth_is_refused_before_anything_is_computed(self, call, weights, frames, tmp_path):
+        truth = tmp_path / "truth"
+        truth.mkdir()
+        command = (pipelines.predict, "--model", weights, "--output", tmp_path / "o", "--truth", truth)
+        (truth / "frame_0000.flo").write_bytes(formats.encode_flo(np.zeros((45, 70, 2), np.float32)))
+        assert_one_line(call(*command, "--formats", "error", *frames), "frame_0001 has no ground truth")
+        (truth / "frame_0001.pfm").write_bytes(formats.encode_pfm(np.zeros((45, 71, 2), np.float32)))
+        assert_one_line(call(*command, "--formats", "video", *frames), "frame_0001 is 70x45", "71x45")
+        write_video(tmp_path / "v.avi")
+        assert_one_line(call(*command, "--formats", "error", tmp_path / "v.avi"), "v_000000 has no ground truth")
+        assert not (tmp_path / "o").exists()
 
     def test_a_file_that_is_no_picture(self, call, weights, frames, tmp_path):
         Path(frames[1]).write_bytes(b"not a picture")
         result = call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", *frames[:2])
         assert_one_line(result, frames[1])
+        assert not (tmp_path / "o").exists()
+        Path(frames[1]).write_bytes(Path(frames[0]).read_bytes()[:-20])
+        result = call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", *frames[:2])
+        assert_one_line(result, f"{frames[1]} is a truncated PNG")
         assert not list((tmp_path / "o").rglob("frame*"))
         # What it had noted of itself keeps nobody out.
         command = (pipelines.predict, "--model", weights, "--output", tmp_path / "o", "--precision", "bf16")
