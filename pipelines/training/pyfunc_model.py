@@ -17,6 +17,9 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from gmflow import load_model, predict_flow
 
+_PNG_MAGIC, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+_JPEG_MAGIC, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+
 
 class GMFlowPyfunc(PythonModel):
     """Image pairs → flow."""
@@ -64,6 +67,7 @@ def _image(value: Any) -> npt.NDArray[np.uint8]:
         if array.dtype.kind in "iu" and array.size and array.min() >= 0 and array.max() <= 255:
             array = array.astype(np.uint8)  # nested lists of JSON are int64
         return array  # anything that is no RGB image is refused by predict_flow
+    _check_file(value)
     try:
         picture = cv2.imdecode(np.frombuffer(value, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:
@@ -72,6 +76,17 @@ def _image(value: Any) -> npt.NDArray[np.uint8]:
         raise ValueError(f"{len(value)} bytes that are no PNG or JPEG image")
     image: npt.NDArray[np.uint8] = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
     return image
+
+
+def _check_file(data: bytes | bytearray) -> None:
+    """Raises ValueError for no whole JPEG or 8-bit PNG: OpenCV reads more, rounds 16 bits, and fills up halves."""
+    is_png = data.startswith(_PNG_MAGIC)
+    if not is_png and not data.startswith(_JPEG_MAGIC):
+        raise ValueError(f"{len(data)} bytes that are no PNG or JPEG image")
+    if is_png and data[24:25] == b"\x10":
+        raise ValueError("a PNG of 16 bits a channel; images have 8")
+    if not (data.endswith(_PNG_END) if is_png else _JPEG_END in data):
+        raise ValueError("a PNG or JPEG image without its end")
 
 
 def _flo(flow: npt.NDArray[np.float32]) -> str:

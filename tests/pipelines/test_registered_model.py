@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import mlflow
 import numpy as np
 import pytest
@@ -88,6 +89,13 @@ def test_three_lines_give_flow_for_every_way_to_hand_over_an_image(registered, l
     np.testing.assert_array_equal(flow, predict_flow(registered.model, *frames))
 
 
+def test_a_jpeg_is_read_as_it_is_stored(registered, loaded, frames):
+    files = [cv2.imencode(".jpg", frame)[1].tobytes() + b"appended by the camera" for frame in frames]
+    (flow,) = loaded.predict([dict(zip(("image0", "image1"), files, strict=True))])
+    read = [formats.decode_frame(file, "x", allow_trailer=True) for file in files]
+    np.testing.assert_array_equal(flow, predict_flow(registered.model, *read))
+
+
 def test_pairs_may_differ_in_size_and_come_back_as_flo(registered, loaded, frames):
     small = [frame[:32, :48] for frame in frames]
     rows = [dict(zip(("image0", "image1"), map(png, pair), strict=True)) for pair in (frames, small)]
@@ -97,9 +105,25 @@ def test_pairs_may_differ_in_size_and_come_back_as_flo(registered, loaded, frame
         np.testing.assert_array_equal(flow, predict_flow(registered.model, *pair))
 
 
+def encoded(suffix: str, dtype: type = np.uint8) -> bytes:
+    content: bytes = cv2.imencode(suffix, np.zeros((45, 70, 3), dtype))[1].tobytes()
+    return content
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
-    [(b"nothing", "no PNG or JPEG"), (b"", "no PNG or JPEG"), (np.zeros((4, 4), np.uint8), "RGB image")],
+    [
+        (b"nothing", "no PNG or JPEG"),
+        (b"", "no PNG or JPEG"),
+        (np.zeros((4, 4), np.uint8), "RGB image"),
+        (encoded(".bmp"), "no PNG or JPEG"),
+        (encoded(".webp"), "no PNG or JPEG"),
+        (encoded(".png", np.uint16), "16 bits a channel"),
+        (encoded(".png")[:-9], "without its end"),
+        (encoded(".jpg")[:-9], "without its end"),
+        (encoded(".png")[:20], "without its end"),
+    ],
+    ids=["no image", "nothing", "grey", "BMP", "WebP", "16 bits", "cut PNG", "cut JPEG", "cut header"],
 )
 def test_what_is_no_image_is_said_with_the_pairs_number(loaded, frames, image, message):
     good = {"image0": frames[0], "image1": frames[1]}
@@ -162,7 +186,9 @@ class TestServer:
         np.testing.assert_allclose(formats.decode_flo(base64.b64decode(flo), "answer"), wanted, atol=1e-4)
 
     def test_a_wrong_input_is_the_callers_fault(self, url):
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            ask(url, {"dataframe_records": [{"image0": "bm8=", "image1": "bm8="}]})
-        assert refused.value.code == 400
-        assert "pair 0: 2 bytes that are no PNG or JPEG image" in refused.value.read().decode()
+        deep = base64.b64encode(encoded(".png", np.uint16)).decode()
+        for image, message in (("bm8=", "2 bytes that are no PNG or JPEG image"), (deep, "a PNG of 16 bits a channel")):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                ask(url, {"dataframe_records": [{"image0": image, "image1": image}]})
+            assert refused.value.code == 400
+            assert f"pair 0: {message}" in refused.value.read().decode()
