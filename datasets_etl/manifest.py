@@ -92,7 +92,7 @@ class Manifest:
             shards = tuple(ShardEntry.from_dict(entry) for entry in content["shards"])
             return cls(content["dataset"], shards, dict(content["quarantined"]), f"{store.url}/{name}")
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{url}: not a manifest of pipelines/etl.py ({error!r})") from error
+            raise DataError(f"{url}: not a manifest of pipelines/etl.py ({type(error).__name__}: {error})") from error
 
     def to_bytes(self) -> bytes:
         """Canonical JSON, one line a shard."""

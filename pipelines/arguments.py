@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -55,10 +56,9 @@ def device(text: str) -> torch.device:
 
     if text == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device; write cpu, cuda or cuda:N") from None
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d?))?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device this runs on; write auto, cpu, cuda or cuda:N")
+    chosen = torch.device(text)
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"{text}: this machine has {torch.cuda.device_count()} CUDA devices")
     return chosen

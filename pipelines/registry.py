@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from rich import box
 from rich.console import Console, Group
@@ -118,6 +119,14 @@ def compare(client: MlflowClient, first: ModelVersion, second: ModelVersion) -> 
     return Group(lineage, scores)
 
 
+def promote(client: MlflowClient, version: ModelVersion, alias: str) -> str | None:
+    """Returns where the alias was. Raises PipelineError for one that MLflow does not take."""
+    try:
+        return registry.move_alias(client, version.name, alias, version.version)
+    except MlflowException as error:
+        raise PipelineError(f"--alias {alias}: MLflow does not move it: {error.message}") from error
+
+
 def pull(client: MlflowClient, version: ModelVersion, folder: Path) -> None:
     """`model.safetensors` and, written last, `lineage.json`."""
     store = FileStore(folder.absolute())
@@ -176,8 +185,7 @@ def main() -> None:
             console.print(compare(client, first, second))
         case "promote":
             version = registry.find_version(client, arguments.reference)
-            before = registry.move_alias(client, version.name, arguments.alias, version.version)
-            _say_moved(version.name, arguments.alias, before, version.version)
+            _say_moved(version.name, arguments.alias, promote(client, version, arguments.alias), version.version)
         case "rollback":
             before, after = registry.roll_back(client, arguments.name, arguments.alias)
             _say_moved(arguments.name, arguments.alias, before, after)

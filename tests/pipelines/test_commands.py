@@ -255,6 +255,12 @@ class TestEvaluate:
         result = call(pipelines.evaluate, "--model", weights, "--data", tmp_path / "m.json")
         assert_one_line(result, str(tmp_path / "m.json"), "pipelines/etl.py")
 
+    def test_what_is_no_manifest_is_not_printed_whole(self, call, weights, tmp_path):
+        (tmp_path / "m.json").write_bytes(b"\x89" + 1000 * b"pixels")
+        result = call(pipelines.evaluate, "--model", weights, "--data", tmp_path / "m.json")
+        assert_one_line(result, "m.json: not a manifest of pipelines/etl.py (UnicodeDecodeError: ")
+        assert len(result[2]) < 400
+
     def test_no_such_subset(self, call, weights, manifests):
         result = call(pipelines.evaluate, "--model", weights, "--data", manifests["chairs"], "--subset", "vall")
         assert_one_line(result, "vall", "train, val")
@@ -650,6 +656,12 @@ class TestPredict:
         result = call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", *arguments, *frames)
         assert_one_line(result, *fragments)
         assert not (tmp_path / "o").exists()
+
+    @pytest.mark.parametrize("device", ["mps", "meta", "cpu:1", "cuda:01", "gpu", "cuda:400"])
+    def test_other_devices_than_cpu_and_cuda_are_refused(self, call, weights, frames, tmp_path, device):
+        command = (pipelines.predict, "--model", weights, "--output", tmp_path / "o", "--device", device)
+        code, _, err = call(*command, *frames)
+        assert (code, f"argument --device: '{device}' is no device" in err) == (2, True)
 
     def test_one_frame_makes_no_pair(self, call, weights, frames, tmp_path):
         result = call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", frames[0])
