@@ -8,6 +8,7 @@ to that is the caller's, as it is the model's.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import logging
@@ -82,6 +83,7 @@ class ExportedModel:
             GMFlowError: `path` does not end in `.onnx`, its folder does not exist, or `onnxscript` is not installed.
         """
         path = _checked(path, ".onnx")
+        check_onnx(path)
         with _quiet():
             try:
                 converted = torch.onnx.export(
@@ -93,9 +95,7 @@ class ExportedModel:
                     verbose=False,
                 )
             except ImportError as error:
-                raise GMFlowError(
-                    f"{path}: ONNX needs onnx and onnxscript: pip install 'gmflow-ray[export]'"
-                ) from error
+                raise _no_onnx(path) from error
         if converted is None:
             raise RuntimeError("torch.onnx.export returned no program")
         converted.model.metadata_props.update(self.facts)
@@ -137,6 +137,16 @@ def _checked(path: str | Path, suffix: str) -> Path:
     if not path.parent.is_dir():
         raise GMFlowError(f"{path}: the folder {path.parent} does not exist")
     return path
+
+
+def check_onnx(path: str | Path) -> None:
+    """That what writes `.onnx` is installed, which would show after the tracing only. Raises GMFlowError."""
+    if any(importlib.util.find_spec(package) is None for package in ("onnx", "onnxscript")):
+        raise _no_onnx(path)
+
+
+def _no_onnx(path: str | Path) -> GMFlowError:
+    return GMFlowError(f"{path}: ONNX needs onnx and onnxscript: pip install 'gmflow-ray[export]'")
 
 
 @contextlib.contextmanager

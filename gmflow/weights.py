@@ -102,7 +102,7 @@ def save_weights(model: GMFlow, path: str | Path) -> None:
     """Write the weights and the configuration as `.safetensors`; a file of that name is replaced whole or not at all.
 
     Raises:
-        GMFlowError: `path` does not end in `.safetensors`, or its folder does not exist.
+        GMFlowError: `path` does not end in `.safetensors`, its folder does not exist, or it cannot be written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -140,16 +140,23 @@ def save_published(model: GMFlow, path: str | Path) -> None:
     """Write the weights in the published layout: a `.pth` of `{"model": state dict}` under the published names.
 
     Raises:
-        GMFlowError: the folder of `path` does not exist.
+        GMFlowError: the folder of `path` does not exist, or it cannot be written.
     """
     tensors = {published_name(name): tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     replace_file(Path(path), lambda beside: torch.save({"model": tensors}, beside))
 
 
 def replace_file(path: Path, write: Callable[[str], object]) -> None:
-    """Write beside `path`, then rename: nobody ever sees half a file."""
+    """Write beside `path`, then rename: nobody ever sees half a file. Raises GMFlowError where that cannot be."""
     if not path.parent.is_dir():
         raise GMFlowError(f"{path}: the folder {path.parent} does not exist")
+    try:
+        _replace(path, write)
+    except OSError as error:
+        raise GMFlowError(f"{path}: cannot be written ({error.strerror or error}); give another path") from error
+
+
+def _replace(path: Path, write: Callable[[str], object]) -> None:
     descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(descriptor)
     try:

@@ -9,13 +9,14 @@ The last two take float32 [B, 3, H, W] in 0..255, of all sizes the model takes, 
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
-from gmflow import GMFlow, save_published, save_weights
-from gmflow.export import ExportedModel, export_model
+from gmflow import GMFlow, GMFlowConfig, save_published, save_weights
+from gmflow.export import ExportedModel, check_onnx, export_model
 from pipelines.errors import PipelineError, command
 from pipelines.training.registry import resolve_model
 
@@ -37,19 +38,45 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check_output(path: Path) -> None:
+    """What would show after minutes of tracing. Raises PipelineError or GMFlowError."""
+    if path.suffix not in (*WEIGHTS, *PROGRAMS):
+        raise PipelineError(f"{path}: unknown suffix; a model is written as {', '.join((*WEIGHTS, *PROGRAMS))}")
+    if path.is_dir():
+        raise PipelineError(f"{path}: a folder; name a file")
+    if path.suffix == ".onnx":
+        check_onnx(path)
+
+
+def make_folder(path: Path) -> None:
+    """That `path` is to lie in. Raises PipelineError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PipelineError(f"{path}: its folder cannot be made ({error.strerror}); give another path") from error
+
+
+def left_out(config: GMFlowConfig) -> str:
+    """What the published layout does not hold of a configuration, as arguments for `load_model`; "" where nothing."""
+    assumed = GMFlowConfig.refine() if config.num_scales == 2 else GMFlowConfig.base()
+    fields = ("attn_splits", "corr_radius", "prop_radius")
+    return ", ".join(f"{n}={getattr(config, n)}" for n in fields if getattr(config, n) != getattr(assumed, n))
+
+
 @command
 def main() -> None:
     arguments = parse_arguments()
     for path in arguments.outputs:
-        if path.suffix not in (*WEIGHTS, *PROGRAMS):
-            raise PipelineError(f"{path}: unknown suffix; a model is written as {', '.join((*WEIGHTS, *PROGRAMS))}")
+        check_output(path)
     model = resolve_model(arguments.model)
     for path in arguments.outputs:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
     exported = None
     for path in arguments.outputs:
         if path.suffix in WEIGHTS:
             WEIGHTS[path.suffix](model, path)
+            if path.suffix == ".pth" and (lost := left_out(model.config)):
+                print(f"{path}: this layout holds no windows and radii; load it with {lost}", file=sys.stderr)
         else:
             with console.status(f"{path}: tracing and writing, some minutes"):
                 exported = exported or export_model(model)

@@ -229,11 +229,16 @@ def test_no_code_from_a_weight_file_runs(tmp_path: Path, capsys: pytest.CaptureF
     assert "ran" not in capsys.readouterr().out
 
 
-def test_save_refuses_other_suffixes_and_missing_folders(tmp_path: Path) -> None:
+def test_save_refuses_other_suffixes_missing_folders_and_what_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(GMFlowError, match=r"\.safetensors"):
         save_weights(tiny(), tmp_path / "model.pth")
     with pytest.raises(GMFlowError, match="does not exist"):
         save_weights(tiny(), tmp_path / "missing" / "model.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    for path in (Path("/proc/model.safetensors"), tmp_path / "folder.safetensors"):
+        with pytest.raises(GMFlowError, match=f"{path}: cannot be written"):
+            save_weights(tiny(), path)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.safetensors"]
 
 
 # Prediction

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -118,6 +119,14 @@ def test_champion_rolls_back_by_one_command_step_by_step_and_is_promoted_again(c
     call(pipelines.registry, "promote", "models:/gmflow/3")
 
 
+@pytest.mark.parametrize("alias", ["v3", "latest", "a b"])
+def test_an_alias_that_mlflow_does_not_take_is_said(call, alias):
+    code, out, err = call(pipelines.registry, "promote", "models:/gmflow/1", "--alias", alias)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: --alias {alias}: ")
+    assert len(err.splitlines()) == 1
+
+
 def test_a_move_that_was_killed_halfway_leaves_one_step_to_roll_back(tmp_path, monkeypatch):
     client = tracking.connect(f"sqlite:///{tmp_path}/mlflow.db")
     client.create_registered_model("m")
@@ -216,3 +225,34 @@ def test_a_registered_model_is_exported_to_the_published_layout_and_back(call, r
 def test_unknown_forms_are_refused_before_anything_is_written(call, tmp_path):
     code, _, err = call(pipelines.export, "--model", "models:/gmflow/1", tmp_path / "a.pth", tmp_path / "a.h5")
     assert (code, ".onnx" in err, list(tmp_path.iterdir())) == (2, True, [])
+
+
+def test_places_that_cannot_be_written_are_said(call, registered, tmp_path):
+    weights = registered / "1.safetensors"
+    (tmp_path / "a.pth").mkdir()
+    assert (
+        f"{tmp_path}/a.pth: a folder; name a file" in call(pipelines.export, "--model", weights, tmp_path / "a.pth")[2]
+    )
+    for path in ("/dev/null/t.onnx", "/proc/x/t.pth", "/proc/t.safetensors"):
+        code, out, err = call(pipelines.export, "--model", weights, path)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"error: {path}: ")
+        assert err.endswith("give another path\n")
+
+
+def test_missing_packages_for_onnx_are_told_before_the_model_is_traced(call, registered, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipelines.export, "export_model", lambda _: pytest.fail("traced"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = call(pipelines.export, "--model", registered / "1.safetensors", tmp_path / "a.onnx")
+    assert (code, "pip install 'gmflow-ray[export]'" in err) == (2, True)
+
+
+def test_windows_that_the_published_layout_does_not_hold_are_told(call, tmp_path):
+    given, written = tmp_path / "a.safetensors", tmp_path / "a.pth"
+    for splits, told in (
+        ((4,), f"{written}: this layout holds no windows and radii; load it with attn_splits=(4,)\n"),
+        ((2,), ""),
+    ):
+        save_weights(GMFlow(replace(TINY, attn_splits=splits)), given)
+        code, _, err = call(pipelines.export, "--model", given, written)
+        assert (code, err) == (0, told)
