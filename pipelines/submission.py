@@ -9,6 +9,8 @@ command again goes on where it stopped.
 """
 
 import argparse
+import shlex
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,11 +85,19 @@ BENCHMARKS = {
 """Dataset → what its server asks for."""
 
 
+def local_folder(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is a URL; what is handed in lies in a folder of this machine")
+    return Path(text).absolute()
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Predict a benchmark's test set, in the layout its server takes.")
     parser.add_argument("--model", required=True, help="models:/NAME@ALIAS or /VERSION, .pth, .safetensors, checkpoint")
     parser.add_argument("--data", required=True, help="URL of a manifest of Sintel or KITTI with its test subsets")
-    parser.add_argument("--output", required=True, type=Path, help="folder; KITTI's archive is that name with .zip")
+    parser.add_argument(
+        "--output", required=True, type=local_folder, help="folder; KITTI's archive is that name with .zip"
+    )
     parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="(default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="keep nothing of an earlier run")
     parser.add_argument(
@@ -133,9 +143,17 @@ def predict_submission(
     return paths
 
 
+def archive_of(folder: Path) -> Path:
+    """`FOLDER.zip`. Raises PipelineError where that is a folder."""
+    archive = folder.with_name(f"{folder.name}.zip")
+    if archive.is_dir():
+        raise PipelineError(f"{archive}: a folder where the archive goes; give another --output")
+    return archive
+
+
 def zip_submission(folder: Path, paths: list[str]) -> Path:
     """`FOLDER.zip` with these files, under their paths in the folder and no others; there whole or not at all."""
-    archive = folder.with_name(f"{folder.name}.zip")
+    archive = archive_of(folder)
     beside = archive.with_name(f".{archive.name}.part")
     try:
         # Flow hardly gets smaller, and the time stamp is ZIP's earliest: the same files give the same archive.
@@ -153,14 +171,16 @@ def main() -> None:
     arguments = parse_arguments()
     manifest = Manifest.load(arguments.data)
     benchmark = benchmark_of(manifest)
+    folder = arguments.output
+    lasting_store(str(folder), "--output")
+    if not benchmark.bundled:
+        archive_of(folder)  # before anything is computed
     model = resolve_model(arguments.model)
     prepare_model(model, ExecutionConfig(arguments.precision, replay=True), arguments.device)
-    folder = arguments.output.absolute()
-    lasting_store(str(folder), "--output")
     paths = predict_submission(model, manifest, folder, arguments.precision, overwrite=arguments.overwrite)
     if benchmark.bundled:
         console.print(f"{len(paths)} files; the server takes what the bundler in the dataset's download makes of them:")
-        console.print(f"bundler {folder / 'clean'} {folder / 'final'} {folder}.lzma", soft_wrap=True)
+        print(shlex.join(["bundler", f"{folder}/clean", f"{folder}/final", f"{folder}.lzma"]), file=sys.stderr)
         print(folder)
     else:
         console.print(f"{len(paths)} files, as the server takes them:", end=" ")

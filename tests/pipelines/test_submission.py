@@ -54,12 +54,12 @@ def submit(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 def test_sintels_bundler_gets_every_frames_flow_under_its_official_name(
     weights, manifests, tmp_path, monkeypatch, capsys
 ):
-    folder = tmp_path / "mine"
+    folder = tmp_path / "mine [b] too"
     submit(monkeypatch, "--model", weights, "--data", manifests["sintel"], "--output", folder)
     told = capsys.readouterr()
     assert told.out.splitlines() == [str(folder)]
-    assert f"bundler {folder}/clean {folder}/final {folder}.lzma" in told.err
-    assert not folder.with_name("mine.zip").exists(), "the server takes no ZIP file"
+    assert f"bundler '{folder}/clean' '{folder}/final' '{folder}.lzma'" in told.err
+    assert not folder.with_name("mine [b] too.zip").exists(), "the server takes no ZIP file"
     assert "4 pairs, the whole test set has 1104" in " ".join(told.err.split())
     assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.flo")) == [
         f"{pass_name}/ambush_1/frame{number:04d}.flo" for pass_name in ("clean", "final") for number in (1, 2)
@@ -107,6 +107,21 @@ def test_an_interrupted_overwriting_keeps_nothing_of_the_earlier_model(weights, 
             submit(monkeypatch, *command, tmp_path / "mine", "--overwrite")
     submit(monkeypatch, *command, tmp_path / "mine")
     assert (tmp_path / "mine.zip").read_bytes() == (tmp_path / "wanted.zip").read_bytes()
+
+
+def test_an_output_that_cannot_be_handed_in_is_refused_before_anything_is_computed(
+    weights, manifests, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipelines.submission, "predict_batch", lambda *_, **__: pytest.fail("computed"))
+    (tmp_path / "mine.zip").mkdir()
+    command = ("--model", weights, "--data", manifests["kitti"], "--output")
+    for output, told in (("mine", "mine.zip: a folder where the archive goes"), ("s3://bucket/mine", "is a URL")):
+        with pytest.raises(SystemExit) as stop:
+            submit(monkeypatch, *command, output)
+        assert stop.value.code == 2
+        assert told in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.zip"]
 
 
 def test_a_set_without_a_test_split_or_a_server_is_refused(manifests):
