@@ -1,6 +1,8 @@
 """Raw dataset → shards and manifest: the same bytes however it is run, and nothing half done to be seen."""
 
 import dataclasses
+import itertools
+import json
 import os
 import shutil
 import socket
@@ -13,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets_etl import etl, formats
+from datasets_etl import etl, formats, shards
 from datasets_etl.errors import DamagedError, DataError
 from datasets_etl.etl import EtlResult, run_etl, run_tasks
 from datasets_etl.inspection import MOTION_EDGES, Damage, motion_histogram, spread, verify_manifest
 from datasets_etl.loader import EvaluationSet
-from datasets_etl.manifest import Manifest
+from datasets_etl.manifest import FORMAT_VERSION, Manifest, build
 from datasets_etl.shards import plan_shards, write_shard
-from datasets_etl.sources import SOURCES, SourceTree
+from datasets_etl.sources import SOURCES, SampleRef, SourceTree
 from datasets_etl.storage import FileStore, open_store
 from datasets_etl.synthetic import synthetic_pair
 from tests.waiting import WAIT_SECONDS
@@ -495,3 +497,105 @@ def test_every_source_goes_through(samples, format_samples, tmp_path):
         "things": {"train-clean": 2, "train-final": 2},
         "hd1k": {"training": 1},
     }
+
+
+def test_a_shard_that_was_cut_short_is_written_again(raw_chairs, tmp_path):
+    first = run_etl("chairs", str(raw_chairs), str(tmp_path), shard_bytes=100_000)
+    cut = sorted((tmp_path / "chairs" / "shards").iterdir())[1]
+    cut.write_bytes(cut.read_bytes()[:-1024])
+    second = run_etl("chairs", str(raw_chairs), str(tmp_path), shard_bytes=100_000)
+    assert (second.manifest_url, second.reused) == (first.manifest_url, 2)
+    assert verify_manifest(Manifest.load(second.manifest_url)) == []
+
+
+def test_a_plan_is_another_one_where_any_of_its_raw_files_or_the_format_is(monkeypatch):
+    ref = SampleRef("sintel", "training-clean", "k", "s", "1", "0", "1", "flow", "occlusion", "invalid", "noc")
+    names = ("0", "1", "flow", "occlusion", "invalid", "noc")
+
+    def fingerprint(changed: str = "") -> str:
+        stamps = {name: "changed" if name == changed else "" for name in names}
+        return plan_shards([ref], {"k": 1}, stamps, 1)[0].fingerprint
+
+    found = [fingerprint(), *map(fingerprint, names)]
+    for version in ("FORMAT_VERSION", "SCHEMA_VERSION"):
+        with monkeypatch.context() as patch:
+            patch.setattr(shards, version, 99)
+            found.append(fingerprint())
+    assert len(set(found)) == len(found)
+    assert fingerprint() == found[0]
+
+
+def test_a_strict_run_stops_at_a_file_that_tells_no_size_before_anything_is_written(
+    damaged_chairs,
+    raw_chairs,
+    tmp_path,
+):
+    shutil.copy(raw_chairs / "data/00002_flow.flo", damaged_chairs / "data")
+    with pytest.raises(DataError, match=r"raw: val_00008: data/00008_img2\.ppm is empty: .*without --strict"):
+        run_etl("chairs", str(damaged_chairs), str(tmp_path / "out"), strict=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_tells_what_went_in_what_came_out_and_how_far_it_is(damaged_chairs, raw_kitti, tmp_path):
+    told: list[tuple[int, int]] = []
+    kitti = run_etl("kitti", str(raw_kitti), str(tmp_path), on_progress=lambda *progress: told.append(progress))
+    assert told == [(0, 4), (4, 4)]
+    manifest = Manifest.load(kitti.manifest_url)
+    assert kitti.invalid_pixels == sum(sample.invalid_pixels or 0 for sample in manifest.samples) > 0
+    assert kitti.stored_bytes == sum(path.stat().st_size for path in (tmp_path / "kitti/shards").iterdir())
+    chairs = run_etl("chairs", str(damaged_chairs), str(tmp_path), shard_bytes=100_000)
+    sound = [path for path in (damaged_chairs / "data").iterdir() if path.name[:5] not in ("00002", "00008")]
+    assert chairs.raw_bytes == sum(path.stat().st_size for path in sound)
+
+
+def _span(number: int) -> tuple[float, float]:
+    began = time.monotonic()
+    time.sleep(0.3)
+    return began, time.monotonic()
+
+
+def test_no_more_tasks_run_at_a_time_than_are_allowed():
+    spans = sorted(span for _, span in run_tasks(_span, [(number,) for number in range(4)], 1))
+    assert all(end <= began for (_, end), (began, _) in itertools.pairwise(spans))
+
+
+def _fail_or_finish(path: Path | None) -> DataError | None:
+    if path is None:
+        return DataError("the source is gone")
+    time.sleep(1)
+    path.write_text("whole")
+    return None
+
+
+def test_tasks_that_run_when_another_fails_are_finished_not_torn(tmp_path):
+    """What they write is whole then, and need not be written again."""
+    paths = [tmp_path / "a", None, tmp_path / "b", tmp_path / "c"]
+    with pytest.raises(DataError, match="the source is gone"):
+        list(run_tasks(_fail_or_finish, [(path,) for path in paths], 2))
+    assert [path.name for path in sorted(tmp_path.iterdir())] in (["a"], ["a", "b"])
+
+
+def _die_once(marker: Path) -> str:
+    if not marker.exists():
+        marker.touch()
+        os._exit(1)
+    return "done"
+
+
+def test_a_task_whose_worker_was_killed_is_done_again(tmp_path):
+    """As by the machine's memory monitor, or with a spot machine."""
+    assert [result for _, result in run_tasks(_die_once, [(tmp_path / "died",)], None)] == ["done"]
+
+
+def test_a_manifest_of_another_format_is_refused_saying_which(sharded_chairs, tmp_path):
+    content = json.loads(Path(sharded_chairs.manifest_url.removeprefix("file://")).read_bytes())
+    other = tmp_path / "manifest.json"
+    other.write_text(json.dumps({**content, "format": FORMAT_VERSION + 1}))
+    with pytest.raises(DataError, match=rf"manifest format {FORMAT_VERSION + 1}, this version reads {FORMAT_VERSION}"):
+        Manifest.load(str(other))
+
+
+def test_two_samples_of_one_key_make_no_manifest(sharded_chairs):
+    manifest = Manifest.load(sharded_chairs.manifest_url)
+    with pytest.raises(ValueError, match="not unique"):
+        build("chairs", [*manifest.shards, manifest.shards[0]], {})

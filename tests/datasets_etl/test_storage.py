@@ -1,18 +1,25 @@
 """Objects on disk and on a real S3 server behave alike."""
 
 import errno
+import http.server
 import os
 import re
+import stat
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import boto3
+import botocore.exceptions
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from datasets_etl import storage
-from datasets_etl.errors import DataError
-from datasets_etl.storage import PATIENCE_VARIABLE, open_store, split_url
+from datasets_etl.errors import DamagedError, DataError
+from datasets_etl.range_reads import RangeReader
+from datasets_etl.storage import PATIENCE_VARIABLE, S3Store, open_store, split_url, waiting_for_storage
 from tests.datasets_etl.refusals import refusal
 
 
@@ -237,3 +244,117 @@ def test_stores_open_the_bucket_they_are_told(s3, tmp_path):
     open_store(f"s3://data/{tmp_path.name}/deep").write("k", b"v")
     body = boto3.client("s3").get_object(Bucket="data", Key=f"{tmp_path.name}/deep/k")["Body"].read()
     assert body == b"v"
+
+
+@pytest.mark.parametrize("way", ["write", "upload"])
+def test_what_did_not_reach_the_disk_leaves_the_old_object(tmp_path, monkeypatch, way):
+    """Some disks and most networks' file systems tell of a failed write at the very end."""
+    (tmp_path / "new").write_bytes(b"new")
+    store = open_store(str(tmp_path / "root"))
+    store.write("kept", b"old")
+
+    def refused(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", refused)
+    with pytest.raises(DataError, match="kept: Input/output error"):
+        store.write("kept", b"new") if way == "write" else store.upload(tmp_path / "new", "kept")
+    assert store.read("kept") == b"old"
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["kept"]
+
+
+def test_what_a_killed_writer_left_is_no_object_and_others_may_read_what_is(tmp_path):
+    store = open_store(str(tmp_path))
+    store.write("a", b"whole")
+    (tmp_path / ".a.x1y2.part").write_bytes(b"who")
+    assert [info.key for info in store.walk()] == ["a"]
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644
+
+
+def test_a_walk_goes_into_folders_that_are_linked(tmp_path):
+    """Large datasets are seldom on the disk of the folder that names them."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "x").write_bytes(b"x")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "linked").symlink_to(tmp_path / "disk")
+    assert [info.key for info in open_store(str(tmp_path / "root")).walk()] == ["linked/x"]
+
+
+def test_a_stores_url_opens_the_same_folder_whatever_its_name(tmp_path):
+    store = open_store(str(tmp_path / "my data, 50% ä#1"))
+    store.write("x", b"here")
+    assert open_store(store.url).read("x") == b"here"
+
+
+def test_a_home_folder_is_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_store("~/data").url == (tmp_path / "data").as_uri()
+
+
+def test_patience_is_set_for_a_while_and_the_users_own_stays(monkeypatch):
+    monkeypatch.delenv(PATIENCE_VARIABLE, raising=False)
+    with waiting_for_storage(120):
+        assert os.environ[PATIENCE_VARIABLE] == "120"
+    assert PATIENCE_VARIABLE not in os.environ
+    monkeypatch.setenv(PATIENCE_VARIABLE, "5")
+    with waiting_for_storage(120):
+        assert os.environ[PATIENCE_VARIABLE] == "5"
+    assert os.environ[PATIENCE_VARIABLE] == "5"
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_a_server_that_is_busy_is_asked_again_and_one_that_refuses_is_not(status):
+    def answer(code, http_status):
+        return botocore.exceptions.ClientError(
+            {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": http_status}}, "GetObject"
+        )
+
+    assert storage.may_pass(answer("SlowDown", status))
+    assert not storage.may_pass(answer("AccessDenied", 403))
+    assert not storage.may_pass(answer("NoSuchKey", 404))
+
+
+def test_bytes_that_do_not_match_their_checksum_are_damage():
+    with pytest.raises(DamagedError, match="s3://b/p/x: damaged"), S3Store("b", "p")._errors("x"):
+        raise botocore.exceptions.FlexibleChecksumError(error_msg="differs")
+
+
+def test_a_signed_url_is_renewed_before_it_expires(s3, tmp_path, monkeypatch):
+    """Else every read of a long training would be refused first, and made again the slow way."""
+    store = open_store(f"s3://data/{tmp_path.name}")
+    store.write("x", b"0123456789")
+    sign, now, periods = storage._signed_url, time.monotonic(), []
+    monkeypatch.setattr(storage, "_signed_url", lambda *place: periods.append(place[-1]) or sign(*place))
+    for later in (0, 0, storage._SIGNATURE_S):
+        monkeypatch.setattr(storage, "time", SimpleNamespace(monotonic=lambda later=later: now + later))
+        assert store.read_range("x", 2, 3) == b"234"
+    assert periods[0] == periods[1] == periods[2] - 1
+
+
+def test_a_server_may_take_longer_to_answer_than_to_be_reached():
+    class Slow(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            time.sleep(1.5)
+            self.send_response(206)
+            self.end_headers()
+            self.wfile.write(b"slow")
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        reader = RangeReader(None, connect_timeout_s=0.5, read_timeout_s=60)
+        assert reader.read(f"http://127.0.0.1:{server.server_port}/x?", 0, 4) == b"slow"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_who_may_not_look_is_not_told_that_nothing_is_there(s3, fresh_client, monkeypatch):
+    """An object that counts as absent would be written again, or a checkpoint passed over."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(DataError, match="access denied"):
+        open_store("s3://data").size("ready")

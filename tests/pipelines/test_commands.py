@@ -6,8 +6,10 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,15 +21,17 @@ import pipelines.curriculum
 import pipelines.etl
 import pipelines.evaluate
 import pipelines.predict
+import pipelines.registry
 import pipelines.sweep
 from datasets_etl import formats
 from datasets_etl.etl import run_etl
 from datasets_etl.manifest import Manifest
 from datasets_etl.synthetic import synthetic_pair, write_dataset
-from gmflow import GMFlow, GMFlowConfig, error_to_image, load_model, save_weights
+from gmflow import GMFlow, GMFlowConfig, Tiling, error_to_image, flow_to_image, load_model, predict_flow, save_weights
 from pipelines.errors import PipelineError
-from pipelines.flow_files import FLOW_FORMATS
+from pipelines.flow_files import FLOW_FORMATS, read_truth
 from pipelines.frames import find_clips
+from pipelines.predict import PredictionOptions, options_of, parse_arguments
 from pipelines.training import tracking
 from tests.conftest import ROOT
 
@@ -827,3 +831,104 @@ def test_a_script_run_by_itself_prints_the_line_and_exits_with_2(tmp_path: Path)
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: no.png: no such file or folder\n"
+
+
+def test_a_sets_own_subset_and_the_limit_hold(manifests):
+    sets = [f"{manifests['sintel']}#training-clean", manifests["chairs"]]
+    found = pipelines.evaluate.chosen_sets(sets, "val", 2)
+    assert {name: (chosen.subset, len(chosen)) for name, chosen in found.items()} == {
+        "sintel/training-clean": ("training-clean", 2),
+        "chairs/val": ("val", 2),
+    }
+    assert len(pipelines.evaluate.chosen_sets(sets[:1], None, None)["sintel/training-clean"]) == 6
+
+
+def test_occlusion_is_shown_where_it_was_asked_for(call, weights, manifests, tmp_path):
+    command = (pipelines.evaluate, "--model", weights, "--data", manifests["chairs"], "--subset", "val", "--limit", 1)
+    for asked in ((), ("--occlusion",)):
+        assert call(*command, "--output", tmp_path / "s", *asked)[0] == 0
+        page = (tmp_path / "s" / "report.html").read_text()
+        assert ('"occlusion found": "data:' in page) == bool(asked)
+
+
+def test_what_is_asked_for_on_the_command_line_is_what_is_computed(tmp_path):
+    asked = ["--bidirectional", "--tile", "64x96", "--overlap", "16", "--padding", "kitti", "--max-flow", "7"]
+    asked += ["--batch", "3", "--precision", "bf16", "--truth", str(tmp_path), "--formats", "npz,flo,npz"]
+    options = options_of(parse_arguments(["--model", "m", "--output", "o", *asked, "a.png", "b.png"]))
+    assert options == PredictionOptions(("npz", "flo"), 3, True, "bf16", "kitti", Tiling(64, 96, 16), tmp_path, 7.0)
+    assert options.both_ways
+    assert not replace(options, bidirectional=False).both_ways
+
+
+def test_options_reach_the_flow_and_its_pictures(call, weights, frames, tmp_path):
+    model = load_model(weights).eval()
+    pair = [formats.decode_frame(Path(path).read_bytes(), path) for path in frames[:2]]
+    ways: dict[str, tuple[list[str], dict[str, Any]]] = {
+        "kitti": (["--padding", "kitti"], {"padding": "kitti"}),
+        "tiled": (["--tile", "32x64", "--overlap", "16"], {"tiling": Tiling(32, 64, 16)}),
+        "usual": (["--max-flow", "2.5", "--bidirectional", "--formats", "flo,color,npz"], {}),
+    }
+    found = {}
+    for name, (arguments, how) in ways.items():
+        output = tmp_path / name
+        assert call(pipelines.predict, "--model", weights, "--output", output, *arguments, *frames[:2])[0] == 0
+        found[name] = formats.decode_flo((output / "frame_0000.flo").read_bytes(), name)
+        np.testing.assert_array_equal(found[name], predict_flow(model, *pair, **how))
+    assert not np.array_equal(found["usual"], found["kitti"])
+    assert not np.array_equal(found["usual"], found["tiled"])
+    picture = cv2.cvtColor(cv2.imread(str(tmp_path / "usual" / "frame_0000.png")), cv2.COLOR_BGR2RGB)
+    np.testing.assert_array_equal(picture, flow_to_image(found["usual"], 2.5))
+    with np.load(tmp_path / "usual" / "frame_0000.npz") as stored:
+        assert "backward_flow" in stored
+
+
+def test_whatever_changes_the_files_is_another_job():
+    model = GMFlow(GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1))
+    usual = PredictionOptions()
+    others = [{"padding": "kitti"}, {"tiling": Tiling(64, 96, 16)}, {"max_flow": 3.0}, {"precision": "bf16"}]
+    others += [{"bidirectional": True}, {"tiling": Tiling(96, 64, 16)}]
+    jobs = [usual.job(model), *(replace(usual, **other).job(model) for other in others)]
+    assert len({json.dumps(job, sort_keys=True) for job in jobs}) == len(jobs)
+    assert replace(usual, formats=("npz",), batch=4).job(model) == jobs[0]
+
+
+def test_a_videos_colours_and_rate_are_the_frames(call, weights, tmp_path):
+    """Red and blue changed places would still give some flow."""
+    pair = synthetic_pair(3, 48, 64)
+    path = tmp_path / "v.avi"
+    video = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 25, (64, 48))
+    for image in (pair.image0, pair.image1):
+        video.write(cv2.cvtColor(np.full_like(image, [250, 120, 10]), cv2.COLOR_RGB2BGR))
+    video.release()
+    (clip,) = find_clips([str(path)])
+    (found,) = clip.pairs()
+    assert (found.name, clip.count()) == ("v_000000", 1)
+    for frame in (found.frame0, found.frame1):
+        np.testing.assert_allclose(frame.reshape(-1, 3).mean(0), [250, 120, 10], atol=6)
+    assert call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", "--formats", "video", path)[0] == 0
+    assert cv2.VideoCapture(str(tmp_path / "o" / "v_flow.mp4")).get(cv2.CAP_PROP_FPS) == pytest.approx(25)
+
+
+def test_clips_of_one_name_keep_a_video_each(frames, tmp_path):
+    folders = [tmp_path / name / "clip" for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        for path in frames:
+            (folder / Path(path).name).write_bytes(Path(path).read_bytes())
+    clips = find_clips([str(folder) for folder in folders])
+    assert [clip.title for clip in clips] == ["clip_1", "clip_2"]
+    assert [clip.names[0] for clip in clips] == ["a/clip/frame_0000", "b/clip/frame_0000"]
+
+
+def test_truth_that_is_unknown_does_not_count(tmp_path):
+    flow = np.zeros((2, 3, 2), np.float32)
+    flow[0, 0] = 1e10, 1e10
+    flow[1, 2] = 4, -2
+    (tmp_path / "a.flo").write_bytes(formats.encode_flo(flow))
+    (tmp_path / "b.png").write_bytes(formats.encode_kitti_flow(flow * 0 + 1, np.eye(2, 3, dtype=np.bool_)))
+    truth = read_truth(tmp_path, "a")
+    np.testing.assert_array_equal(truth.valid, [[False, True, True], [True, True, True]])
+    assert truth.flow[0, 0].tolist() == [0, 0]
+    assert truth.flow[1, 2].tolist() == [4, -2]
+    np.testing.assert_array_equal(read_truth(tmp_path, "b").valid, np.eye(2, 3, dtype=bool))
+    assert read_truth(tmp_path, "c") is None

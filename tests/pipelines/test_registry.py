@@ -256,3 +256,21 @@ def test_windows_that_the_published_layout_does_not_hold_are_told(call, tmp_path
         save_weights(GMFlow(replace(TINY, attn_splits=splits)), given)
         code, _, err = call(pipelines.export, "--model", given, written)
         assert (code, err) == (0, told)
+
+
+def test_aliases_other_than_champion_move_and_roll_back(call, tmp_path):
+    client = tracking.connect(f"sqlite:///{tmp_path}/mlflow.db")
+    client.create_registered_model("gmflow")
+    for _ in range(2):
+        client.create_model_version("gmflow", f"file://{tmp_path}")
+    client.set_registered_model_alias("gmflow", "champion", "1")
+
+    def aliases() -> dict[str, str]:
+        return {name: str(version) for name, version in client.get_registered_model("gmflow").aliases.items()}
+
+    for number in ("1", "2"):
+        assert call(pipelines.registry, "promote", f"models:/gmflow/{number}", "--alias", "served")[0] == 0
+    assert aliases() == {"champion": "1", "served": "2"}
+    told = call(pipelines.registry, "rollback", "--alias", "served")[1]
+    assert told == "models:/gmflow@served is version 1, was 2\n"
+    assert aliases() == {"champion": "1", "served": "1"}
