@@ -161,6 +161,8 @@ def _replace(path: Path, write: Callable[[str], object]) -> None:
     os.close(descriptor)
     try:
         write(beside)
+        with open(beside, "rb") as written:  # noqa: PTH123 (a name of tempfile's)
+            os.fsync(written.fileno())  # before it is named: a machine that loses power must not leave an empty file
         # mkstemp makes a private file; weights are shared like any other.
         umask = os.umask(0)
         os.umask(umask)

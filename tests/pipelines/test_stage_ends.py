@@ -1,6 +1,7 @@
 """What the driver does around a stage's workers: gates, lineage, what the next stage starts from, what is told."""
 
 import contextlib
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,3 +136,35 @@ def test_random_weights_are_those_of_the_seed(tmp_path: Path):
         return folder.read("init.safetensors")
 
     assert start("a", 1) == start("b", 1) != start("c", 2)
+
+
+def test_a_stage_that_another_mlflow_holds_is_said_and_registered_here_only_where_asked_for(driver: Driver):
+    """Its version's name would lead to nothing, or to another model: a stage became its own parent."""
+    driver.run()
+    (driver.workplace.folder / "mlflow.db").rename(driver.workplace.folder / "before.db")
+    with pytest.raises(
+        PipelineError, match="stage chairs: finished and registered as models:/gmflow/1 in sqlite"
+    ) as told:
+        driver.run()
+    (named,) = re.findall(r"delete (\S+/result\.json)", str(told.value))
+    Path(named.removeprefix("file://")).unlink()
+    with pytest.raises(PipelineError, match="stage mix: finished and registered as models:/gmflow/2"):
+        driver.run()
+    assert driver.ran == ["chairs", "mix", "chairs"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"stage": "chairs"}', None])
+def test_a_damaged_result_is_said_with_the_way_out(driver: Driver, content: str | None):
+    driver.run("only=[chairs]")
+    (result,) = (driver.workplace.folder / "storage").glob("tiny-chairs-*/result.json")
+    if content is None:
+        result.with_name("final.safetensors").unlink()
+    else:
+        result.write_text(content)
+    problem = "result.json is damaged" if content is not None else "final.safetensors is gone"
+    with pytest.raises(
+        PipelineError, match=rf"stage chairs: .*{problem}.*delete {result.as_uri()}, and the same command"
+    ):
+        driver.run("only=[chairs]")
+    result.unlink()
+    assert [found.stage for found in driver.run("only=[chairs]")] == ["chairs"]
