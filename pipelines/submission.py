@@ -88,7 +88,7 @@ BENCHMARKS = {
 def local_folder(text: str) -> Path:
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text} is a URL; what is handed in lies in a folder of this machine")
-    return Path(text).absolute()
+    return Path(text)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -171,7 +171,7 @@ def main() -> None:
     arguments = parse_arguments()
     manifest = Manifest.load(arguments.data)
     benchmark = benchmark_of(manifest)
-    folder = arguments.output
+    folder = arguments.output.absolute()
     lasting_store(str(folder), "--output")
     if not benchmark.bundled:
         archive_of(folder)  # before anything is computed
