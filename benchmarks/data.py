@@ -218,7 +218,7 @@ def codes(raws: Sequence[Raw], rounds: int) -> None:
 
 
 def _measured_codes(candidates: dict[str, Code], arrays: list[Array], rounds: int) -> dict[str, str]:
-    encoding = {name: seconds(partial(_encode_all, code, arrays)) for name, code in candidates.items()}
+    encoding = taking_turns({name: partial(_encode_all, code, arrays) for name, code in candidates.items()}, rounds)
     encoded = {name: _encode_all(code, arrays) for name, code in candidates.items()}
     for name, code in candidates.items():
         for array, data in zip(arrays, encoded[name], strict=True):

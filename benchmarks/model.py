@@ -31,6 +31,7 @@ from gmflow import GMFlow, GMFlowConfig
 from gmflow.execution import ExecutionConfig, prepare_model
 from gmflow.loss import sequence_loss
 from gmflow.replay import WARM_UPS
+from pipelines.arguments import device, positive
 
 VARIANTS = {"base": GMFlowConfig.base(), "refine": GMFlowConfig.refine()}
 # Of the products that give the peak. What tells tf32 from fp32 is a setting of the process, made by `prepare_model`.
@@ -230,11 +231,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small images, one repetition")
     parser.add_argument("--compile", action="store_true", help="torch.compile beside eager, on small images")
     parser.add_argument("--only", default="", help="rows whose name holds this text")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:N or auto (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, on a machine that others use too"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a row instead of the table")
     arguments = parser.parse_args()
+    arguments.device = str(arguments.device)  # for processes that do not have it yet
+    if arguments.clock == "cpu" and arguments.device != "cpu":
+        parser.error("--clock cpu is processor time, in which a GPU's work does not show; use wall")
     every = cases(arguments.quick, arguments.compile, arguments.device)
     chosen = [case for case in every if arguments.only in case.name]
     if not chosen:

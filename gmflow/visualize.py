@@ -10,6 +10,8 @@ from gmflow.errors import GMFlowError
 UNKNOWN = 1e9
 """Middlebury: a component beyond this marks an unknown pixel."""
 
+_STRIP_PIXELS = 1 << 13  # coloured at a time: what is in between stays in the cache
+
 
 def color_wheel() -> npt.NDArray[np.float64]:
     """The 55 colours of the wheel, red over yellow, green, cyan, blue and magenta back to red: `[55, 3]`, 0..255."""
@@ -51,11 +53,27 @@ def flow_to_image(flow: npt.NDArray[np.floating], max_flow: float | None = None)
         raise GMFlowError(f"a flow field has shape [H, W, 2], not {list(flow.shape)}")
     if max_flow is not None and not max_flow > 0:
         raise GMFlowError(f"max_flow must be positive, not {max_flow}")
+    flow = flow.astype(np.promote_types(flow.dtype, np.float32), copy=False)  # 16 bits do not hold 1e9
     known = (np.abs(flow) <= UNKNOWN).all(axis=2)  # false for NaN
-    u, v = np.moveaxis(np.where(known[..., None], flow, 0).astype(np.float64), 2, 0)
-    speed = np.hypot(u, v)
-    largest = max_flow or speed.max(initial=0.0) or 1.0
+    flow = np.where(known[..., None], flow, 0)
+    height, width = known.shape
+    rows = max(1, _STRIP_PIXELS // max(1, width))
+    strips = [slice(top, top + rows) for top in range(0, height, rows)]
+    largest = max_flow or max((_speed(flow[strip]).max(initial=0.0) for strip in strips), default=0.0) or 1.0
+    image = np.empty((height, width, 3), np.uint8)
+    for strip in strips:
+        image[strip] = _coloured(flow[strip], largest) * known[strip][..., None]
+    return image
 
+
+def _speed(flow: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    speed: npt.NDArray[np.float64] = np.hypot(*np.moveaxis(flow.astype(np.float64), 2, 0))
+    return speed
+
+
+def _coloured(flow: npt.NDArray[np.floating], largest: float) -> npt.NDArray[np.uint8]:
+    """Known flow [h, w, 2] in colours, uint8 [h, w, 3]; a speed of `largest` is fully saturated."""
+    u, v = np.moveaxis(flow.astype(np.float64), 2, 0)
     wheel = color_wheel() / 255
     angle = np.arctan2(-v, -u) / np.pi  # -1..1
     position = (angle + 1) / 2 * (len(wheel) - 1)
@@ -63,9 +81,9 @@ def flow_to_image(flow: npt.NDArray[np.floating], max_flow: float | None = None)
     fraction = (position - lower)[..., None]
     hue = (1 - fraction) * wheel[lower] + fraction * wheel[(lower + 1) % len(wheel)]
 
-    saturation = (speed / largest)[..., None]
+    saturation = (_speed(flow) / largest)[..., None]
     color = np.where(saturation <= 1, 1 - saturation * (1 - hue), 0.75 * hue)
-    image: npt.NDArray[np.uint8] = np.floor(255 * color * known[..., None]).astype(np.uint8)
+    image: npt.NDArray[np.uint8] = np.floor(255 * color).astype(np.uint8)
     return image
 
 

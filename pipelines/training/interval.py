@@ -7,7 +7,7 @@ from gmflow.metrics import ErrorMetrics
 
 
 class StepTotals(NamedTuple):
-    """One step over all ranks, whether its update was applied, and where its time went (seconds, this rank)."""
+    """One step over all ranks, whether its update was applied, and for how long data was waited for (seconds)."""
 
     loss: float
     metrics: ErrorMetrics

@@ -103,7 +103,7 @@ def _train(worker: "_Worker") -> None:
 
 
 class _StepSums(NamedTuple):
-    """Of one step over all ranks: the same on each. `data_wait` is this rank's."""
+    """Of one step over all ranks: the same on each. `data_wait` is that of the rank which waited longest."""
 
     loss: float
     metrics: ErrorMetrics
@@ -222,12 +222,15 @@ class _Worker:
         """The sums, and whether it is time to look out for machines that go: rank 0's clock decides for all."""
         now = self._next_is("waiting for the other workers")
         look_out = self.rank == 0 and now - self.looked_out > _LOOK_OUT_S
-        own = [loss_sum[None], loss_sum.new_tensor([float(look_out)]), metrics.state().to(self.device)]
+        waits = loss_sum.new_zeros(self.world_size)
+        waits[self.rank] = waited
+        own = [loss_sum[None], loss_sum.new_tensor([float(look_out)]), metrics.state().to(self.device), waits]
         sums = torch.cat(own)
         if self.world_size > 1:
             dist.all_reduce(sums)
-        sums = sums.cpu()
-        return _StepSums(float(sums[0]), ErrorMetrics.from_state(sums[2:]), bool(sums[1]), waited)
+        loss, leaving, *_ = sums = sums.cpu()
+        errors, waits = sums[2:].tensor_split([-self.world_size])
+        return _StepSums(float(loss), ErrorMetrics.from_state(errors), bool(leaving), float(waits.max()))
 
     def update(self, sums: _StepSums) -> StepTotals:
         """Clip and step, unless loss or gradients are not finite: all ranks hold the same sums, so they agree."""

@@ -828,6 +828,15 @@ def test_each_frame_has_its_own_occlusion_mask(monkeypatch: pytest.MonkeyPatch) 
     assert found.backward_occluded.nonzero()[1].tolist() == [0, 1] * 50
 
 
+def test_a_picture_in_strips_is_that_of_each_pixel_and_16_bits_know_what_is_unknown() -> None:
+    flow = np.random.default_rng(0).normal(0, 30, (300, 200, 2)).astype(np.float16)
+    flow[7, 9] = np.inf
+    picture = flow_to_image(flow, max_flow=50.0)
+    assert (picture[7, 9] == 0).all()
+    for y, x in ((0, 0), (7, 8), (40, 199), (41, 0), (299, 199)):
+        np.testing.assert_array_equal(picture[y, x], flow_to_image(flow[y : y + 1, x : x + 1], max_flow=50.0)[0, 0])
+
+
 def test_speeds_beyond_the_fullest_colour_are_darkened_and_the_fullest_is_the_largest() -> None:
     flow = np.array([[[3.0, 0.0], [0.0, -4.0], [1.0, 1.0]]])
     np.testing.assert_array_equal(flow_to_image(flow), flow_to_image(flow, max_flow=4.0))

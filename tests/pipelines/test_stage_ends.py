@@ -138,18 +138,19 @@ def test_random_weights_are_those_of_the_seed(tmp_path: Path):
     assert start("a", 1) == start("b", 1) != start("c", 2)
 
 
-def test_a_stage_that_another_mlflow_holds_is_said_and_registered_here_only_where_asked_for(driver: Driver):
+def test_a_stage_that_another_mlflow_holds_is_said_and_registered_there_only_where_asked_for(driver: Driver):
     """Its version's name would lead to nothing, or to another model: a stage became its own parent."""
     driver.run()
-    (driver.workplace.folder / "mlflow.db").rename(driver.workplace.folder / "before.db")
-    with pytest.raises(
-        PipelineError, match="stage chairs: finished and registered as models:/gmflow/1 in sqlite"
-    ) as told:
-        driver.run()
+    other = f"mlflow.tracking_uri=sqlite:///{driver.workplace.folder}/other.db"
+    elsewhere = (
+        r"stage chairs: finished and registered as models:/gmflow/1 in sqlite:///\S+/mlflow\.db, of which sqlite"
+    )
+    with pytest.raises(PipelineError, match=elsewhere) as told:
+        driver.run(other)
     (named,) = re.findall(r"delete (\S+/result\.json)", str(told.value))
     Path(named.removeprefix("file://")).unlink()
     with pytest.raises(PipelineError, match="stage mix: finished and registered as models:/gmflow/2"):
-        driver.run()
+        driver.run(other)
     assert driver.ran == ["chairs", "mix", "chairs"]
 
 
