@@ -28,10 +28,11 @@ from pipelines.errors import command
 from pipelines.etl import shard_dataset
 from pipelines.frames import find_clips
 from pipelines.predict import PredictionOptions, predict_clip
+from pipelines.references import resolve_model
 from pipelines.scoring import ScoringOptions, evaluate
 from pipelines.training.config import CurriculumConfig, load_config
 from pipelines.training.plan import StageResult
-from pipelines.training.registry import CHAMPION, resolve_model
+from pipelines.training.registry import CHAMPION
 
 ROOT = Path("runs/demo")
 CONFIG = Path(__file__).with_name("configs") / "demo.yaml"

@@ -29,10 +29,10 @@ from pipelines import report
 from pipelines.arguments import device, not_negative, positive
 from pipelines.errors import command
 from pipelines.lasting import lasting_store
+from pipelines.references import resolve_model
 from pipelines.scoring import Evaluation, OnScored, ScoringOptions, evaluate, evaluate_on_ray, pool
 from pipelines.training import tracking
 from pipelines.training.code_version import code_version
-from pipelines.training.registry import resolve_model
 
 console = Console(stderr=True)
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from gmflow import GMFlow, GMFlowConfig, save_published, save_weights
 from gmflow.export import ExportedModel, check_onnx, export_model
 from pipelines.errors import PipelineError, command
-from pipelines.training.registry import resolve_model
+from pipelines.references import resolve_model
 
 console = Console(stderr=True)
 

@@ -32,8 +32,8 @@ from pipelines.errors import PipelineError, command
 from pipelines.flow_files import FLOW_FORMATS, TRUTH_SUFFIXES, Result, Truth, no_truth, read_truth, truth_file
 from pipelines.frames import FRAME_SUFFIXES, Clip, Pair, find_clips, told_size
 from pipelines.lasting import lasting_store
+from pipelines.references import resolve_model
 from pipelines.side_by_side import SideBySideVideo
-from pipelines.training.registry import resolve_model
 
 console = Console(stderr=True)
 

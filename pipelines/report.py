@@ -25,6 +25,7 @@ from gmflow import GMFlowConfig
 from pipelines.arguments import not_negative
 from pipelines.errors import PipelineError, command
 from pipelines.published import NOTE, published_figures
+from pipelines.references import resolve_model
 from pipelines.report_page import (
     FIGURES,
     Cell,
@@ -41,7 +42,6 @@ from pipelines.report_page import (
 from pipelines.scoring import Evaluation, ScoringOptions, evaluate_on_ray
 from pipelines.training import tracking
 from pipelines.training.config import CurriculumConfig, SetConfig
-from pipelines.training.registry import resolve_model
 
 FILE_NAME = "report.html"
 PAIRS = 8

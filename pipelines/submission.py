@@ -34,7 +34,7 @@ from pipelines.continuation import claim_output
 from pipelines.errors import PipelineError, command
 from pipelines.flow_files import encode_kitti
 from pipelines.lasting import lasting_store
-from pipelines.training.registry import resolve_model
+from pipelines.references import resolve_model
 
 console = Console(stderr=True)
 

@@ -26,6 +26,7 @@ from datasets_etl.storage import ObjectStore, file_sha256, open_store, waiting_f
 from gmflow import GMFlow, load_weights, save_weights
 from pipelines.errors import USER_ERRORS, PipelineError, command
 from pipelines.lasting import lasting_store
+from pipelines.references import check_reference, fetch_weights, stands_for, telling
 from pipelines.sweeping import plots
 from pipelines.sweeping.accuracy import Scores, Weights, measure_accuracy, score_jobs
 from pipelines.sweeping.config import SweepConfig
@@ -126,13 +127,13 @@ def keep_weights(sweep: Sweep) -> Weights | None:
             pinned: dict[str, str] = json.loads(sweep.store.read(pin))
             weights = _kept_weights(sweep.store, pinned)
             kept.write_bytes(sweep.store.read(weights.url.rpartition("/")[2]))
-            with registry.telling(config.weights, kept):
+            with telling(config.weights, kept):
                 load_weights(model, kept)
             _tell_if_moved(sweep, config.weights, pinned)
             return weights
-        path, source = registry.fetch_named_weights(config.weights, Path(folder), config.mlflow.tracking_uri)
+        path, source = fetch_weights(config.weights, Path(folder), config.mlflow.tracking_uri)
         found = {"reference": config.weights, "source": source, "version": file_sha256(path)[:16]}
-        with registry.telling(config.weights, path):
+        with telling(config.weights, path):
             load_weights(model, path)
         save_weights(model, kept)
         weights = _kept_weights(sweep.store, found)
@@ -153,7 +154,7 @@ def _kept_weights(store: ObjectStore, pinned: Mapping[str, str]) -> Weights:
 def _tell_if_moved(sweep: Sweep, reference: str, pinned: Mapping[str, str]) -> None:
     """Where it cannot be looked up nothing is known, and nothing said: the sweep has what it needs."""
     with contextlib.suppress(*USER_ERRORS, MlflowException):
-        if registry.stands_for(reference, sweep.config.mlflow.tracking_uri) != pinned["source"]:
+        if stands_for(reference, sweep.config.mlflow.tracking_uri) != pinned["source"]:
             sweep.view.say(
                 f"goes on with {pinned['source']}, what {reference} was when this sweep began; another name= starts a "
                 "sweep of what it is now"
@@ -348,7 +349,7 @@ def show_plan(sweep: Sweep) -> None:
     """What `--dry-run` prints: every setting and trial, in order. Raises DataError or PipelineError without weights."""
     config = sweep.config
     if config.weights is not None and sweep.store.size(_weights_pin(config.weights)) is None:
-        registry.check_reference(config.weights, config.mlflow.tracking_uri)
+        check_reference(config.weights, config.mlflow.tracking_uri)
     console = sweep.view.console
     if config.probe is not None:
         table = Table(title=f"probe: {len(config.probed)} settings of {config.weights}")

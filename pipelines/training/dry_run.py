@@ -5,7 +5,7 @@ from datetime import timedelta
 import yaml
 from rich.table import Table
 
-from pipelines.training import registry
+from pipelines.references import check_reference
 from pipelines.training.checkpoints import CheckpointStore
 from pipelines.training.config import CurriculumConfig
 from pipelines.training.display import output
@@ -21,7 +21,7 @@ def show_dry_run(config: CurriculumConfig) -> None:
     """
     plans = plan_curriculum(config)
     if config.init_from is not None and not weights_are_pinned(plans[0].folder):
-        registry.check_reference(config.init_from, config.mlflow.tracking_uri)
+        check_reference(config.init_from, config.mlflow.tracking_uri)
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     table = Table(title=f"curriculum {config.name}, not run")
     for column in ("stage", "state", "starts from"):

@@ -25,7 +25,8 @@ from datasets_etl.storage import ObjectStore, open_store
 from gmflow import GMFlow, load_weights, save_weights
 from pipelines.cluster import listed, nodes, slots
 from pipelines.errors import USER_ERRORS, PipelineError
-from pipelines.training import registry, state
+from pipelines.references import fetch_weights, telling
+from pipelines.training import state
 from pipelines.training.checkpoints import INITIAL_WEIGHTS, CheckpointStore
 from pipelines.training.config import MachineConfig, ModelConfig
 from pipelines.training.feed import FeedWriter
@@ -67,8 +68,8 @@ def provide_initial_weights(
         initial = GMFlow(model.build())
     with tempfile.TemporaryDirectory(prefix="gmflow-init-") as scratch:
         if reference is not None:
-            fetched, source = registry.fetch_named_weights(reference, Path(scratch), tracking_uri)
-            with registry.telling(reference, fetched):
+            fetched, source = fetch_weights(reference, Path(scratch), tracking_uri)
+            with telling(reference, fetched):
                 load_weights(initial, fetched)
         path = Path(scratch) / f"pinned-{INITIAL_WEIGHTS}"
         save_weights(initial, path)

@@ -1,4 +1,4 @@
-"""Registered models with their lineage, and models by reference."""
+"""Registered models with their lineage."""
 
 import base64
 import contextlib
@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -22,11 +22,9 @@ from mlflow.types.schema import AnyType
 
 import gmflow
 from datasets_etl.formats import encode_frame_png
-from datasets_etl.storage import ObjectStore, file_sha256, split_url
-from gmflow import GMFlow, GMFlowError, load_model, save_weights
+from datasets_etl.storage import file_sha256
 from pipelines.errors import PipelineError
 from pipelines.training import tracking
-from pipelines.training.checkpoints import checkpoint_model
 from pipelines.training.config import MetricConfig, SetConfig
 
 log = logging.getLogger(__name__)
@@ -35,8 +33,6 @@ CHAMPION = "champion"
 
 MEASURED_TAG = "measured."
 """Of a version, followed by a validation set: what its figures there were measured on."""
-
-_CHECKPOINT = ".pt"
 
 _WEIGHTS_TAG = "weights_sha256"
 
@@ -235,95 +231,23 @@ def _improves(client: MlflowClient, model_name: str, lineage: Lineage, promotion
     return figure < float(reigning)
 
 
-def resolve_model(reference: str, tracking_uri: str | None = None) -> GMFlow:
-    """The trainable model of a reference, in evaluation mode. Arguments and errors as of `fetch_weights`."""
-    with tempfile.TemporaryDirectory(prefix="gmflow-model-") as folder:
-        path = fetch_weights(reference, Path(folder), tracking_uri)
-        with telling(reference, path):
-            return load_model(path).eval()
-
-
-@contextlib.contextmanager
-def telling(reference: str, path: Path) -> Iterator[None]:
-    """What is wrong with weights fetched to `path` is told of the reference, which is all that the user knows."""
-    try:
-        yield
-    except GMFlowError as error:
-        raise GMFlowError(str(error).replace(str(path), reference)) from error
-
-
-def fetch_weights(reference: str, folder: Path, tracking_uri: str | None = None) -> Path:
-    """The weights file of a reference, copied into a local folder.
-
-    Args:
-        reference: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or path or URL of a published `.pth`, our
-            `.safetensors`, or a checkpoint of a stage.
-        folder: where it goes.
-        tracking_uri: of the registry; None as in `tracking.tracking_uri`.
-
-    Raises:
-        PipelineError: no such model.
-        DataError: no such file.
-    """
-    return fetch_named_weights(reference, folder, tracking_uri)[0]
-
-
-def fetch_named_weights(reference: str, folder: Path, tracking_uri: str | None = None) -> tuple[Path, str]:
-    """`fetch_weights`, and what the reference stands for now: "models:/NAME/N", or the file and its SHA-256's start."""
-    if reference.startswith("models:/"):
-        client, version = _look_up(reference, tracking_uri)
-        return _download(client, version, folder), _numbered(version)
-    store, name = _split_file(reference)
-    path = folder / name
-    if path.suffix == _CHECKPOINT:
-        path = path.with_suffix(".safetensors")
-        save_weights(checkpoint_model(reference), path)
-    else:
-        path.write_bytes(store.read(name))
-    return path, _hashed(reference, file_sha256(path))
-
-
-def stands_for(reference: str, tracking_uri: str | None = None) -> str:
-    """What a reference stands for now, as `fetch_named_weights` names it; of a registered model nothing is fetched."""
-    if reference.startswith("models:/"):
-        _, version = _look_up(reference, tracking_uri)
-        return _numbered(version)
-    with tempfile.TemporaryDirectory(prefix="gmflow-model-") as folder:
-        return fetch_named_weights(reference, Path(folder), tracking_uri)[1]
-
-
-def _numbered(version: ModelVersion) -> str:
+def numbered(version: ModelVersion) -> str:
+    """Its reference by number."""
     return f"models:/{version.name}/{version.version}"
 
 
-def _hashed(file: str, sha256: str) -> str:
-    return f"{file} (sha256 {sha256[:16]})"
+def look_up(reference: str, tracking_uri: str | None) -> tuple[MlflowClient, ModelVersion]:
+    """A client of the registry, and the version that a reference is there. Raises PipelineError where there is none.
 
-
-def check_reference(reference: str, tracking_uri: str | None = None) -> None:
-    """That a reference leads to something, without fetching it. Arguments and errors as of `fetch_weights`."""
-    if reference.startswith("models:/"):
-        _look_up(reference, tracking_uri)
-        return
-    store, name = _split_file(reference)
-    if store.size(name) is None:
-        raise PipelineError(f"{reference}: no such file")
-
-
-def _look_up(reference: str, tracking_uri: str | None) -> tuple[MlflowClient, ModelVersion]:
+    Args:
+        reference: models:/NAME@ALIAS or models:/NAME/VERSION.
+        tracking_uri: of the registry; None as in `tracking.tracking_uri`.
+    """
     try:
         client = tracking.connect_existing(tracking_uri)
     except PipelineError as error:
         raise PipelineError(f"{reference}: {error}") from error
     return client, find_version(client, reference)
-
-
-def _split_file(reference: str) -> tuple[ObjectStore, str]:
-    if not reference.endswith((".pth", ".safetensors", _CHECKPOINT)):
-        raise PipelineError(
-            f"{reference}: no model reference; write models:/NAME@ALIAS, a .pth or .safetensors, or a checkpoint's .pt"
-        )
-    return split_url(reference)
 
 
 def find_version(client: MlflowClient, reference: str) -> ModelVersion:
@@ -344,11 +268,12 @@ def find_version(client: MlflowClient, reference: str) -> ModelVersion:
 def version_weights(client: MlflowClient, version: ModelVersion) -> bytes:
     """The `.safetensors` of a version. Raises PipelineError where it has none."""
     with tempfile.TemporaryDirectory(prefix="gmflow-model-") as folder:
-        return _download(client, version, Path(folder)).read_bytes()
+        return download(client, version, Path(folder)).read_bytes()
 
 
-def _download(client: MlflowClient, version: ModelVersion, folder: Path) -> Path:
-    uri = _numbered(version)
+def download(client: MlflowClient, version: ModelVersion, folder: Path) -> Path:
+    """The `.safetensors` of a version, in a local folder. Raises PipelineError where it has none."""
+    uri = numbered(version)
     try:
         local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
     except MlflowException as error:

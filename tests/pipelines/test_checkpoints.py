@@ -11,8 +11,8 @@ import torch
 
 from datasets_etl.storage import PATIENCE_VARIABLE, FileStore, ObjectStore, open_store
 from gmflow import GMFlow, GMFlowConfig, save_weights
+from pipelines import references
 from pipelines.errors import PipelineError
-from pipelines.training import registry
 from pipelines.training.checkpoints import CheckpointStore, CheckpointWriter, KeepPolicy, OtherFormatError
 from tests.seaweedfs import S3Server, running
 from tests.waiting import WAIT_SECONDS
@@ -277,19 +277,19 @@ def test_a_checkpoint_is_a_model_by_reference(tmp_path: Path, averaged: bool):
     kept_average = {"n_averaged": torch.tensor(3)} | {f"module.{k}": v for k, v in average.state_dict().items()}
     store.write({"step": 7, "model": newest.state_dict(), "average": kept_average if averaged else None}, {})
     reference = tmp_path / "checkpoints" / data_of(store, 7)
-    model = registry.resolve_model(str(reference))
+    model = references.resolve_model(str(reference))
     expected = (average if averaged else newest).state_dict()
     assert model.config == config
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-    registry.check_reference(reference.as_uri())
-    assert registry.stands_for(reference.as_uri()).startswith(f"{reference.as_uri()} (sha256 ")
+    references.check_reference(reference.as_uri())
+    assert references.stands_for(reference.as_uri()).startswith(f"{reference.as_uri()} (sha256 ")
 
     reference.write_bytes(reference.read_bytes()[:-1] + b"x")
     with pytest.raises(PipelineError, match=r"step_00000007-\w+\.pt: damaged checkpoint: its content is not what"):
-        registry.resolve_model(str(reference))
+        references.resolve_model(str(reference))
     (tmp_path / "other.pt").write_bytes(b"")
     with pytest.raises(PipelineError, match=r"other\.pt: no checkpoint; write"):
-        registry.resolve_model(str(tmp_path / "other.pt"))
+        references.resolve_model(str(tmp_path / "other.pt"))
 
 
 def test_the_writer_deletes_what_is_not_to_be_kept(tmp_path: Path):

@@ -27,12 +27,12 @@ from datasets_etl.storage import PATIENCE_VARIABLE, open_store
 from pipelines import report
 from pipelines.curriculum import run_curriculum
 from pipelines.errors import PipelineError
+from pipelines.references import resolve_model
 from pipelines.training import launch, tracking
 from pipelines.training.config import CurriculumConfig, MachineConfig, ModelConfig, load_config
 from pipelines.training.dry_run import show_dry_run
 from pipelines.training.launch import provide_initial_weights
 from pipelines.training.plan import StagePlan
-from pipelines.training.registry import resolve_model
 from pipelines.training.stage import StageJob
 from tests.pipelines.conftest import Call, Workplace, train_workers, workplace_in
 from tests.waiting import output_of, wait_until

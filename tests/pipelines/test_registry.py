@@ -12,6 +12,7 @@ import torch
 import pipelines.export
 import pipelines.registry
 from gmflow import GMFlow, GMFlowConfig, GMFlowError, load_model, save_weights
+from pipelines import references
 from pipelines.errors import PipelineError
 from pipelines.training import registry, tracking
 from pipelines.training.config import MetricConfig
@@ -181,7 +182,7 @@ def test_a_mistyped_database_is_said_and_not_made(call, tmp_path, monkeypatch):
         code, _, err = call(pipelines.registry, *task)
         assert (code, f"MLflow at {uri}: no such database" in err) == (2, True)
     with pytest.raises(PipelineError, match="no such database"):
-        registry.resolve_model("models:/gmflow/1", uri)
+        references.resolve_model("models:/gmflow/1", uri)
     assert not missing.exists()
 
 
@@ -189,7 +190,7 @@ def test_a_damaged_weights_file_is_named_as_it_was_given(tmp_path):
     given = tmp_path / "given.safetensors"
     given.write_bytes(b"no weights")
     with pytest.raises(GMFlowError, match=f"^{re.escape(str(given))}: damaged"):
-        registry.resolve_model(str(given))
+        references.resolve_model(str(given))
 
 
 def test_a_version_whose_files_were_deleted_says_so(registered, tmp_path):
@@ -201,7 +202,7 @@ def test_a_version_whose_files_were_deleted_says_so(registered, tmp_path):
     for file in (tmp_path / "mlflow-artifacts").rglob("*.safetensors"):
         file.unlink()
     with pytest.raises(PipelineError, match=f"models:/gmflow/{version.version}: .*its files were deleted"):
-        registry.resolve_model(f"models:/gmflow/{version.version}", uri)
+        references.resolve_model(f"models:/gmflow/{version.version}", uri)
 
 
 def test_what_is_no_reference_is_said(call):

@@ -24,10 +24,10 @@ from datasets_etl.storage import open_store
 from gmflow import GMFlow, GMFlowConfig, save_weights
 from gmflow.metrics import FlowMetrics
 from pipelines.errors import PipelineError
+from pipelines.references import resolve_model
 from pipelines.sweeping import cost
 from pipelines.sweeping.config import CostConfig
 from pipelines.training import registry, tracking
-from pipelines.training.registry import resolve_model
 from tests.conftest import ROOT
 from tests.pipelines.conftest import Workplace
 from tests.waiting import kill_tree, output_of, wait_until

@@ -16,6 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, TEMPORARILY_UNAVAILABLE
 
 from gmflow import GMFlow, GMFlowConfig, predict_flow, save_weights
+from pipelines import references
 from pipelines.errors import PipelineError
 from pipelines.training import feed, registry, tracking
 from pipelines.training.config import MetricConfig, MlflowConfig, SetConfig
@@ -87,7 +88,7 @@ def test_a_registered_model_is_the_same_one_and_opens_no_pickle(server, stage_ru
     version = registry.register(
         stage_run.client, "pulled", stage_run.run_id, tmp_path / "model.safetensors", lineage("chairs", "h1", 3.0), None
     )
-    pulled = registry.resolve_model("models:/pulled@champion", server)
+    pulled = references.resolve_model("models:/pulled@champion", server)
     assert pulled.config == TINY
     assert all(torch.equal(tensor, pulled.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert version.tags["config_hash"] == "h1"
@@ -184,7 +185,7 @@ def test_a_missing_model_names_those_there_are(server, stage_run, tmp_path: Path
         stage_run.client, "named", stage_run.run_id, tmp_path / "model.safetensors", lineage("chairs", "h1", 1.0), None
     )
     with pytest.raises(PipelineError, match=r"models:/named@best: no such model.*models:/named@champion"):
-        registry.resolve_model("models:/named@best", server)
+        references.resolve_model("models:/named@best", server)
 
 
 def test_a_server_that_is_away_for_a_while_gets_everything_in_order_and_once(mlflow_server, server):

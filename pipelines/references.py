@@ -1,0 +1,95 @@
+"""Models by reference: registered ones, published `.pth`, our `.safetensors`, and checkpoints of stages.
+
+MLflow is loaded for registered ones alone: it takes as long as all the rest of a command that predicts.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets_etl.storage import ObjectStore, file_sha256, split_url
+from gmflow import GMFlow, GMFlowError, load_model, save_weights
+from pipelines.errors import PipelineError
+from pipelines.training.checkpoints import checkpoint_model
+
+_REGISTERED = "models:/"
+_CHECKPOINT = ".pt"
+
+
+def resolve_model(reference: str, tracking_uri: str | None = None) -> GMFlow:
+    """The trainable model of a reference, in evaluation mode. Arguments and errors as of `fetch_weights`."""
+    with tempfile.TemporaryDirectory(prefix="gmflow-model-") as folder:
+        path, _ = fetch_weights(reference, Path(folder), tracking_uri)
+        with telling(reference, path):
+            return load_model(path).eval()
+
+
+@contextlib.contextmanager
+def telling(reference: str, path: Path) -> Iterator[None]:
+    """What is wrong with weights fetched to `path` is told of the reference, which is all that the user knows."""
+    try:
+        yield
+    except GMFlowError as error:
+        raise GMFlowError(str(error).replace(str(path), reference)) from error
+
+
+def fetch_weights(reference: str, folder: Path, tracking_uri: str | None = None) -> tuple[Path, str]:
+    """The weights file of a reference, copied into a local folder.
+
+    Args:
+        reference: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or path or URL of a published `.pth`, our
+            `.safetensors`, or a checkpoint of a stage.
+        folder: where it goes.
+        tracking_uri: of the registry; None as in `tracking.tracking_uri`.
+
+    Returns:
+        The file; and what the reference stands for now: "models:/NAME/N", or the file with its SHA-256's start.
+
+    Raises:
+        PipelineError: no such model.
+        DataError: no such file.
+    """
+    if reference.startswith(_REGISTERED):
+        from pipelines.training import registry
+
+        client, version = registry.look_up(reference, tracking_uri)
+        return registry.download(client, version, folder), registry.numbered(version)
+    store, name = _split_file(reference)
+    path = folder / name
+    if path.suffix == _CHECKPOINT:
+        path = path.with_suffix(".safetensors")
+        save_weights(checkpoint_model(reference), path)
+    else:
+        path.write_bytes(store.read(name))
+    return path, f"{reference} (sha256 {file_sha256(path)[:16]})"
+
+
+def stands_for(reference: str, tracking_uri: str | None = None) -> str:
+    """What a reference stands for now, as `fetch_weights` names it; of a registered model nothing is fetched."""
+    if reference.startswith(_REGISTERED):
+        from pipelines.training import registry
+
+        return registry.numbered(registry.look_up(reference, tracking_uri)[1])
+    with tempfile.TemporaryDirectory(prefix="gmflow-model-") as folder:
+        return fetch_weights(reference, Path(folder), tracking_uri)[1]
+
+
+def check_reference(reference: str, tracking_uri: str | None = None) -> None:
+    """That a reference leads to something, without fetching it. Arguments and errors as of `fetch_weights`."""
+    if reference.startswith(_REGISTERED):
+        from pipelines.training import registry
+
+        registry.look_up(reference, tracking_uri)
+        return
+    store, name = _split_file(reference)
+    if store.size(name) is None:
+        raise PipelineError(f"{reference}: no such file")
+
+
+def _split_file(reference: str) -> tuple[ObjectStore, str]:
+    if not reference.endswith((".pth", ".safetensors", _CHECKPOINT)):
+        raise PipelineError(
+            f"{reference}: no model reference; write models:/NAME@ALIAS, a .pth or .safetensors, or a checkpoint's .pt"
+        )
+    return split_url(reference)
