@@ -42,6 +42,7 @@ from datasets_etl.samples import FlowSample, encode_sample
 from datasets_etl.shards import raw_files
 from datasets_etl.sources import SOURCES, SampleRef, SourceTree, is_sparse
 from datasets_etl.storage import open_store
+from pipelines.arguments import positive
 
 Array = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 console = Console(width=130)
@@ -52,6 +53,7 @@ RECIPES = {
     "sintel": (AugmentConfig((320, 896), -0.2, 0.6), 14.1, 2.5),
     "kitti": (AugmentConfig((320, 1152), -0.2, 0.4, vflip=0.0), 12.0, 2.0),
 }
+SAMPLES = ("GMFLOW_SAMPLES", "GMFLOW_FORMAT_SAMPLES")
 BATCH = 4
 LOADED = 3 * BATCH  # samples a round
 
@@ -347,7 +349,7 @@ def loading(raws: Sequence[Raw], rounds: int, manifests: dict[str, Manifest]) ->
             f"{rates['ours']:.1f}",
             f"{rates['ours'] / rates['naive']:.2f}",
             f"{factor:g} x {reference} = {factor * reference:.0f}",
-            *(f"{1e3 * statistics.median(each):.1f}" for each in stages.seconds),
+            *(f"{1e3 * statistics.median(each[1:]):.1f}" for each in stages.seconds),  # without the warm-up
         )
     console.print(table)
 
@@ -431,14 +433,20 @@ def _place(loaders: Sequence[int], others: Sequence[int]) -> None:
 
 
 def _rates(streams: dict[str, Iterator[object]], rounds: int) -> dict[str, float]:
-    steps = 30
+    made_before, steps = 5, 30
 
-    def draw(stream: Iterator[object]) -> None:
-        for _ in range(steps):
+    def draw(stream: Iterator[object], count: int) -> None:
+        for _ in range(count):
             next(stream)
 
-    spent = taking_turns({place: partial(draw, stream) for place, stream in streams.items()}, rounds)
-    return {place: steps * BATCH / each for place, each in spent.items()}
+    times: dict[str, list[float]] = {place: [] for place in streams}
+    for number in range(rounds + 1):
+        for place, stream in streams.items():
+            draw(stream, made_before)  # while the others had their turn
+            spent = seconds(partial(draw, stream, steps))
+            if number:
+                times[place].append(spent)
+    return {place: steps * BATCH / statistics.median(spent) for place, spent in times.items()}
 
 
 def _warm_stream(manifest: Manifest) -> Iterator[object]:
@@ -532,14 +540,16 @@ def main() -> None:
     parts = ("codes", "loading", "stored", "s3", "writing", "planning")
     parser = argparse.ArgumentParser(description="Measure the data plane on real samples.")
     parser.add_argument("--only", default=",".join(parts), help="some of: %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, help="median of so many (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=3, help="median of so many (default: %(default)s)")
     arguments = parser.parse_args()
     only = arguments.only.split(",")
     if unknown := set(only) - set(parts):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    raws = _raws()
+    if missing := [name for name in SAMPLES if name not in os.environ and set(only) != {"planning"}]:
+        parser.error(f"{missing[0]} is not set: it names a folder of samples")
+    raws = [] if set(only) == {"planning"} else _raws()
     if "codes" in only:
         codes(raws, arguments.rounds)
     if "planning" in only:
@@ -560,10 +570,7 @@ def main() -> None:
 
 
 def _raws() -> list[Raw]:
-    try:
-        real, others = Path(os.environ["GMFLOW_SAMPLES"]), Path(os.environ["GMFLOW_FORMAT_SAMPLES"])
-    except KeyError as missing:
-        raise SystemExit(f"{missing.args[0]} is not set: it names the folder of real samples") from None
+    real, others = (Path(os.environ[name]) for name in SAMPLES)
     return [
         Raw("chairs", real / "FlyingChairs_release"),
         Raw("sintel", real / "Sintel"),

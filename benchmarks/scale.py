@@ -32,6 +32,7 @@ from datasets_etl.shards import plan_shards, write_shard
 from datasets_etl.sources import EXPECTED_COUNTS, SOURCES, SourceTree
 from datasets_etl.storage import open_store
 from gmflow import GMFlow
+from pipelines.arguments import positive
 from pipelines.training.config import CurriculumConfig, SetConfig, StageConfig, load_config
 from pipelines.training.state import TrainingState, to_bytes
 
@@ -419,11 +420,13 @@ def main() -> None:
     parts = ("paper", "manifest")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=parts, help="one of the two parts")
-    parser.add_argument("--variant", choices=sorted(VARIANTS), default="refine")
+    parser.add_argument(
+        "--variant", choices=sorted(VARIANTS), default="refine", help="whose work counts; speeds are those of refine"
+    )
     parser.add_argument("--precision", choices=tuple(SPEEDS), default="fp32", help="whose speed counts")
-    parser.add_argument("--gpus", default="1,2,4,8,16,64,256,1000", help="(default: %(default)s)")
-    parser.add_argument("--shards", type=int, default=10**6)
-    parser.add_argument("--per-shard", type=int, default=1)
+    parser.add_argument("--gpus", type=_counts, default="1,2,4,8,16,64,256,1000", help="(default: %(default)s)")
+    parser.add_argument("--shards", type=positive, default=10**6, help="of the simulated manifest (%(default)s)")
+    parser.add_argument("--per-shard", type=positive, default=1, help="samples of each (%(default)s)")
     arguments = parser.parse_args()
     if arguments.only != "manifest":
         config = _recipe(arguments.variant)
@@ -433,7 +436,7 @@ def main() -> None:
             print("GMFLOW_SAMPLES is not set: no bytes a sample", file=sys.stderr)
         work = [StageWork.of(config, stage) for stage in config.stages]
         machine = Machine(SPEEDS[arguments.precision])
-        counts = [int(text) for text in arguments.gpus.split(",")]
+        counts = arguments.gpus
         console.print(
             f"{arguments.variant}, {arguments.precision}: {1000 * machine.speed.fixed_s:.1f} ms a pass and "
             f"{machine.speed.tflops:.1f} TFLOP/s"
@@ -446,6 +449,10 @@ def main() -> None:
         show_side_by_side(counts, work, machine, measured)
     if arguments.only != "paper":
         simulate(arguments.shards, arguments.per_shard)
+
+
+def _counts(text: str) -> list[int]:
+    return [positive(count) for count in text.split(",")]
 
 
 def _recipe(variant: str) -> CurriculumConfig:

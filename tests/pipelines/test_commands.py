@@ -705,6 +705,15 @@ class TestPredict:
         assert call(*command, frames[0], frames[2])[0] == 0
 
 
+def test_who_predicts_does_not_wait_for_mlflow_and_ray():
+    """They take as long to load as all the rest, and a model's file needs neither."""
+    heavy = ("mlflow", "ray")
+    code = "import sys, pipelines.predict, pipelines.export, pipelines.submission; "
+    code += f"print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout == "[]\n"
+
+
 @pytest.mark.usefixtures("local_ray")
 class TestCurriculum:
     @pytest.mark.parametrize(
