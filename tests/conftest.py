@@ -1,6 +1,7 @@
 """What the tests share: the samples at hand, a small sharded dataset, a real S3 server, a local Ray."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,10 @@ from pipelines.cluster import connected
 from tests.seaweedfs import S3Server, running
 
 ROOT = Path(__file__).parents[1]
+
+# A shell has what it runs in the background ignore Ctrl-C, and so all programs that the tests start, some of which are
+# told to end by it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _ByFile(LoadScopeScheduling):
