@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pipelines.cluster import Nodes, listed, slots
 from pipelines.errors import PipelineError
 from pipelines.sweeping.config import SweepConfig
+from pipelines.training.launch import room_for_workers
 
 # Of a trial's driver and Ray Train's controller, which sits beside it.
 _DRIVER_BYTES = 2**30
@@ -43,10 +44,8 @@ def concurrent_trials(config: SweepConfig, nodes: Nodes) -> int:
     if config.cluster_grows and tune.max_concurrent is not None:
         return tune.max_concurrent
     machine = tune.machine
-    alone = machine.placement == "strict_spread"
-    room = slots(nodes, machine.cpus_per_worker, machine.use_gpu, one_a_node=alone)
+    room, each = room_for_workers(machine, nodes)
     if room < machine.num_workers:
-        each = listed(machine.cpus_per_worker, machine.use_gpu) + (" each on a node of its own" if alone else " each")
         raise PipelineError(
             f"tune.machine: a trial needs {machine.num_workers} worker(s) with {each}; the cluster has room for "
             f"{room}. Lower it or, where the cluster adds machines on demand, give cluster_grows=true and "

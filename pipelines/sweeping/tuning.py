@@ -26,10 +26,9 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from datasets_etl.errors import DamagedError, DataError
 from datasets_etl.storage import open_store, waiting_for_storage
 from pipelines.cluster import nodes, own_node
-from pipelines.errors import USER_ERRORS, PipelineError
+from pipelines.errors import LASTING_ERRORS, USER_ERRORS, PipelineError
 from pipelines.sweeping.config import RangeConfig
 from pipelines.sweeping.room import concurrent_trials, drivers_at_once
 from pipelines.sweeping.settings import Setting
@@ -255,7 +254,7 @@ def _replay_and_train(trial: Trial, plan: TrialPlan) -> None:
         except RayActorError:
             raise  # its controller is lost, stopped by Tune or with its machine: that says nothing of the trial
         except Exception as error:
-            if isinstance(error, DataError) and not isinstance(error, DamagedError):
+            if isinstance(error, USER_ERRORS) and not isinstance(error, LASTING_ERRORS):
                 raise  # storage was away for too long: neither does that
             told = error if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {error}"
             records.end(TrialResult("failed", " ".join(str(told).split())[:500], records.last_step))

@@ -23,7 +23,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from datasets_etl.storage import ObjectStore, open_store
 from gmflow import GMFlow, load_weights, save_weights
-from pipelines.cluster import listed, nodes, slots
+from pipelines.cluster import Nodes, listed, nodes, slots
 from pipelines.errors import USER_ERRORS, PipelineError
 from pipelines.references import fetch_weights, telling
 from pipelines.training import state
@@ -78,20 +78,26 @@ def provide_initial_weights(
     return source
 
 
+def room_for_workers(machine: MachineConfig, nodes: Nodes) -> tuple[int, str]:
+    """How many workers a cluster holds at once; and what each takes, for a person."""
+    alone = machine.placement == "strict_spread"
+    each = f"{listed(machine.cpus_per_worker, machine.use_gpu)} each{' on a node of its own' if alone else ''}"
+    return slots(nodes, machine.cpus_per_worker, machine.use_gpu, one_a_node=alone), each
+
+
 def room_lacking(machine: MachineConfig) -> str:
     """What workers will wait for, in a line; empty where the cluster has room for them. Needs a connected Ray.
 
     No error: a cluster may grow, or be waited for by somebody who starts another machine.
     """
     fewest = machine.min_workers or machine.num_workers
-    alone = machine.placement == "strict_spread"
-    fitting = slots(nodes(), machine.cpus_per_worker, machine.use_gpu, one_a_node=alone)
+    fitting, each = room_for_workers(machine, nodes())
     if fitting >= fewest:
         return ""
+    placed = ", machine.placement" if machine.placement == "strict_spread" else ""
     return (
-        f"waits for room: {fewest} worker(s) need {listed(machine.cpus_per_worker, machine.use_gpu)} each"
-        f"{' on a node of its own' if alone else ''}, the cluster holds {fitting} such; add machines, or change "
-        f"machine.num_workers, machine.cpus_per_worker{', machine.placement' if alone else ''} or machine.use_gpu"
+        f"waits for room: {fewest} worker(s) need {each}, the cluster holds {fitting} such; add machines, or change "
+        f"machine.num_workers, machine.cpus_per_worker{placed} or machine.use_gpu"
     )
 
 

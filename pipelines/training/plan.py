@@ -29,7 +29,7 @@ class StageResult:
         metrics: of the last validation and training record.
         model: registered version, as a reference.
         mlflow_run: id of the stage's run.
-        mlflow: where that and the model are.
+        mlflow: where that and the model are; stages that were finished before this was kept do not say.
     """
 
     stage: str
@@ -38,7 +38,7 @@ class StageResult:
     metrics: dict[str, float]
     model: str
     mlflow_run: str
-    mlflow: str
+    mlflow: str = "another MLflow"
 
 
 @dataclass(frozen=True)

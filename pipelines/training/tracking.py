@@ -247,7 +247,9 @@ class CurriculumRun:
         """Whether this MLflow has a run: another one has neither the curves nor the models of what was trained."""
         try:
             self.patience(self.client.get_run, run_id)
-        except MlflowException:
+        except MlflowException as error:
+            if error.get_http_status_code() != HTTPStatus.NOT_FOUND:
+                raise
             return False
         return True
 

@@ -1,6 +1,7 @@
 """What the driver does around a stage's workers: gates, lineage, what the next stage starts from, what is told."""
 
 import contextlib
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,3 +170,13 @@ def test_a_damaged_result_is_said_with_the_way_out(driver: Driver, content: str 
         driver.run("only=[chairs]")
     result.unlink()
     assert [found.stage for found in driver.run("only=[chairs]")] == ["chairs"]
+
+
+def test_a_stage_that_was_finished_before_results_named_their_mlflow_is_found(driver: Driver):
+    (before,) = driver.run("only=[chairs]")
+    (path,) = (driver.workplace.folder / "storage").glob("tiny-chairs-*/result.json")
+    content = json.loads(path.read_text())
+    del content["mlflow"]
+    path.write_text(json.dumps(content))
+    (found,) = driver.run("only=[chairs]")
+    assert (found.model, driver.ran) == (before.model, ["chairs"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
+import psutil
 import pytest
 import requests
 import torch
@@ -420,3 +421,17 @@ def test_no_password_is_shown_or_kept():
     shown = MlflowConfig(tracking_uri="https://me:secret@mlflow.example/x").model_dump(mode="json")
     assert shown["tracking_uri"] == "https://mlflow.example/x"
     assert MlflowConfig(tracking_uri="https://me:secret@h").tracking_uri == "https://me:secret@h", "it is used"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_queue_whose_process_is_killed_is_there_again():
+    told: list[int] = []
+    with listening("feed-killed", lambda record: None, lambda record: told.append(record.step)):
+        writer = FeedWriter("feed-killed")
+        writer.send(Record(1))
+        wait_until(lambda: told == [1])
+        (queue,) = [one for one in psutil.Process().children(recursive=True) if one.name().startswith("ray::_Queue")]
+        queue.kill()
+        wait_until(lambda: not queue.is_running())
+        writer.send(Record(2))
+        wait_until(lambda: told == [1, 2])
