@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -49,8 +50,6 @@ from pipelines.training.state import TrainingState
 from tests.pipelines.conftest import train_workers
 
 ROOT = Path(__file__).parents[1]
-# Steps at a run's beginning that count for nothing: caches, allocator, and the other workers' start.
-WARM_UP = 10
 TURNS = 5
 """Turns of each program a round."""
 ENDLESS = 100_000
@@ -65,13 +64,16 @@ console = Console(width=130)
 class Size:
     """What is trained, and for how many seconds at a time.
 
-    Long enough for two records of a stage on Ray, short enough that the machine is as fast in a turn as in the next.
+    The first steps, `warm_up`, count for nothing: caches, allocator, and the other workers' start. Turns are long
+    enough for two records of a stage on Ray, short enough that the machine is as fast in a turn as in the next.
     """
 
     model: dict[str, object]
     crop: tuple[int, int]
     global_batch: int
     micro_batch: int
+    log_every: int
+    warm_up: int
     turn_s: float
 
 
@@ -81,9 +83,12 @@ SIZES = {
         crop=(64, 96),
         global_batch=8,
         micro_batch=4,
+        log_every=5,
+        warm_up=10,
         turn_s=4.0,
     ),
-    "base": Size({}, crop=(128, 192), global_batch=2, micro_batch=1, turn_s=12.0),
+    # The batch of the paper's stages, in as many passes: ranks meet once a step.
+    "base": Size({}, crop=(128, 192), global_batch=8, micro_batch=1, log_every=1, warm_up=3, turn_s=12.0),
 }
 
 
@@ -150,7 +155,7 @@ class Bench:
                     "peak_lr": 1.0e-4,
                     "crop": list(self.size.crop),
                     "mixture": [{"data": "chairs", "subset": "train", "max_log2_scale": 0.2, "hflip": 0.5}],
-                    "log_every": 5,
+                    "log_every": self.size.log_every,
                     "checkpoint_every": 25,
                     **stage,
                 }
@@ -170,7 +175,7 @@ def overhead(bench: Bench) -> Iterator[Row]:
     programs = {f"ray {workers}": stage.program for workers, stage in ray.items()}
     programs |= {f"bare {'+'.join(map(str, groups))}": bare_loop(bench, groups) for groups in ([1], [2], [1, 1])}
     try:
-        warmed_up(list(programs.values()), WARM_UP)
+        warmed_up(list(programs.values()), bench.size.warm_up)
         for done in take_turns(list(programs.values()), TURNS * bench.rounds, bench.size.turn_s):
             console.print(f"turn {done} of {TURNS * bench.rounds}")
     finally:
@@ -276,7 +281,7 @@ def _bare_worker(rank: int, world_size: int, port: int, config_path: Path, told:
     torch.manual_seed(config.seed)
     model = GMFlow(config.model.build())
     prepare_model(model, ExecutionConfig())  # the same settings of the process
-    prepared: nn.Module = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    prepared = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
     state = TrainingState.fresh(model, stage)
     parts = [
         MixturePart(Manifest.load(str(config.data[part.data])), part.subset, 1, part.augmentation(stage.crop))
@@ -291,17 +296,19 @@ def _bare_worker(rank: int, world_size: int, port: int, config_path: Path, told:
         world_size=world_size,
         workers=config.machine.loader_workers,
     )
+    passes = stage.global_batch // world_size // config.machine.micro_batch
     for step, batches in stream:
-        for batch in batches:  # one a step with two ranks; alone, what accumulates needs no synchronisation
-            loss = sequence_loss(
-                prepared(batch.image0.float(), batch.image1.float()).predictions,
-                batch.flow,
-                batch.valid,
-                gamma=stage.gamma,
-                max_flow=stage.max_flow,
-                normalizer=stage.global_batch / world_size,
-            )
-            loss.backward()  # type: ignore[no-untyped-call]
+        for number, batch in enumerate(batches, 1):
+            with nullcontext() if number == passes else prepared.no_sync():
+                loss = sequence_loss(
+                    prepared(batch.image0.float(), batch.image1.float()).predictions,
+                    batch.flow,
+                    batch.valid,
+                    gamma=stage.gamma,
+                    max_flow=stage.max_flow,
+                    normalizer=stage.global_batch / world_size,
+                )
+                loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), stage.clip_norm)
         state.optimizer.step()
         state.schedule.step()

@@ -54,7 +54,7 @@ class TrainingState:
     @classmethod
     def fresh(cls, model: nn.Module, stage: StageConfig, precision: Precision = "fp32") -> "TrainingState":
         """A new stage: the given weights with a fresh optimiser and schedule. The model must be on its device."""
-        optimizer = AdamW(model.parameters(), lr=stage.peak_lr, weight_decay=stage.weight_decay)
+        optimizer = AdamW(model.parameters(), lr=stage.peak_lr, weight_decay=stage.weight_decay, fused=True)
         device = next(model.parameters()).device
         return cls(
             model,
@@ -96,7 +96,10 @@ class TrainingState:
                 self.average.load_state_dict(saved["average"])
         except RuntimeError as error:
             raise PipelineError(f"checkpoint of step {saved['step']} is of another architecture: {error}") from error
-        self.optimizer.load_state_dict(saved["optimizer"])
+        # Fused, also from a checkpoint made before that was chosen: what a scaler expects of an optimiser is settled
+        # when it is built.
+        groups = [group | {"fused": True} for group in saved["optimizer"]["param_groups"]]
+        self.optimizer.load_state_dict(saved["optimizer"] | {"param_groups": groups})
         self.schedule.load_state_dict(saved["schedule"])
         self.scaler.load_state_dict(saved["scaler"])
         self.interval = Interval.from_state_dict(saved["interval"])

@@ -91,7 +91,7 @@ def test_gradients_are_those_of_a_cpu(
     on_cpu = load_model(reference / WEIGHTS["refine"]).train()
     wanted_loss = step(on_cpu, reference_crop)
     wanted = taken_gradients(on_cpu).double()
-    model = prepared(reference, "refine", precision).train()
+    model = prepared(reference, "refine", precision, same_bits=True).train()  # as stages train
     loss = step(model, on_gpu(reference_crop))
     found = taken_gradients(model).cpu().double()
     assert loss.item() == pytest.approx(wanted_loss.item(), rel=2e-3)

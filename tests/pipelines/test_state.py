@@ -67,6 +67,18 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(precision: Precision, r
     assert second.scaler.state_dict() == undisturbed.scaler.state_dict()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_checkpoint_of_an_optimiser_that_was_not_fused_goes_on(precision: Precision):
+    expected = train(fresh(precision=precision), 20)
+    before = fresh(precision=precision)
+    train(before, 9)
+    saved = before.snapshot()
+    saved["optimizer"]["param_groups"] = [group | {"fused": None} for group in saved["optimizer"]["param_groups"]]
+    resumed = fresh(precision=precision)
+    resumed.restore(saved)
+    assert train(resumed, 20) == expected[9:]
+
+
 def test_averaged_weights_are_the_exponential_mean_of_the_newest():
     state = fresh(ema_decay=0.8)
     expected = None
