@@ -76,6 +76,7 @@ def test_a_checkpoint_of_an_optimiser_that_was_not_fused_goes_on(precision: Prec
     saved["optimizer"]["param_groups"] = [group | {"fused": None} for group in saved["optimizer"]["param_groups"]]
     resumed = fresh(precision=precision)
     resumed.restore(saved)
+    assert [group["fused"] for group in resumed.optimizer.param_groups] == [True]
     assert train(resumed, 20) == expected[9:]
 
 
