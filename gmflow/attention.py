@@ -38,9 +38,6 @@ ROWS = 1 << 9
 TOKENS = 1 << 11
 """Queries of several windows attended at a time on a CPU: their projections stay in the cache beside the scores."""
 
-BF16_MATRIX_UNITS: bool = torch.cpu.get_capabilities().get("amx_bf16", False)
-"""Of this machine's CPU."""
-
 ALL = slice(None)
 """Every row."""
 
@@ -91,18 +88,14 @@ def computes_in_chunks(device: torch.device) -> bool:
     return device.type == "cpu" and not torch.compiler.is_exporting()
 
 
-def fuses_windows(device: torch.device) -> bool:
+def fuses_windows(device: torch.device, *, any_order: bool) -> bool:
     """Whether attention within windows is the fused operation there, and windows around the border are cut up for it.
 
-    It is everywhere but on a CPU, and in bf16 on a CPU that has units for its matrices, which scores that are stored
-    would hold up: it takes half as long there (docs/performance.md). It is in an exported program too, whose windows
+    It is everywhere but in float32 on a CPU, unless sums may be in `any_order`, not the reference's: it is faster, and
+    in 16 bits more exact, as it rounds no scores (docs/performance.md). It is in an exported program too, whose windows
     stay whole.
     """
-    return not computes_in_chunks(device) or (BF16_MATRIX_UNITS and _autocasts_to_bf16())
-
-
-def _autocasts_to_bf16() -> bool:
-    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return not computes_in_chunks(device) or any_order or torch.is_autocast_enabled("cpu")
 
 
 def chunk_size(queries: int, keys: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ class Backbone(nn.Module):
     """A small residual network; with two scales one shared 3×3 convolution reads its map at both strides.
 
     Attributes:
-        narrow_way_back: its gradients are computed in 16 bits, though it is not.
+        any_order: its sums may be in another order than the reference's.
     """
 
     mean: Tensor
@@ -24,7 +24,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: GMFlowConfig) -> None:
         super().__init__()
-        self.narrow_way_back = False
+        self.any_order = False
         stem, *_, last = config.backbone_channels
         strides = (1, 2, 2 if config.num_scales == 1 else 1)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
@@ -50,9 +50,9 @@ class Backbone(nn.Module):
         """Images `[N, 3, H, W]` in 0..255 → features `[N, C, H/stride, W/stride]`, coarse to fine."""
         # Always in float32: the 8 bits of a bfloat16 lose what tells neighbouring shades apart (docs/performance.md).
         x = (images.float() / 255.0 - self.mean) / self.std
-        # In 16 bits a CPU convolves channels-last maps several times as fast. In float32 they round otherwise.
-        narrow = x.is_cpu and (self.narrow_way_back or torch.is_autocast_enabled("cpu"))
-        x = x.contiguous(memory_format=torch.channels_last if narrow else torch.contiguous_format)
+        # A CPU convolves channels-last maps faster, in 16 bits several times, and sums in another order.
+        channels_last = x.is_cpu and (self.any_order or torch.is_autocast_enabled("cpu"))
+        x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         with torch.autocast(x.device.type, enabled=False):
             x = instance_norm(self.stem(x)).relu_()  # [N, stem, H/2, W/2]
         x = self.projection(self.stages(x))  # [N, C, H/8, W/8] or, with two scales, [N, C, H/4, W/4]

@@ -24,7 +24,7 @@ from gmflow.errors import GMFlowError
 from gmflow.model import FlowOutput, GMFlow
 from gmflow.process import allow_tf32, flush_denormals, keep_freed_memory_for_reuse, sum_in_order
 from gmflow.replay import replay_passes
-from gmflow.transformer import FeedForward, TransformerBlock
+from gmflow.transformer import FeatureTransformer, FeedForward, TransformerBlock
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Checkpointing = Literal["none", "selective", "full"]
@@ -44,7 +44,9 @@ class ExecutionConfig:
     """How to run a model.
 
     Attributes:
-        precision: "fp32"; "tf32" is the same but for products on NVIDIA GPUs, which round their factors to 10 bits;
+        precision: "fp32", on a CPU in the reference's order of operations, which its numbers to the last 0.001 px
+            take; "tf32" is float32 that rounds otherwise, and faster: products on NVIDIA GPUs round their factors to
+            10 bits, a CPU sums in whatever order takes it the least time (docs/performance.md);
             "bf16" or "fp16" compute convolutions, attention and feed-forward in that type, while
             parameters, residual stream, matching, propagation and flow stay in float32; so do, where gradients are
             wanted, the backbone and the feed-forward, but for their way back. Products that stay in float32 round as
@@ -149,7 +151,7 @@ def runs_in(model: nn.Module, precision: Precision | None) -> Precision:
         _check_choice("precision", precision, get_args(Precision))
     prepared = _prepared_for(model)
     if prepared is None and precision == "tf32":
-        raise GMFlowError('tf32 is set for a whole process: prepare_model(model, ExecutionConfig(precision="tf32"))')
+        raise GMFlowError('tf32 takes a prepared model: prepare_model(model, ExecutionConfig(precision="tf32"))')
     if prepared is not None and precision not in (None, prepared.precision):
         raise GMFlowError(
             f"this model was prepared for {prepared.precision} and does not run in {precision}; "
@@ -184,8 +186,9 @@ def _wrap_parts(model: GMFlow, config: ExecutionConfig) -> None:
     A closure over a forward pass would call that of the model it was copied from.
     """
     for module in model.modules():
+        if isinstance(module, (Backbone, FeatureTransformer, FeedForward)):
+            module.any_order = config.precision != "fp32"
         if config.precision in _DTYPES and isinstance(module, Backbone):
-            module.narrow_way_back = True
             module.forward = partial(_wide_in_training, module.forward)  # type: ignore[method-assign]
             for convolution in (part for part in module.modules() if isinstance(part, nn.Conv2d)):
                 narrow_way_back(convolution, _DTYPES[config.precision])

@@ -21,13 +21,23 @@ from gmflow.scratch import Scratch, add_product
 CPU_CHUNK = 1 << 20
 """Hidden values computed at a time on a CPU: 4 MiB of float32, measured best (docs/performance.md)."""
 
+CONVOLVED_CHUNK = 1 << 21
+"""The same where products are convolutions, each of which arranges its matrix anew."""
+
 ACCELERATOR_CHUNK = 1 << 27
 """Elsewhere: large enough to fill the device, small enough to bound memory at any image size."""
 
 
 @outside_graphs
 def feed_forward(
-    source: Tensor, message: Tensor, expand: Tensor, contract: Tensor, scale: Tensor, shift: Tensor
+    source: Tensor,
+    message: Tensor,
+    expand: Tensor,
+    contract: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    any_order: bool = False,
 ) -> Tensor:
     """Tokens `[T, C]` and messages to them `[T, C]` → updated tokens `[T, C]`.
 
@@ -38,6 +48,7 @@ def feed_forward(
         contract: W2, `[C, H]`.
         scale: of the LayerNorm, `[C]`.
         shift: of the LayerNorm, `[C]`.
+        any_order: sums may be in another order than the reference's.
     """
     if torch.compiler.is_exporting():  # one graph for all sizes holds no loop over chunks
         update = F.linear(F.gelu(F.linear(torch.cat([source, message], dim=1), expand)), contract)
@@ -47,14 +58,18 @@ def feed_forward(
     # What a step learns from is where it stands: rounding on the way there turns gradients, rounding on the way back
     # hardly does (docs/performance.md).
     dtype = source.dtype if torch.is_grad_enabled() else narrow
-    out: Tensor = _FeedForward.apply(  # type: ignore[no-untyped-call]
-        source, message.to(dtype), expand, contract, scale, shift, narrow if torch.is_grad_enabled() else None
-    )
+    kept = narrow if torch.is_grad_enabled() else None
+    out: Tensor = _FeedForward.apply(source, message.to(dtype), expand, contract, scale, shift, kept, any_order)  # type: ignore[no-untyped-call]
     return out
 
 
-def _chunk_length(source: Tensor, hidden: int) -> int:
-    return max(1, (CPU_CHUNK if source.device.type == "cpu" else ACCELERATOR_CHUNK) // hidden)
+def _chunks(source: Tensor, hidden: int, any_order: bool) -> list[slice]:
+    if source.device.type == "cpu":
+        values = CONVOLVED_CHUNK if any_order else CPU_CHUNK
+    else:
+        values = ACCELERATOR_CHUNK
+    length = max(1, values // hidden)
+    return [slice(start, min(start + length, len(source))) for start in range(0, len(source), length)]
 
 
 class _FeedForward(torch.autograd.Function):
@@ -70,60 +85,65 @@ class _FeedForward(torch.autograd.Function):
         scale: Tensor,
         shift: Tensor,
         narrow: torch.dtype | None,
+        any_order: bool,
     ) -> Tensor:
-        length = _chunk_length(source, len(expand))
+        dtype = message.dtype
         out = torch.empty_like(source)
-        whole, one_chunk = len(message), min(length, len(message))
-        rounds = narrow not in (None, message.dtype)
-        rounded = message.new_empty(whole, len(expand), dtype=narrow) if rounds else None  # of what is before the GELU
-        hidden = message.new_empty(one_chunk if narrow is None or rounds else whole, len(expand))
-        update = message.new_empty(one_chunk if narrow is None else whole, len(contract))
-        factors = expand.T.to(message.dtype), contract.T.to(message.dtype)
-        pairs, activated = Scratch(message), Scratch(message)
-        for start in range(0, len(message), length):
-            chunk = slice(start, start + length)
+        factors = expand.to(dtype), contract.to(dtype)
+        pairs, hidden, activated, update = (Scratch(message) for _ in range(4))
+        kept_hidden: list[Tensor] = []
+        kept_updates: list[Tensor] = []
+        for chunk in _chunks(source, len(expand), any_order):
             pair = _pair(source[chunk], message[chunk], pairs)
-            before = torch.mm(pair, factors[0], out=_place(hidden, chunk, len(pair)))
-            if rounded is not None:
-                rounded[chunk] = before
-            after = torch.mm(_gelu(before, activated), factors[1], out=_place(update, chunk, len(pair)))
+            before = _times(pair, factors[0], None if narrow == dtype else hidden, any_order)
+            after = _times(_gelu(before, activated), factors[1], None if narrow is not None else update, any_order)
+            if narrow is not None:
+                kept_hidden.append(before.to(narrow))
+                kept_updates.append(after)
             torch.add(source[chunk], F.layer_norm(after.to(scale.dtype), scale.shape, scale, shift), out=out[chunk])
         if narrow is not None:
-            ctx.narrow = narrow
-            before_gelu = hidden if rounded is None else rounded
-            ctx.save_for_backward(source, message, expand, contract, scale, shift, before_gelu, update)
+            ctx.narrow, ctx.any_order = narrow, any_order
+            ctx.save_for_backward(source, message, expand, contract, scale, shift, *kept_hidden, *kept_updates)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        source, message, expand, contract, scale, shift, hidden, update = ctx.saved_tensors
-        length, dtype = _chunk_length(source, len(expand)), ctx.narrow
+        source, message, expand, contract, scale, shift, *kept = ctx.saved_tensors
+        chunks, dtype = _chunks(source, len(expand), ctx.any_order), ctx.narrow
+        hidden, updates = kept[: len(chunks)], kept[len(chunks) :]
         to_source, to_message = torch.empty_like(source), torch.empty_like(message)
         to_expand, to_contract, to_scale, to_shift = map(torch.zeros_like, (expand, contract, scale, shift))
-        factors = expand.to(dtype), contract.to(dtype)
-        pairs, activated, upper_hidden = (Scratch(hidden) for _ in range(3))
-        for start in range(0, len(message), length):
-            chunk = slice(start, start + length)
+        factors = expand.T.to(dtype).contiguous(), contract.T.to(dtype).contiguous()
+        pairs, activated, upper_hidden, to_pairs = (Scratch(hidden[0]) for _ in range(4))
+        for chunk, before, update in zip(chunks, hidden, updates, strict=True):
             pair = _pair(source[chunk], message[chunk], pairs)
-            before = hidden[chunk]
-            to_update, more_scale, more_shift = layer_norm_backward(gradient[chunk], update[chunk], scale, shift)
+            to_update, more_scale, more_shift = layer_norm_backward(gradient[chunk], update, scale, shift)
             to_scale += more_scale
             to_shift += more_shift
             upper = to_update.to(dtype)
             add_product(to_contract, upper.T, _gelu(before, activated))
-            to_hidden = torch.mm(upper, factors[1], out=upper_hidden.view(*before.shape))
+            to_hidden = _times(upper, factors[1], upper_hidden, ctx.any_order)
             torch.ops.aten.gelu_backward.grad_input(to_hidden, before, grad_input=to_hidden)
             add_product(to_expand, to_hidden.T, pair)
-            own, to_message[chunk] = (to_hidden @ factors[0]).chunk(2, dim=1)
+            own, to_message[chunk] = _times(to_hidden, factors[0], to_pairs, ctx.any_order).chunk(2, dim=1)
             torch.add(gradient[chunk], own, out=to_source[chunk])
-        return to_source, to_message, to_expand, to_contract, to_scale, to_shift, None
+        return to_source, to_message, to_expand, to_contract, to_scale, to_shift, None, None
 
 
-def _place(memory: Tensor, chunk: slice, length: int) -> Tensor:
-    """A chunk's own rows of memory for all tokens, or the first ones of memory for a single chunk."""
-    own = memory[chunk]
-    return own if len(own) == length else memory[:length]
+def _times(tokens: Tensor, matrix: Tensor, scratch: Scratch | None, any_order: bool) -> Tensor:
+    """`[n, K]` times the transpose of `[M, K]` → `[n, M]`, in memory of its own where there is no scratch.
+
+    A CPU multiplies in float32 with MKL. As a convolution of 1×1, the same product is oneDNN's, which is faster on
+    AMD's (docs/performance.md), and sums in another order; it has memory of its own.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):  # the types are chosen
+        if any_order and tokens.device.type == "cpu" and tokens.dtype == torch.float32:
+            pixels = tokens.view(1, 1, *tokens.shape).permute(0, 3, 1, 2)  # [1, K, 1, n], channels-last
+            product = F.conv2d(pixels, matrix.view(*matrix.shape, 1, 1))  # [1, M, 1, n], channels-last
+            return product.permute(0, 2, 3, 1).view(len(tokens), len(matrix))
+        out = None if scratch is None else scratch.view(len(tokens), len(matrix))
+        return torch.mm(tokens, matrix.T, out=out)
 
 
 def _pair(source: Tensor, message: Tensor, scratch: Scratch) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gmflow.attention import fuses_windows
 from gmflow.config import GMFlowConfig
 from gmflow.feedforward import feed_forward
 from gmflow.position import position_encoding
@@ -16,10 +17,15 @@ from gmflow.windows import WindowGrid, WindowGroup, permute_tokens, window_grid
 
 
 class FeatureTransformer(nn.Module):
-    """Blocks of self- and cross-attention with feed-forward, shared by all scales."""
+    """Blocks of self- and cross-attention with feed-forward, shared by all scales.
+
+    Attributes:
+        any_order: its sums may be in another order than the reference's.
+    """
 
     def __init__(self, config: GMFlowConfig) -> None:
         super().__init__()
+        self.any_order = False
         self.blocks = nn.ModuleList(
             TransformerBlock(config.feature_channels, config.ffn_expansion) for _ in range(config.num_layers)
         )
@@ -38,8 +44,9 @@ class FeatureTransformer(nn.Module):
             -1, channels
         )
 
+        fused = fuses_windows(tokens.device, any_order=self.any_order)
         grids = [
-            window_grid(2 * batch, height, width, splits, shifted=shifted, device=tokens.device)
+            window_grid(2 * batch, height, width, splits, shifted=shifted, fused=fused, device=tokens.device)
             for shifted in ((False, True) if splits > 1 else (False,))
         ]
         tokens = permute_tokens(tokens, grids[0].order, grids[0].inverse)  # [T, C]
@@ -109,26 +116,32 @@ def _pairings(groups: tuple[WindowGroup, ...], *, cross: bool) -> list[Pairing]:
         size, number = group.windows * group.length, len(pairings)
         if cross:  # windows of image 0 come first
             half, middle = group.windows // 2, start + size // 2
-            pairings.append(Pairing(start, number + 1, half, group.length, group.regions))
-            pairings.append(Pairing(middle, number, half, group.length, group.regions))
+            pairings.append(Pairing(start, number + 1, half, group.length, group.regions, group.fused))
+            pairings.append(Pairing(middle, number, half, group.length, group.regions, group.fused))
         else:
-            pairings.append(Pairing(start, number, group.windows, group.length, group.regions))
+            pairings.append(Pairing(start, number, group.windows, group.length, group.regions, group.fused))
         start += size
     return pairings
 
 
 class FeedForward(nn.Module):
-    """source + LayerNorm(W2 · GELU(W1 · [source, message]))."""
+    """source + LayerNorm(W2 · GELU(W1 · [source, message])).
+
+    Attributes:
+        any_order: its sums may be in another order than the reference's.
+    """
 
     def __init__(self, channels: int, expansion: int) -> None:
         super().__init__()
+        self.any_order = False
         self.expand = nn.Linear(2 * channels, 2 * channels * expansion, bias=False)
         self.contract = nn.Linear(2 * channels * expansion, channels, bias=False)
         self.norm = nn.LayerNorm(channels)
         _xavier(self)
 
     def forward(self, source: Tensor, message: Tensor) -> Tensor:
-        return feed_forward(source, message, self.expand.weight, self.contract.weight, self.norm.weight, self.norm.bias)
+        weights = self.expand.weight, self.contract.weight, self.norm.weight, self.norm.bias
+        return feed_forward(source, message, *weights, any_order=self.any_order)
 
 
 def _xavier(module: nn.Module) -> None:

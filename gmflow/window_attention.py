@@ -9,7 +9,6 @@ computed again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,7 +24,6 @@ from gmflow.attention import (
     chunk_size,
     computes_in_chunks,
     fused_attention,
-    fuses_windows,
     row_slices,
     softmax_backward,
     softmax_weights,
@@ -33,7 +31,6 @@ from gmflow.attention import (
 from gmflow.eager import outside_graphs
 from gmflow.layer_norm import layer_norm_backward
 from gmflow.scratch import Scratch, add_product, put_product
-from gmflow.short_factors import short_factors
 
 FUSED_TOKENS = 1 << 13
 """Tokens of several windows that go through a layer at a time where its attention is fused."""
@@ -59,7 +56,7 @@ class Pairing:
         partner: number of the pairing whose `source` are the windows that are attended to.
         windows: how many.
         length: tokens in each.
-        regions: as in `WindowGroup`.
+        regions: as in `WindowGroup`, and so is `fused`.
     """
 
     source: int
@@ -67,6 +64,7 @@ class Pairing:
     windows: int
     length: int
     regions: Tensor | None
+    fused: bool
 
 
 def window_attention(
@@ -86,9 +84,8 @@ def window_attention(
     """
     if computes_in_chunks(source.device):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else source.dtype
-        fused = fuses_windows(source.device) and all(pairing.regions is None for pairing in pairings)
         learns = torch.is_grad_enabled()
-        out: Tensor = _chunked_window_attention(source, target, *weights, pairings, onto_source, dtype, fused, learns)
+        out: Tensor = _chunked_window_attention(source, target, *weights, pairings, onto_source, dtype, learns)
         return out
     return _fused(source, target, weights, pairings, onto_source)
 
@@ -145,13 +142,16 @@ class _Chunk:
     target: slice
     windows: int
     rows: list[slice]
-    """Of each window: all of them where there are several windows."""
+    """Of each window: all of them where there are several windows, or they are fused."""
     crossing: Crossing | None
+    fused: bool
 
 
-def _chunks(pairings: list[Pairing], *, fused: bool = False) -> Iterator[_Chunk]:
+def _chunks(pairings: list[Pairing], *, backward: bool = False) -> Iterator[_Chunk]:
+    """On the way back no windows are fused: in chunks the gradients of small ones take less time."""
     for pairing in pairings:
         length, crossing = pairing.length, None if pairing.regions is None else Crossing.of(pairing.regions[0])
+        fused = pairing.fused and not backward
         many, rows = (max(1, FUSED_TOKENS // length), length) if fused else chunk_size(length, length)
         for first in range(0, pairing.windows, many):
             windows = min(many, pairing.windows - first)
@@ -159,7 +159,7 @@ def _chunks(pairings: list[Pairing], *, fused: bool = False) -> Iterator[_Chunk]
                 slice(start + first * length, start + (first + windows) * length)
                 for start in (pairing.source, pairings[pairing.partner].source)
             )
-            yield _Chunk(source, target, windows, row_slices(length, rows), crossing)
+            yield _Chunk(source, target, windows, row_slices(length, rows), crossing, fused)
 
 
 class _Factors(NamedTuple):
@@ -169,8 +169,6 @@ class _Factors(NamedTuple):
     to_key_and_value: Tensor
     """`[2C, C]`: one product gives both."""
     merge: Tensor
-    scores: torch.dtype
-    """Of the scores: that of the matrices or a wider one."""
     before: float
     """Scale of the queries: in 16 bits, so that scores need not be rounded twice."""
     after: float
@@ -184,22 +182,16 @@ class _Factors(NamedTuple):
         to_value: Tensor,
         merge: Tensor,
         dtype: torch.dtype,
-        scores: torch.dtype,
     ) -> _Factors:
         scale = to_query.shape[1] ** -0.5
         before, after = (1.0, scale) if dtype == to_query.dtype else (scale, 1.0)
         scaled = to_query if before == 1.0 else to_query * before
         both = torch.cat([to_key, to_value]).to(dtype)
-        return cls(scaled.to(dtype), both, merge.to(dtype), scores, before, after)
+        return cls(scaled.to(dtype), both, merge.to(dtype), before, after)
 
 
 class _Meeting(NamedTuple):
-    """The queries of some windows, and the keys and values they meet.
-
-    Where scores have 16 bits, keys and values can be `centred`: those of the tokens less their window's mean. To a
-    softmax, what all of a query's scores have in common is nothing, nor is what all of their gradients have in common:
-    it would only be rounded. The fused operation's scores are never rounded.
-    """
+    """The queries of some windows, and the keys and values they meet."""
 
     target: Tensor
     """What keys are the product of: `[n*L, C]`."""
@@ -207,47 +199,35 @@ class _Meeting(NamedTuple):
     """`[n, L, C]`, as key and value are."""
     key: Tensor
     value: Tensor
-    mean_value: Tensor | None
-    """`[n, 1, C]`"""
 
     @classmethod
-    def of(
-        cls, query: Tensor, target: Tensor, windows: int, factors: _Factors, projected: Scratch, *, centred: bool = True
-    ) -> _Meeting:
+    def of(cls, query: Tensor, target: Tensor, windows: int, factors: _Factors, projected: Scratch) -> _Meeting:
         """Of queries and of tokens of the target, `[n*L, C]` each."""
-        dtype, channels = factors.merge.dtype, target.shape[1]
-        mean_value = None
-        if centred and dtype != target.dtype and factors.scores == dtype:
-            apart = target.view(windows, -1, channels)
-            mean = apart.mean(dim=1, keepdim=True)  # [n, 1, C]
-            mean_value = mean.to(dtype) @ factors.to_key_and_value[channels:].T
-            target = (apart - mean).flatten(0, 1)
-        target = target.to(dtype)
+        channels = target.shape[1]
+        target = target.to(factors.merge.dtype)
         pair = torch.mm(target, factors.to_key_and_value.T, out=projected.view(len(target), 2 * channels))
         key, value = pair.view(windows, -1, 2, channels).unbind(2)
-        query = query.view(windows, -1, channels)
-        return cls(target, query.to(factors.scores), key.to(factors.scores), value, mean_value)
+        return cls(target, query.view(windows, -1, channels), key, value)
 
     def weights(self, rows: slice, chunk: _Chunk, scale: float, scratch: Scratch) -> Tensor:
         """Of every key for these rows of the windows: `[n, l, L]`."""
-        rounded = self.value.dtype == torch.bfloat16 and self.query.dtype == torch.float32
-        with short_factors() if rounded else nullcontext():
-            return softmax_weights(self.query[:, rows], self.key, scale, scratch, chunk.crossing, rows)
+        return softmax_weights(self.query[:, rows], self.key, scale, scratch, chunk.crossing, rows)
 
-    def attended(self, weights: Tensor, out: Tensor) -> Tensor:
-        """Weights `[n, l, L]` → `[n, l, C]`."""
-        torch.bmm(weights, self.value, out=out)
-        if self.mean_value is not None:
-            out += self.mean_value
-        return out
+
+def _centred(target: Tensor, windows: int, dtype: torch.dtype) -> Tensor:
+    """Where scores are rounded to 16 bits: tokens `[n*L, C]` less their window's mean, for keys and values.
+
+    To a softmax, what all of a query's scores have in common is nothing, nor is what all of their gradients have in
+    common: it would only be rounded.
+    """
+    if dtype == target.dtype:
+        return target
+    apart = target.view(windows, -1, target.shape[1])
+    return (apart - apart.mean(dim=1, keepdim=True)).flatten(0, 1)
 
 
 class _WindowAttention(torch.autograd.Function):
-    """Multiplies in `dtype`; sums over chunks, normalises and adds in that of `source`.
-
-    Scores of chunks may be of a wider type only where nothing is to be learnt: no gradient is wanted. Where windows are
-    fused on the way there, they are attended chunk by chunk on the way back, which is faster for small ones.
-    """
+    """Multiplies in `dtype`; sums over chunks, normalises and adds in that of `source`."""
 
     @staticmethod
     def forward(
@@ -263,21 +243,17 @@ class _WindowAttention(torch.autograd.Function):
         pairings: list[Pairing],
         onto_source: bool,
         dtype: torch.dtype,
-        fused: bool,
         learns: bool,
     ) -> Tensor:
-        # Rounding scores to 16 bits costs up to 0.025 px; a training step bears it, for half the time and memory.
-        scores_dtype = dtype if fused or learns else source.dtype
-        factors = _Factors.of(to_query, to_key, to_value, merge, dtype, scores_dtype)
+        factors = _Factors.of(to_query, to_key, to_value, merge, dtype)
         out = torch.empty_like(source)
         queries, attended = _memory(source, dtype, whole=learns), _memory(source, dtype, whole=learns)
-        projected, merged, rounded = (Scratch(factors.merge) for _ in range(3))
-        scores = Scratch(source.new_empty(0, dtype=scores_dtype))
-        for chunk in _chunks(pairings, fused=fused):
+        projected, merged, scores = (Scratch(factors.merge) for _ in range(3))
+        for chunk in _chunks(pairings):
             own = source[chunk.source]
             query = torch.mm(own.to(dtype), factors.to_query.T, out=queries(chunk.source))
-            meeting = _Meeting.of(query, target[chunk.target], chunk.windows, factors, projected, centred=not fused)
-            if fused:
+            meeting = _Meeting.of(query, target[chunk.target], chunk.windows, factors, projected)
+            if chunk.fused:
                 values = fused_attention(meeting.query, meeting.key, meeting.value, factors.after)
                 if learns:
                     attended(chunk.source).view(values.shape).copy_(values)
@@ -285,9 +261,7 @@ class _WindowAttention(torch.autograd.Function):
                 values = attended(chunk.source).view(meeting.query.shape)
                 for rows in chunk.rows:
                     weights = meeting.weights(rows, chunk, factors.after, scores)
-                    if weights.dtype != dtype:
-                        weights = rounded.view(*weights.shape).copy_(weights)
-                    meeting.attended(weights, values[:, rows])
+                    torch.bmm(weights, meeting.value, out=values[:, rows])
             update = torch.mm(values.flatten(0, 1), factors.merge.T, out=merged.view(*own.shape))
             message = F.layer_norm(update.to(source.dtype), scale.shape, scale, shift)
             if onto_source:
@@ -307,14 +281,15 @@ class _WindowAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         source, target, queries, attended, to_query, to_key, to_value, merge, scale, shift = ctx.saved_tensors
         dtype, channels = queries.dtype, source.shape[1]
-        factors = _Factors.of(to_query, to_key, to_value, merge, dtype, dtype)
+        factors = _Factors.of(to_query, to_key, to_value, merge, dtype)
         gradients = _Gradients(factors, scale, shift)
         for_source = torch.empty_like(source)
         for_target = for_source if ctx.to_itself else torch.empty_like(target)
         projected = Scratch(factors.merge)
-        for chunk in _chunks(ctx.pairings):
+        for chunk in _chunks(ctx.pairings, backward=True):
             own, other, upper = source[chunk.source], target[chunk.target], gradient[chunk.source]
-            meeting = _Meeting.of(queries[chunk.source], other, chunk.windows, factors, projected)
+            centred = _centred(other, chunk.windows, dtype)
+            meeting = _Meeting.of(queries[chunk.source], centred, chunk.windows, factors, projected)
             for_query, for_key, for_value = gradients.through_attention(upper, meeting, attended[chunk.source], chunk)
             gradients.of_projections(for_query, for_key, for_value, meeting, own, other)
             for_own, for_other = for_source[chunk.source], for_target[chunk.target]
@@ -324,7 +299,7 @@ class _WindowAttention(torch.autograd.Function):
             (add_product if ctx.to_itself else put_product)(for_other, for_key, factors.to_key_and_value[:channels])
             add_product(for_other, for_value, factors.to_key_and_value[channels:])
         of_tokens = (for_source, None) if ctx.to_itself else (for_source, for_target)
-        return *of_tokens, *gradients.of_parameters(), None, None, None, None, None
+        return *of_tokens, *gradients.of_parameters(), None, None, None, None
 
 
 def _memory(source: Tensor, dtype: torch.dtype, *, whole: bool) -> Callable[[slice], Tensor]:

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmflow.attention import fuses_windows
-
 
 @dataclass(frozen=True)
 class WindowGroup:
@@ -25,12 +23,14 @@ class WindowGroup:
         length: tokens in each.
         regions: int64 `[n, length]`, of n windows in turn: of 1, or in an exported program of all of a map. Tokens of
             different regions are no neighbours in the map. None where all are, as in all windows cut up for the fused
-            kernels.
+            operation.
+        fused: they are attended by the fused operation.
     """
 
     windows: int
     length: int
     regions: Tensor | None
+    fused: bool
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,22 @@ class WindowGrid:
     groups: tuple[WindowGroup, ...]
 
 
-def window_grid(maps: int, height: int, width: int, splits: int, *, shifted: bool, device: torch.device) -> WindowGrid:
+def window_grid(
+    maps: int, height: int, width: int, splits: int, *, shifted: bool, fused: bool, device: torch.device
+) -> WindowGrid:
     """`splits` × `splits` windows; shifted, the grid moved down and right by half a window, around the border.
 
     Windows that the border runs through consist of two or four regions. Where attention is computed in chunks, as the
-    reference does it, they are whole and have `regions`: a mask for a few, none for most. The fused kernels take no
-    masks, so there every region is a window of its own. Nothing but rounding tells the two apart: the reference gives
+    reference does it, they are whole and have `regions`: a mask for a few, none for most. The fused operation takes no
+    masks, so for it every region is a window of its own. Nothing but rounding tells the two apart: the reference gives
     a pair of different regions e^-100 of its weight. An exported program is one graph for all sizes: the fewer kinds of
     windows, the smaller. There all are alike, and have regions.
     """
     starts = torch.arange(maps, device=device).view(-1, 1, 1, 1, 1) * (height * width)
     order: list[Tensor] = []
     groups: list[WindowGroup] = []
-    for rows, row_regions in _strips(height, splits, shifted, device):
-        for columns, column_regions in _strips(width, splits, shifted, device):
+    for rows, row_regions in _strips(height, splits, shifted, fused, device):
+        for columns, column_regions in _strips(width, splits, shifted, fused, device):
             within = rows[:, None, :, None] * width + columns[None, :, None, :]  # [n, m, window h, window w]
             order.append((starts + within).flatten())
             regions = None
@@ -70,14 +72,16 @@ def window_grid(maps: int, height: int, width: int, splits: int, *, shifted: boo
                 x = torch.zeros_like(columns[:1]) if column_regions is None else column_regions
                 regions = (2 * y[:, None, :, None] + x[None, :, None, :]).flatten(2).flatten(0, 1)
             length = rows.shape[1] * columns.shape[1]
-            groups.append(WindowGroup(maps * len(rows) * len(columns), length, regions))
+            groups.append(WindowGroup(maps * len(rows) * len(columns), length, regions, fused))
     tokens = torch.cat(order)
     inverse = torch.empty_like(tokens)
     inverse[tokens] = torch.arange(tokens.shape[0], device=device)
     return WindowGrid(tokens, inverse, tuple(groups))
 
 
-def _strips(length: int, splits: int, shifted: bool, device: torch.device) -> list[tuple[Tensor, Tensor | None]]:
+def _strips(
+    length: int, splits: int, shifted: bool, fused: bool, device: torch.device
+) -> list[tuple[Tensor, Tensor | None]]:
     """The windows along one axis, whole ones and the one around the border: coordinates and regions `[n, size]`."""
     size = length // splits
     shift = size // 2 if shifted else 0
@@ -90,7 +94,7 @@ def _strips(length: int, splits: int, shifted: bool, device: torch.device) -> li
         return [(coordinates.view(splits, size), None)]
     coordinates = torch.cat([coordinates[shift:], coordinates[:shift]]).view(splits, size)
     whole, around = (coordinates[:-1], None), coordinates[-1:]
-    if not fuses_windows(device):
+    if not fused:
         return [whole, (around, (around < shift).long())]
     if size == 2 * shift:
         return [whole, (around.view(2, shift), None)]  # two windows of one size: half as many calls

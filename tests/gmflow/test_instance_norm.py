@@ -39,7 +39,9 @@ def test_contiguous_maps_are_left_to_pytorch_bit_by_bit() -> None:
     assert torch.equal(instance_norm(plain), F.instance_norm(plain))
 
 
-@pytest.mark.parametrize(("precision", "layout"), [("fp32", "contiguous"), ("bf16", "channels_last")])
+@pytest.mark.parametrize(
+    ("precision", "layout"), [("fp32", "contiguous"), ("tf32", "channels_last"), ("bf16", "channels_last")]
+)
 def test_what_the_backbones_maps_are_like_on_a_cpu(precision: Any, layout: str) -> None:
     """In float32 the reference's, also for images that come channels-last, as from an array [H, W, 3]."""
     model = prepare_model(GMFlow(GMFlowConfig.base()).eval(), ExecutionConfig(precision))

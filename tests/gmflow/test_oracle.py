@@ -48,16 +48,24 @@ def assert_same(ours: Tensor, theirs: Tensor, inputs: list[Tensor], tolerance: f
     cross=st.booleans(),
     onto_source=st.booleans(),
     to_itself=st.booleans(),
+    fused=st.booleans(),
 )
 @settings(max_examples=80, deadline=None)
 def test_window_attention(
-    splits: int, window: tuple[int, int], maps: int, shifted: bool, cross: bool, onto_source: bool, to_itself: bool
+    splits: int,
+    window: tuple[int, int],
+    maps: int,
+    shifted: bool,
+    cross: bool,
+    onto_source: bool,
+    to_itself: bool,
+    fused: bool,
 ) -> None:
     height, width = splits * window[0], splits * window[1]
     shifted = shifted and splits > 1
     layer = AttentionLayer(CHANNELS).double()
     source, target = (random(maps, height, width, CHANNELS, seed=seed) for seed in (1, 2))
-    grid = window_grid(maps, height, width, splits, shifted=shifted, device=source.device)
+    grid = window_grid(maps, height, width, splits, shifted=shifted, fused=fused, device=source.device)
     ordered = [permute_tokens(x.view(-1, CHANNELS), grid.order, grid.inverse) for x in (source, target)]
     if to_itself:
         target, ordered[1] = source, ordered[0]
@@ -115,7 +123,7 @@ def test_window_attention_in_chunks_of_any_size(
 ) -> None:
     monkeypatch.setattr("gmflow.attention.ROWS", 1)
     monkeypatch.setattr("gmflow.attention.SCORES", chunk)
-    test_window_attention.hypothesis.inner_test(2, (2, 3), 4, True, cross, True, to_itself)  # type: ignore[attr-defined]
+    test_window_attention.hypothesis.inner_test(2, (2, 3), 4, True, cross, True, to_itself, False)  # type: ignore[attr-defined]
 
 
 @given(size=st.tuples(st.integers(1, 19), st.integers(1, 19)), radius=st.integers(1, 6), batch=st.integers(1, 2))
@@ -156,6 +164,34 @@ def test_feed_forward(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(feed_forward(*inputs), theirs, inputs)
     with torch.no_grad():
         torch.testing.assert_close(feed_forward(*inputs), theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 64, 65])
+def test_a_feed_forward_in_any_order(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever autocast is on by the time of the way back: the types were chosen on the way there."""
+    monkeypatch.setattr("gmflow.feedforward.CONVOLVED_CHUNK", 64 * 8 * CHANNELS)
+    products: list[torch.dtype] = []
+
+    def counted(tokens: Tensor, matrix: Tensor) -> Tensor:
+        products.append(tokens.dtype)
+        return convolve(tokens, matrix)
+
+    convolve = torch.conv2d
+    monkeypatch.setattr("gmflow.feedforward.F.conv2d", counted)
+    shapes = (tokens, CHANNELS), (tokens, CHANNELS), (8 * CHANNELS, 2 * CHANNELS), (CHANNELS, 8 * CHANNELS)
+    exact = [random(*shape, seed=seed) for seed, shape in enumerate([*shapes, (CHANNELS,), (CHANNELS,)])]
+    inputs = [one.detach().float().requires_grad_() for one in exact]
+    upper = random(tokens, CHANNELS, seed=7).detach()
+    wanted = feed_forward(*exact)
+    found = feed_forward(*inputs, any_order=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gradients = torch.autograd.grad(found, inputs, upper.float())
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    for one, other in zip(gradients, torch.autograd.grad(wanted, exact, upper), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+    assert products == [torch.float32] * 4 * (1 + (tokens > 64))
+    with torch.no_grad():
+        assert torch.equal(feed_forward(*inputs, any_order=True), found)
 
 
 @pytest.mark.parametrize("factor", [1, 4, 8])
@@ -202,15 +238,21 @@ def images(height: int = 48, width: int = 64, batch: int = 2) -> tuple[Tensor, T
 @pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "both"])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_whole_model_and_its_gradients(config: GMFlowConfig, bidirectional: bool, checkpointing: str) -> None:
-    assert_model_is_the_oracle(config, bidirectional, checkpointing, pixels=1e-2)
+@pytest.mark.parametrize(("precision", "pixels"), [("fp32", 1e-2), ("tf32", 5e-2)])
+def test_whole_model_and_its_gradients(
+    config: GMFlowConfig, bidirectional: bool, checkpointing: Any, precision: Any, pixels: float
+) -> None:
+    """Other partial sums, as of "tf32" on a CPU, are magnified by the model."""
+    assert_model_is_the_oracle(config, bidirectional, ExecutionConfig(precision, checkpointing), pixels)
 
 
-def assert_model_is_the_oracle(config: GMFlowConfig, bidirectional: bool, checkpointing: str, pixels: float) -> None:
+def assert_model_is_the_oracle(
+    config: GMFlowConfig, bidirectional: bool, execution: ExecutionConfig, pixels: float
+) -> None:
     torch.manual_seed(0)
     model = GMFlow(config).train()
     image0, image1 = images(64, 96)
-    prepare_model(model, ExecutionConfig(checkpointing=checkpointing))  # type: ignore[arg-type]
+    prepare_model(model, execution)
     out = model(image0, image1, bidirectional=bidirectional)
     theirs = oracle.predictions(
         dict(model.named_parameters()), config, image0, image1, training=True, bidirectional=bidirectional
@@ -228,9 +270,10 @@ def assert_model_is_the_oracle(config: GMFlowConfig, bidirectional: bool, checkp
     assert (ours_flat - theirs_flat).norm() <= 5e-3 * theirs_flat.norm()
 
 
-def test_same_input_same_bits() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_same_input_same_bits(precision: Any) -> None:
     torch.manual_seed(0)
-    model = GMFlow(CONFIGS[2]).train()
+    model = prepare_model(GMFlow(CONFIGS[2]).train(), ExecutionConfig(precision))
     runs = []
     for _ in range(2):
         model.zero_grad()
@@ -250,7 +293,7 @@ def accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("accelerated")
 @pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
 def test_the_accelerators_path_computes_the_same(config: GMFlowConfig) -> None:
-    assert_model_is_the_oracle(config, True, "none", pixels=2e-2)  # other partial sums, which the model magnifies
+    assert_model_is_the_oracle(config, True, ExecutionConfig(), pixels=2e-2)
 
 
 @pytest.mark.usefixtures("accelerated")
@@ -261,35 +304,31 @@ def test_the_accelerators_path_computes_the_same(config: GMFlowConfig) -> None:
 def test_the_accelerators_window_attention_is_the_oracles(
     cross: bool, shifted: bool, splits: int, window: tuple[int, int]
 ) -> None:
-    test_window_attention.hypothesis.inner_test(splits, window, 4, shifted, cross, not cross, False)  # type: ignore[attr-defined]
+    test_window_attention.hypothesis.inner_test(splits, window, 4, shifted, cross, not cross, False, True)  # type: ignore[attr-defined]
 
 
-@pytest.mark.usefixtures("accelerated")
 @pytest.mark.parametrize(("window", "groups"), [((4, 6), 4), ((5, 6), 6), ((5, 7), 9)])
-def test_the_accelerators_windows_have_no_regions_and_few_shapes(window: tuple[int, int], groups: int) -> None:
+def test_fused_windows_have_no_regions_and_few_shapes(window: tuple[int, int], groups: int) -> None:
     """Each group of windows is a call of a kernel; halves of an even window are alike."""
     height, width = 3 * window[0], 3 * window[1]
-    grid = window_grid(2, height, width, 3, shifted=True, device=torch.device("cpu"))
+    grid = window_grid(2, height, width, 3, shifted=True, fused=True, device=torch.device("cpu"))
     assert len(grid.groups) == groups
     assert all(group.regions is None for group in grid.groups)
     assert torch.equal(grid.order.sort().values, torch.arange(2 * height * width))
 
 
-@pytest.mark.parametrize("way", ["fused", "whole windows", "parts of a window"])
+@pytest.mark.parametrize("way_back", ["whole windows", "parts of a window"])
 @pytest.mark.parametrize("onto_source", [False, True])
 @pytest.mark.parametrize("cross", [False, True])
-def test_window_attention_in_16_bits(way: str, onto_source: bool, cross: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_window_attention_in_16_bits(
+    way_back: str, onto_source: bool, cross: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where tokens have much in common: rounding what every key of a window shares would swamp what differs."""
-    monkeypatch.setattr("gmflow.attention.BF16_MATRIX_UNITS", way == "fused")
-    if way == "fused":
-        monkeypatch.setattr("gmflow.window_attention.FUSED_TOKENS", 48)
-    if way == "parts of a window":
+    monkeypatch.setattr("gmflow.window_attention.FUSED_TOKENS", 48)
+    if way_back == "parts of a window":
         monkeypatch.setattr("gmflow.attention.ROWS", 1)
         monkeypatch.setattr("gmflow.attention.SCORES", 5 * 24)
-    bf16 = torch.autocast("cpu", dtype=torch.bfloat16)
-    with bf16:
-        grid = window_grid(2, 8, 12, 2, shifted=True, device=torch.device("cpu"))
-    assert all(group.regions is None for group in grid.groups) == (way == "fused")
+    grid = window_grid(2, 8, 12, 2, shifted=True, fused=True, device=torch.device("cpu"))
     torch.manual_seed(0)
     layer = AttentionLayer(64)
     source, target = (random(192, 64, seed=seed).detach().float() for seed in (1, 2))
@@ -302,19 +341,21 @@ def test_window_attention_in_16_bits(way: str, onto_source: bool, cross: bool, m
         return [out, *torch.autograd.grad(out, [*inputs, *layer.parameters()], upper)]
 
     wanted = run()
-    with bf16:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         found = run()
     for one, other in zip(found, wanted, strict=True):
         assert (one - other).norm() < 0.015 * other.norm()
     assert not torch.equal(found[0], wanted[0])  # it did compute in 16 bits
 
 
-@pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("precision", "types"),
+    [("fp32", set()), ("tf32", {torch.float32}), ("bf16", {torch.bfloat16}), ("fp16", {torch.float16})],
+)
 @pytest.mark.parametrize("learns", [False, True])
-def test_a_cpu_fuses_windows_in_bf16_where_it_has_units_for_it(
-    precision: torch.dtype | None, learns: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_cpu_fuses_windows_unless_sums_are_to_be_in_the_references_order(
+    precision: Any, types: set[torch.dtype], learns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gmflow.attention.BF16_MATRIX_UNITS", True)
     calls: list[torch.dtype] = []
 
     def counted(query: Tensor, *others: Any) -> Tensor:
@@ -322,15 +363,10 @@ def test_a_cpu_fuses_windows_in_bf16_where_it_has_units_for_it(
         return fused_attention(query, *others)
 
     monkeypatch.setattr("gmflow.window_attention.fused_attention", counted)
-    model = GMFlow(CONFIGS[2]).train(learns)
-    with torch.autocast("cpu", dtype=precision, enabled=precision is not None), torch.set_grad_enabled(learns):
+    model = prepare_model(GMFlow(CONFIGS[2]).train(learns), ExecutionConfig(precision))
+    with torch.set_grad_enabled(learns):
         model(*images(64, 96))
-    assert set(calls) == ({torch.bfloat16} if precision == torch.bfloat16 else set())
-    monkeypatch.setattr("gmflow.attention.BF16_MATRIX_UNITS", False)
-    calls.clear()
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        model(*images(64, 96))
-    assert not calls
+    assert set(calls) == types
 
 
 @pytest.mark.parametrize("biased", [False, True])
