@@ -174,6 +174,7 @@ def overhead(bench: Bench) -> Iterator[Row]:
     ray = {workers: stage_on_ray(bench, workers) for workers in (1, 2)}
     programs = {f"ray {workers}": stage.program for workers, stage in ray.items()}
     programs |= {f"bare {'+'.join(map(str, groups))}": bare_loop(bench, groups) for groups in ([1], [2], [1, 1])}
+    programs["bare 2, meeting"] = bare_loop(bench, [2], exchange=False)
     try:
         warmed_up(list(programs.values()), bench.size.warm_up)
         for done in take_turns(list(programs.values()), TURNS * bench.rounds, bench.size.turn_s):
@@ -198,6 +199,8 @@ def overhead(bench: Bench) -> Iterator[Row]:
     yield Row("samples a second, two workers / one", told, ">= 1.9", value >= 1.9)
     value, told = ratio("bare 1", "bare 2")
     yield Row("the same of the bare DDP loop", told, "", None)
+    _, told = ratio("bare 1", "bare 2, meeting")
+    yield Row("the same of two that wait for each other and exchange no gradients", told, "what waiting allows", None)
     _, told = ratio("bare 1", "bare 1+1", times=2)
     yield Row("the same of two bare loops without any communication", told, "the machine's limit", None)
 
@@ -245,20 +248,23 @@ def stage_on_ray(bench: Bench, workers: int) -> StageOnRay:
     return StageOnRay(Program([process.pid], marks), metrics)
 
 
-def bare_loop(bench: Bench, groups: list[int]) -> Program:
+def bare_loop(bench: Bench, groups: list[int], *, exchange: bool = True) -> Program:
     """The plainest loop over the same model, stream, loss and optimiser.
 
     Args:
         bench: gives model and data.
         groups: sizes of DDP groups that run at the same time and know nothing of each other; the first one's steps
             are told.
+        exchange: the gradients of a group are averaged; otherwise its ranks wait for each other in every step.
     """
     context = multiprocessing.get_context("spawn")
     config = bench.config(1)
     told = config.parent / "steps.txt"
     told.touch()
     processes = [
-        context.Process(target=_bare_worker, args=(rank, workers, port, config, told if number == 0 else None))
+        context.Process(
+            target=_bare_worker, args=(rank, workers, port, config, told if number == 0 else None, exchange)
+        )
         for number, (workers, port) in enumerate((workers, free_port()) for workers in groups)
         for rank in range(workers)
     ]
@@ -272,7 +278,7 @@ def bare_loop(bench: Bench, groups: list[int]) -> Program:
     return Program([process.pid for process in processes if process.pid is not None], marks)
 
 
-def _bare_worker(rank: int, world_size: int, port: int, config_path: Path, told: Path | None) -> None:
+def _bare_worker(rank: int, world_size: int, port: int, config_path: Path, told: Path | None, exchange: bool) -> None:
     os.nice(max(0, RAY_NICENESS - os.nice(0)))
     torch.set_num_threads(1)
     config = load_config(CurriculumConfig, str(config_path), [])
@@ -299,7 +305,7 @@ def _bare_worker(rank: int, world_size: int, port: int, config_path: Path, told:
     passes = stage.global_batch // world_size // config.machine.micro_batch
     for step, batches in stream:
         for number, batch in enumerate(batches, 1):
-            with nullcontext() if number == passes else prepared.no_sync():
+            with nullcontext() if number == passes and exchange else prepared.no_sync():
                 loss = sequence_loss(
                     prepared(batch.image0.float(), batch.image1.float()).predictions,
                     batch.flow,
@@ -309,6 +315,8 @@ def _bare_worker(rank: int, world_size: int, port: int, config_path: Path, told:
                     normalizer=stage.global_batch / world_size,
                 )
                 loss.backward()  # type: ignore[no-untyped-call]
+        if not exchange:
+            dist.barrier()
         nn.utils.clip_grad_norm_(model.parameters(), stage.clip_norm)
         state.optimizer.step()
         state.schedule.step()

@@ -44,12 +44,12 @@ class ExecutionConfig:
     """How to run a model.
 
     Attributes:
-        precision: "fp32", on a CPU in the reference's order of operations, which its numbers to the last 0.001 px
-            take; "tf32" is float32 that rounds otherwise, and faster: products on NVIDIA GPUs round their factors to
-            10 bits, a CPU sums in whatever order takes it the least time (docs/performance.md);
-            "bf16" or "fp16" compute convolutions, attention and feed-forward in that type, while
-            parameters, residual stream, matching, propagation and flow stay in float32; so do, where gradients are
-            wanted, the backbone and the feed-forward, but for their way back. Products that stay in float32 round as
+        precision: "fp32", on a CPU in the reference's order of operations, or the flow would be more than 0.001 px
+            off; "tf32" is float32 that rounds otherwise and takes less time: products on NVIDIA GPUs round their
+            factors to 10 bits, a CPU adds up in whatever order is the fastest (docs/performance.md); "bf16" or "fp16"
+            compute convolutions, attention and feed-forward in that type, while parameters, residual stream, matching,
+            propagation and flow stay in float32; so do, where gradients are wanted, the backbone and the feed-forward,
+            but for their way back. Products that stay in float32 round as
             those of "tf32": in training they are a quarter of all, which would take most of the time, and beside
             rounding to 16 bits it was not seen to matter (docs/performance.md). "fp16" needs a gradient scaler in
             training.

@@ -114,7 +114,9 @@ class _FeedForward(torch.autograd.Function):
         hidden, updates = kept[: len(chunks)], kept[len(chunks) :]
         to_source, to_message = torch.empty_like(source), torch.empty_like(message)
         to_expand, to_contract, to_scale, to_shift = map(torch.zeros_like, (expand, contract, scale, shift))
-        factors = expand.T.to(dtype).contiguous(), contract.T.to(dtype).contiguous()
+        factors = expand.T.to(dtype), contract.T.to(dtype)
+        if ctx.any_order:
+            factors = factors[0].contiguous(), factors[1].contiguous()  # once, not in every convolution
         pairs, activated, upper_hidden, to_pairs = (Scratch(hidden[0]) for _ in range(4))
         for chunk, before, update in zip(chunks, hidden, updates, strict=True):
             pair = _pair(source[chunk], message[chunk], pairs)
