@@ -176,12 +176,7 @@ class _Factors(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        to_query: Tensor,
-        to_key: Tensor,
-        to_value: Tensor,
-        merge: Tensor,
-        dtype: torch.dtype,
+        cls, to_query: Tensor, to_key: Tensor, to_value: Tensor, merge: Tensor, dtype: torch.dtype
     ) -> _Factors:
         scale = to_query.shape[1] ** -0.5
         before, after = (1.0, scale) if dtype == to_query.dtype else (scale, 1.0)
