@@ -175,9 +175,7 @@ class _Factors(NamedTuple):
     """Scale of the scores: in full precision, which is the reference's order."""
 
     @classmethod
-    def of(
-        cls, to_query: Tensor, to_key: Tensor, to_value: Tensor, merge: Tensor, dtype: torch.dtype
-    ) -> _Factors:
+    def of(cls, to_query: Tensor, to_key: Tensor, to_value: Tensor, merge: Tensor, dtype: torch.dtype) -> _Factors:
         scale = to_query.shape[1] ** -0.5
         before, after = (1.0, scale) if dtype == to_query.dtype else (scale, 1.0)
         scaled = to_query if before == 1.0 else to_query * before
