@@ -475,6 +475,14 @@ def test_low_precision_keeps_float32_results_and_gradients(precision: Any) -> No
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize(("precision", "free"), [("fp32", False), ("tf32", True), ("bf16", True), ("fp16", True)])
+def test_sums_are_in_the_references_order_in_fp32_alone(precision: Any, free: bool) -> None:
+    model = tiny()
+    prepare_model(model, ExecutionConfig(precision))
+    told = [module.any_order for module in model.modules() if hasattr(module, "any_order")]
+    assert told == [free] * (2 + model.config.num_layers)  # backbone, transformer, and each layer's feed-forward
+
+
 @pytest.mark.parametrize("field", ["precision", "checkpointing"])
 def test_unknown_execution_settings_name_the_known_ones(field: str) -> None:
     with pytest.raises(GMFlowError, match=f"{field} must be one of"):

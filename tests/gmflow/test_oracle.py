@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -178,20 +179,22 @@ def test_a_feed_forward_in_any_order(tokens: int, monkeypatch: pytest.MonkeyPatc
 
     convolve = torch.conv2d
     monkeypatch.setattr("gmflow.feedforward.F.conv2d", counted)
-    shapes = (tokens, CHANNELS), (tokens, CHANNELS), (8 * CHANNELS, 2 * CHANNELS), (CHANNELS, 8 * CHANNELS)
-    exact = [random(*shape, seed=seed) for seed, shape in enumerate([*shapes, (CHANNELS,), (CHANNELS,)])]
+    torch.manual_seed(0)
+    layer = FeedForward(CHANNELS, expansion=4)
+    exactly = copy.deepcopy(layer).double()
+    layer.any_order = True
+    exact = [random(tokens, CHANNELS, seed=seed) for seed in (1, 2)]
     inputs = [one.detach().float().requires_grad_() for one in exact]
     upper = random(tokens, CHANNELS, seed=7).detach()
-    wanted = feed_forward(*exact)
-    found = feed_forward(*inputs, any_order=True)
+    wanted, found = exactly(*exact), layer(*inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        gradients = torch.autograd.grad(found, inputs, upper.float())
+        gradients = torch.autograd.grad(found, [*inputs, *layer.parameters()], upper.float())
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
-    for one, other in zip(gradients, torch.autograd.grad(wanted, exact, upper), strict=True):
+    for one, other in zip(gradients, torch.autograd.grad(wanted, [*exact, *exactly.parameters()], upper), strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
     assert products == [torch.float32] * 4 * (1 + (tokens > 64))
     with torch.no_grad():
-        assert torch.equal(feed_forward(*inputs, any_order=True), found)
+        assert torch.equal(layer(*inputs), found)
 
 
 @pytest.mark.parametrize("factor", [1, 4, 8])
