@@ -1,6 +1,7 @@
 """A local stack for the tests that need all servers, and `ray job` as a user gives it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -104,6 +105,13 @@ class RunningStack:
         return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
 
 
+def ray_logs(told: str) -> str:
+    """The end of what the logs hold that an error names: their folder goes with the stack."""
+    named = re.findall(r"/[^ ;]+gcs_server\.out|/[^ ;]+ray\.log", told)
+    found = [log for name in named for log in sorted(Path(name).parent.glob(f"{Path(name).stem}.*"))]
+    return "".join(f"\n{log}:\n{log.read_text()[-3000:]}" for log in found)
+
+
 @pytest.fixture(scope="session")
 def stack() -> Iterator[RunningStack]:
     """All servers; with PostgreSQL where this machine has it."""
@@ -117,7 +125,7 @@ def stack() -> Iterator[RunningStack]:
     running = RunningStack(folder, (*port_arguments(), "--database", database))
     try:
         started = running.up()
-        assert started.returncode == 0, started.stdout + started.stderr
+        assert started.returncode == 0, started.stdout + started.stderr + ray_logs(started.stderr)
         yield running
         names = [path.stem for path in folder.glob("*.log")]
         ended = stack_command("down", "--dir", str(folder), "--wipe")

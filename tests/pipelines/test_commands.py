@@ -882,9 +882,10 @@ def test_options_reach_the_flow_and_its_pictures(call, weights, frames, tmp_path
         output = tmp_path / name
         assert call(pipelines.predict, "--model", weights, "--output", output, *arguments, *frames[:2])[0] == 0
         found[name] = formats.decode_flo((output / "frame_0000.flo").read_bytes(), name)
-        np.testing.assert_array_equal(found[name], predict_flow(model, *pair, **how))
-    assert not np.array_equal(found["usual"], found["kitti"])
-    assert not np.array_equal(found["usual"], found["tiled"])
+        # Some processors round the products of both directions otherwise than those of one.
+        np.testing.assert_allclose(found[name], predict_flow(model, *pair, **how), rtol=0, atol=1e-4)
+    assert np.abs(found["usual"] - found["kitti"]).max() > 1e-2
+    assert np.abs(found["usual"] - found["tiled"]).max() > 1e-2
     picture = cv2.cvtColor(cv2.imread(str(tmp_path / "usual" / "frame_0000.png")), cv2.COLOR_BGR2RGB)
     np.testing.assert_array_equal(picture, flow_to_image(found["usual"], 2.5))
     with np.load(tmp_path / "usual" / "frame_0000.npz") as stored:
