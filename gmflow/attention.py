@@ -88,12 +88,12 @@ def computes_in_chunks(device: torch.device) -> bool:
     return device.type == "cpu" and not torch.compiler.is_exporting()
 
 
-def fuses_windows(device: torch.device, *, any_order: bool) -> bool:
-    """Whether attention within windows is the fused operation there, and windows around the border are cut up for it.
+def cuts_windows(device: torch.device, *, any_order: bool) -> bool:
+    """Whether windows around the border are cut up there, so that none needs a mask.
 
-    It is everywhere but in float32 on a CPU, unless sums may be in `any_order`, not the reference's: it is faster, and
-    in 16 bits more exact, as it rounds no scores (docs/performance.md). It is in an exported program too, whose windows
-    stay whole.
+    They are not in float32 on a CPU, unless sums may be in `any_order`, not the reference's. Elsewhere there are fewer
+    scores, and attention can be the fused operation, which takes no mask and in 16 bits, where it rounds no scores, is
+    more exact (docs/performance.md). Those of an exported program stay whole.
     """
     return not computes_in_chunks(device) or any_order or torch.is_autocast_enabled("cpu")
 

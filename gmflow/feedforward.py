@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from gmflow.eager import outside_graphs
 from gmflow.layer_norm import layer_norm_backward
-from gmflow.scratch import Scratch, add_product
+from gmflow.scratch import Matrix, Scratch, add_product
 
 CPU_CHUNK = 1 << 20
 """Hidden values computed at a time on a CPU: 4 MiB of float32, measured best (docs/performance.md)."""
@@ -89,7 +89,7 @@ class _FeedForward(torch.autograd.Function):
     ) -> Tensor:
         dtype = message.dtype
         out = torch.empty_like(source)
-        factors = expand.to(dtype), contract.to(dtype)
+        factors = Matrix.of(expand.to(dtype)), Matrix.of(contract.to(dtype))
         pairs, hidden, activated, update = (Scratch(message) for _ in range(4))
         kept_hidden: list[Tensor] = []
         kept_updates: list[Tensor] = []
@@ -114,9 +114,7 @@ class _FeedForward(torch.autograd.Function):
         hidden, updates = kept[: len(chunks)], kept[len(chunks) :]
         to_source, to_message = torch.empty_like(source), torch.empty_like(message)
         to_expand, to_contract, to_scale, to_shift = map(torch.zeros_like, (expand, contract, scale, shift))
-        factors = expand.T.to(dtype), contract.T.to(dtype)
-        if ctx.any_order:
-            factors = factors[0].contiguous(), factors[1].contiguous()  # once, not in every convolution
+        factors = Matrix.of(expand.to(dtype)).reversed, Matrix.of(contract.to(dtype)).reversed
         pairs, activated, upper_hidden, to_pairs = (Scratch(hidden[0]) for _ in range(4))
         for chunk, before, update in zip(chunks, hidden, updates, strict=True):
             pair = _pair(source[chunk], message[chunk], pairs)
@@ -133,8 +131,8 @@ class _FeedForward(torch.autograd.Function):
         return to_source, to_message, to_expand, to_contract, to_scale, to_shift, None, None
 
 
-def _times(tokens: Tensor, matrix: Tensor, scratch: Scratch | None, any_order: bool) -> Tensor:
-    """`[n, K]` times the transpose of `[M, K]` → `[n, M]`, in memory of its own where there is no scratch.
+def _times(tokens: Tensor, matrix: Matrix, scratch: Scratch | None, any_order: bool) -> Tensor:
+    """`[n, K]` times `[K, M]`, as the matrix is forth, → `[n, M]`, in memory of its own where there is no scratch.
 
     A CPU multiplies in float32 with MKL. As a convolution of 1×1, the same product is oneDNN's, which is faster on
     AMD's (docs/performance.md), and sums in another order; it has memory of its own.
@@ -142,10 +140,10 @@ def _times(tokens: Tensor, matrix: Tensor, scratch: Scratch | None, any_order: b
     with torch.autocast(tokens.device.type, enabled=False):  # the types are chosen
         if any_order and tokens.device.type == "cpu" and tokens.dtype == torch.float32:
             pixels = tokens.view(1, 1, *tokens.shape).permute(0, 3, 1, 2)  # [1, K, 1, n], channels-last
-            product = F.conv2d(pixels, matrix.view(*matrix.shape, 1, 1))  # [1, M, 1, n], channels-last
-            return product.permute(0, 2, 3, 1).view(len(tokens), len(matrix))
-        out = None if scratch is None else scratch.view(len(tokens), len(matrix))
-        return torch.mm(tokens, matrix.T, out=out)
+            product = F.conv2d(pixels, matrix.back[..., None, None])  # [1, M, 1, n], channels-last
+            return product.permute(0, 2, 3, 1).view(len(tokens), len(matrix.back))
+        out = None if scratch is None else scratch.view(len(tokens), len(matrix.back))
+        return torch.mm(tokens, matrix.forth, out=out)
 
 
 def _pair(source: Tensor, message: Tensor, scratch: Scratch) -> Tensor:

@@ -1,11 +1,34 @@
-"""What layers that are computed chunk by chunk have in common: memory that all chunks use, and sums over them."""
+"""What layers that are computed chunk by chunk have in common: matrices, memory that all chunks use, and sums."""
 
 from __future__ import annotations
 
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Matrix(NamedTuple):
+    """A layer's matrix, laid out for the products of many chunks.
+
+    On a CPU the product with a transposed one has the same bits and takes up to a fifth longer.
+    """
+
+    forth: Tensor
+    """`[in, out]`: tokens times it are what the layer computes."""
+    back: Tensor
+    """`[out, in]`: the way back."""
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Matrix:
+        """Of the weight `[out, in]` of a linear layer, or of some of them on top of each other."""
+        return cls(weight.T.contiguous() if weight.is_cpu else weight.T, weight)
+
+    @property
+    def reversed(self) -> Matrix:
+        """For products on the way back."""
+        return Matrix(self.back, self.forth)
 
 
 class Scratch:

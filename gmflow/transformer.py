@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gmflow.attention import fuses_windows
+from gmflow.attention import cuts_windows
 from gmflow.config import GMFlowConfig
 from gmflow.feedforward import feed_forward
 from gmflow.position import position_encoding
-from gmflow.window_attention import AttentionWeights, Pairing, window_attention
+from gmflow.window_attention import AttentionWeights, window_attention
+from gmflow.window_chunks import Pairing
 from gmflow.windows import WindowGrid, WindowGroup, permute_tokens, window_grid
 
 
@@ -44,9 +45,9 @@ class FeatureTransformer(nn.Module):
             -1, channels
         )
 
-        fused = fuses_windows(tokens.device, any_order=self.any_order)
+        cut = cuts_windows(tokens.device, any_order=self.any_order)
         grids = [
-            window_grid(2 * batch, height, width, splits, shifted=shifted, fused=fused, device=tokens.device)
+            window_grid(2 * batch, height, width, splits, shifted=shifted, cut=cut, device=tokens.device)
             for shifted in ((False, True) if splits > 1 else (False,))
         ]
         tokens = permute_tokens(tokens, grids[0].order, grids[0].inverse)  # [T, C]
@@ -116,10 +117,10 @@ def _pairings(groups: tuple[WindowGroup, ...], *, cross: bool) -> list[Pairing]:
         size, number = group.windows * group.length, len(pairings)
         if cross:  # windows of image 0 come first
             half, middle = group.windows // 2, start + size // 2
-            pairings.append(Pairing(start, number + 1, half, group.length, group.regions, group.fused))
-            pairings.append(Pairing(middle, number, half, group.length, group.regions, group.fused))
+            pairings.append(Pairing(start, number + 1, half, group.length, group.regions, group.cut))
+            pairings.append(Pairing(middle, number, half, group.length, group.regions, group.cut))
         else:
-            pairings.append(Pairing(start, number, group.windows, group.length, group.regions, group.fused))
+            pairings.append(Pairing(start, number, group.windows, group.length, group.regions, group.cut))
         start += size
     return pairings
 

@@ -22,15 +22,14 @@ class WindowGroup:
         windows: how many.
         length: tokens in each.
         regions: int64 `[n, length]`, of n windows in turn: of 1, or in an exported program of all of a map. Tokens of
-            different regions are no neighbours in the map. None where all are, as in all windows cut up for the fused
-            operation.
-        fused: they are attended by the fused operation.
+            different regions are no neighbours in the map. None where all are, as in all windows that are cut up.
+        cut: those around the border were cut up into their regions.
     """
 
     windows: int
     length: int
     regions: Tensor | None
-    fused: bool
+    cut: bool
 
 
 @dataclass(frozen=True)
@@ -49,21 +48,21 @@ class WindowGrid:
 
 
 def window_grid(
-    maps: int, height: int, width: int, splits: int, *, shifted: bool, fused: bool, device: torch.device
+    maps: int, height: int, width: int, splits: int, *, shifted: bool, cut: bool, device: torch.device
 ) -> WindowGrid:
     """`splits` × `splits` windows; shifted, the grid moved down and right by half a window, around the border.
 
-    Windows that the border runs through consist of two or four regions. Where attention is computed in chunks, as the
-    reference does it, they are whole and have `regions`: a mask for a few, none for most. The fused operation takes no
-    masks, so for it every region is a window of its own. Nothing but rounding tells the two apart: the reference gives
-    a pair of different regions e^-100 of its weight. An exported program is one graph for all sizes: the fewer kinds of
-    windows, the smaller. There all are alike, and have regions.
+    Windows that the border runs through consist of two or four regions. As the reference has it, they are whole and
+    have `regions`: a mask for a few, none for most. With `cut` every region is a window of its own, and none needs a
+    mask. Nothing but rounding tells the two apart: to a pair of different regions the reference gives e^-100 of its
+    weight. An exported program is one graph for all sizes: the fewer kinds of windows, the smaller. There all are
+    alike, and have regions.
     """
     starts = torch.arange(maps, device=device).view(-1, 1, 1, 1, 1) * (height * width)
     order: list[Tensor] = []
     groups: list[WindowGroup] = []
-    for rows, row_regions in _strips(height, splits, shifted, fused, device):
-        for columns, column_regions in _strips(width, splits, shifted, fused, device):
+    for rows, row_regions in _strips(height, splits, shifted, cut, device):
+        for columns, column_regions in _strips(width, splits, shifted, cut, device):
             within = rows[:, None, :, None] * width + columns[None, :, None, :]  # [n, m, window h, window w]
             order.append((starts + within).flatten())
             regions = None
@@ -72,7 +71,7 @@ def window_grid(
                 x = torch.zeros_like(columns[:1]) if column_regions is None else column_regions
                 regions = (2 * y[:, None, :, None] + x[None, :, None, :]).flatten(2).flatten(0, 1)
             length = rows.shape[1] * columns.shape[1]
-            groups.append(WindowGroup(maps * len(rows) * len(columns), length, regions, fused))
+            groups.append(WindowGroup(maps * len(rows) * len(columns), length, regions, cut))
     tokens = torch.cat(order)
     inverse = torch.empty_like(tokens)
     inverse[tokens] = torch.arange(tokens.shape[0], device=device)
@@ -80,7 +79,7 @@ def window_grid(
 
 
 def _strips(
-    length: int, splits: int, shifted: bool, fused: bool, device: torch.device
+    length: int, splits: int, shifted: bool, cut: bool, device: torch.device
 ) -> list[tuple[Tensor, Tensor | None]]:
     """The windows along one axis, whole ones and the one around the border: coordinates and regions `[n, size]`."""
     size = length // splits
@@ -94,7 +93,7 @@ def _strips(
         return [(coordinates.view(splits, size), None)]
     coordinates = torch.cat([coordinates[shift:], coordinates[:shift]]).view(splits, size)
     whole, around = (coordinates[:-1], None), coordinates[-1:]
-    if not fused:
+    if not cut:
         return [whole, (around, (around < shift).long())]
     if size == 2 * shift:
         return [whole, (around.view(2, shift), None)]  # two windows of one size: half as many calls
