@@ -48,8 +48,8 @@ class ExecutionConfig:
             off; "tf32" is float32 that rounds otherwise and takes less time: products on NVIDIA GPUs round their
             factors to 10 bits, a CPU adds up in whatever order is the fastest (docs/performance.md); "bf16" or "fp16"
             compute convolutions, attention and feed-forward in that type, while parameters, residual stream, matching,
-            propagation and flow stay in float32; so do, where gradients are wanted, the backbone and the feed-forward,
-            but for their way back. Products that stay in float32 round as
+            propagation and flow stay in float32; so do, where gradients are wanted, the backbone, the feed-forward and
+            on a CPU attention, but for their way back. Products that stay in float32 round as
             those of "tf32": in training they are a quarter of all, which would take most of the time, and beside
             rounding to 16 bits it was not seen to matter (docs/performance.md). "fp16" needs a gradient scaler in
             training.
