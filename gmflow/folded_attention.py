@@ -17,10 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gmflow.attention import softmax_backward, softmax_weights
+from gmflow.attention import fused_attention, softmax_backward, softmax_weights
 from gmflow.eager import outside_graphs
 from gmflow.scratch import Matrix, Scratch, add_product, put_product
 from gmflow.window_chunks import MergeGradients, Pairing, attend_to_themselves, chunks, rows_of_chunks
+
+FUSED_LENGTH = 1 << 9
+"""Tokens of a window from which on the fused operation takes less time than products (docs/performance.md)."""
 
 
 def folded_window_attention(
@@ -69,9 +72,12 @@ class _FoldedAttention(torch.autograd.Function):
             own, shape = source[chunk.source], (chunk.windows, -1, source.shape[1])
             query = torch.mm(own, to_query.forth, out=queries(chunk.source)).view(shape)
             other, values = target[chunk.target].view(shape), attended(chunk.source)
-            for rows in chunk.rows:
-                weights = softmax_weights(query[:, rows], other, 1.0, scores)
-                torch.bmm(weights, other, out=values.view(shape)[:, rows])
+            if query.shape[1] >= FUSED_LENGTH:
+                values.view(shape).copy_(fused_attention(query, other, other, 1.0))
+            else:
+                for rows in chunk.rows:
+                    weights = softmax_weights(query[:, rows], other, 1.0, scores)
+                    torch.bmm(weights, other, out=values.view(shape)[:, rows])
             update = torch.mm(values, merge.forth, out=merged.view(*own.shape))
             message = F.layer_norm(update, scale.shape, scale, shift)
             if onto_source:

@@ -131,6 +131,22 @@ def test_window_attention_in_chunks_of_any_size(
     test_window_attention.hypothesis.inner_test(2, (2, 3), 4, True, cross, True, to_itself, cut)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("to_itself", [False, True])
+def test_long_windows_in_any_order(to_itself: bool, cross: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are fused on the way there: here those of at least 6 tokens, and the regions cut off them are not."""
+    monkeypatch.setattr("gmflow.folded_attention.FUSED_LENGTH", 6)
+    lengths: list[int] = []
+
+    def fused(query: Tensor, *others: Any) -> Tensor:
+        lengths.append(query.shape[1])
+        return fused_attention(query, *others)
+
+    monkeypatch.setattr("gmflow.folded_attention.fused_attention", fused)
+    test_window_attention.hypothesis.inner_test(2, (2, 3), 4, True, cross, True, to_itself, True)  # type: ignore[attr-defined]
+    assert set(lengths) == {6}
+
+
 @given(size=st.tuples(st.integers(1, 19), st.integers(1, 19)), radius=st.integers(1, 6), batch=st.integers(1, 2))
 @settings(max_examples=40, deadline=None)
 def test_local_matching(size: tuple[int, int], radius: int, batch: int) -> None:
