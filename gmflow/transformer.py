@@ -12,8 +12,8 @@ from gmflow.attention import cuts_windows
 from gmflow.config import GMFlowConfig
 from gmflow.feedforward import feed_forward
 from gmflow.position import position_encoding
-from gmflow.window_attention import AttentionWeights, window_attention
-from gmflow.window_chunks import Pairing
+from gmflow.window_attention import window_attention
+from gmflow.window_chunks import AttentionWeights, Pairing
 from gmflow.windows import WindowGrid, WindowGroup, permute_tokens, window_grid
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,18 +9,7 @@ from torch import Tensor
 from gmflow.attention import CROSSING_PENALTY, attention, computes_in_chunks, fused_attention
 from gmflow.folded_attention import folded_window_attention
 from gmflow.projected_attention import projected_window_attention
-from gmflow.window_chunks import Pairing
-
-
-class AttentionWeights(NamedTuple):
-    """Parameters of one attention layer: matrices `[C, C]`, and LayerNorm's scale and shift `[C]`."""
-
-    to_query: Tensor
-    to_key: Tensor
-    to_value: Tensor
-    merge: Tensor
-    scale: Tensor
-    shift: Tensor
+from gmflow.window_chunks import AttentionWeights, Pairing
 
 
 def window_attention(
@@ -45,8 +32,8 @@ def window_attention(
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else source.dtype
     # What learns computes in full precision, and only what comes back is rounded.
     if pairings[0].cut and (dtype == source.dtype or torch.is_grad_enabled()):
-        return folded_window_attention(source, target, *weights, pairings, onto_source=onto_source, narrow=dtype)
-    return projected_window_attention(source, target, *weights, pairings, onto_source=onto_source, dtype=dtype)
+        return folded_window_attention(source, target, weights, pairings, onto_source=onto_source, narrow=dtype)
+    return projected_window_attention(source, target, weights, pairings, onto_source=onto_source, dtype=dtype)
 
 
 def _fused(
