@@ -98,12 +98,15 @@ def cuts_windows(device: torch.device, *, any_order: bool) -> bool:
     return not computes_in_chunks(device) or any_order or torch.is_autocast_enabled("cpu")
 
 
-def chunk_size(queries: int, keys: int) -> tuple[int, int]:
-    """How many windows, and how many queries of each, are attended at a time: at most `SCORES` scores or `ROWS` rows.
+def chunk_size(queries: int, keys: int, device: torch.device) -> tuple[int, int]:
+    """How many windows, and how many queries of each, are attended at a time.
 
-    Whole windows are as many as the threads can share evenly: a product of five takes two threads as long as of six.
-    Parts of a window are of one size, as far as they go, rather than full ones and a rest.
+    On a CPU those are at most `SCORES` scores or `ROWS` rows. Whole windows are as many as the threads can share
+    evenly: a product of five takes two threads as long as of six. Parts of a window are of one size, as far as they
+    go, rather than full ones and a rest.
     """
+    if not computes_in_chunks(device):
+        return max(1, ACCELERATOR_SCORES // (queries * keys)), min(queries, max(1, ACCELERATOR_SCORES // keys))
     many = min(SCORES // (queries * keys), max(1, TOKENS // queries))
     if many > 1:
         threads = torch.get_num_threads()
@@ -119,10 +122,7 @@ def row_slices(queries: int, rows: int) -> list[slice]:
 
 def _chunks(windows: int, queries: int, keys: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
     """Slices of windows and of their queries, to be attended in turn."""
-    if computes_in_chunks(device):
-        many, rows = chunk_size(queries, keys)
-    else:
-        many, rows = max(1, ACCELERATOR_SCORES // (queries * keys)), min(queries, max(1, ACCELERATOR_SCORES // keys))
+    many, rows = chunk_size(queries, keys, device)
     for window in range(0, windows, many):
         for part in row_slices(queries, rows):
             yield slice(window, min(window + many, windows)), part

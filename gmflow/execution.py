@@ -24,7 +24,7 @@ from gmflow.errors import GMFlowError
 from gmflow.model import FlowOutput, GMFlow
 from gmflow.process import allow_tf32, flush_denormals, keep_freed_memory_for_reuse, sum_in_order
 from gmflow.replay import replay_passes
-from gmflow.transformer import FeatureTransformer, FeedForward, TransformerBlock
+from gmflow.transformer import AttentionLayer, FeatureTransformer, FeedForward, TransformerBlock
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Checkpointing = Literal["none", "selective", "full"]
@@ -51,8 +51,9 @@ class ExecutionConfig:
             propagation and flow stay in float32; so do, where gradients are wanted, the backbone, the feed-forward and
             on a CPU attention, but for their way back. Products that stay in float32 round as
             those of "tf32": in training they are a quarter of all, which would take most of the time, and beside
-            rounding to 16 bits it was not seen to matter (docs/performance.md). "fp16" needs a gradient scaler in
-            training.
+            rounding to 16 bits it was not seen to matter (docs/performance.md). Attention within windows is float16 on
+            a GPU in all three, but for its way back: it rounds to 10 bits as "tf32" does. "fp16" needs a gradient
+            scaler in training.
         checkpointing: what is recomputed in the backward pass instead of kept. "selective": the feed-forward's hidden
             layer and the residual blocks; "full": whole transformer blocks and the residual blocks.
         compile: run through `torch.compile`, which needs a compiler of C++ (CPU) or C (NVIDIA GPU) on this machine.
@@ -186,7 +187,7 @@ def _wrap_parts(model: GMFlow, config: ExecutionConfig) -> None:
     A closure over a forward pass would call that of the model it was copied from.
     """
     for module in model.modules():
-        if isinstance(module, (Backbone, FeatureTransformer, FeedForward)):
+        if isinstance(module, (Backbone, FeatureTransformer, AttentionLayer, FeedForward)):
             module.any_order = config.precision != "fp32"
         if config.precision in _DTYPES and isinstance(module, Backbone):
             module.forward = partial(_wide_in_training, module.forward)  # type: ignore[method-assign]

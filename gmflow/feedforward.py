@@ -1,8 +1,8 @@
 """source + LayerNorm(W2 · GELU(W1 · [source, message])) over chunks of tokens.
 
 The hidden layer is eight times as wide as a token. A chunk of it stays in the processor's cache; as one tensor it is
-what would dominate time (memory traffic) and memory. For the backward pass its values before the GELU and the updates
-before the LayerNorm are kept.
+what would dominate time (memory traffic) and memory. For the backward pass its values before the GELU, the updates
+before the LayerNorm and their statistics are kept.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gmflow.eager import outside_graphs
-from gmflow.layer_norm import layer_norm_backward
+from gmflow.layer_norm import Statistics, layer_norm, layer_norm_backward
 from gmflow.scratch import Matrix, Scratch, add_product
 
 CPU_CHUNK = 1 << 20
@@ -91,19 +91,18 @@ class _FeedForward(torch.autograd.Function):
         out = torch.empty_like(source)
         factors = Matrix.of(expand.to(dtype)), Matrix.of(contract.to(dtype))
         pairs, hidden, activated, update = (Scratch(message) for _ in range(4))
-        kept_hidden: list[Tensor] = []
-        kept_updates: list[Tensor] = []
+        kept: list[Tensor] = []
         for chunk in _chunks(source, len(expand), any_order):
             pair = _pair(source[chunk], message[chunk], pairs)
             before = _times(pair, factors[0], None if narrow == dtype else hidden, any_order)
             after = _times(_gelu(before, activated), factors[1], None if narrow is not None else update, any_order)
+            normalised, statistics = layer_norm(after.to(scale.dtype), scale, shift)
+            torch.add(source[chunk], normalised, out=out[chunk])
             if narrow is not None:
-                kept_hidden.append(before.to(narrow))
-                kept_updates.append(after)
-            torch.add(source[chunk], F.layer_norm(after.to(scale.dtype), scale.shape, scale, shift), out=out[chunk])
+                kept += before.to(narrow), after, *statistics
         if narrow is not None:
             ctx.narrow, ctx.any_order = narrow, any_order
-            ctx.save_for_backward(source, message, expand, contract, scale, shift, *kept_hidden, *kept_updates)
+            ctx.save_for_backward(source, message, expand, contract, scale, shift, *kept)
         return out
 
     @staticmethod
@@ -111,14 +110,14 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         source, message, expand, contract, scale, shift, *kept = ctx.saved_tensors
         chunks, dtype = _chunks(source, len(expand), ctx.any_order), ctx.narrow
-        hidden, updates = kept[: len(chunks)], kept[len(chunks) :]
+        of_chunks = zip(kept[::4], kept[1::4], map(Statistics, kept[2::4], kept[3::4]), strict=True)
         to_source, to_message = torch.empty_like(source), torch.empty_like(message)
         to_expand, to_contract, to_scale, to_shift = map(torch.zeros_like, (expand, contract, scale, shift))
         factors = Matrix.of(expand.to(dtype)).reversed, Matrix.of(contract.to(dtype)).reversed
-        pairs, activated, upper_hidden, to_pairs = (Scratch(hidden[0]) for _ in range(4))
-        for chunk, before, update in zip(chunks, hidden, updates, strict=True):
+        pairs, activated, upper_hidden, to_pairs = (Scratch(kept[0]) for _ in range(4))
+        for chunk, (before, update, statistics) in zip(chunks, of_chunks, strict=True):
             pair = _pair(source[chunk], message[chunk], pairs)
-            to_update, more_scale, more_shift = layer_norm_backward(gradient[chunk], update, scale, shift)
+            to_update, more_scale, more_shift = layer_norm_backward(gradient[chunk], update, statistics, scale, shift)
             to_scale += more_scale
             to_shift += more_shift
             upper = to_update.to(dtype)

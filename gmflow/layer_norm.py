@@ -1,6 +1,8 @@
-"""LayerNorm's backward pass for functions that work on chunks of tokens: nothing of the forward pass need be kept."""
+"""LayerNorm for functions that work on chunks of tokens and keep no more than its statistics for the way back."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,18 +10,32 @@ from torch import Tensor
 _EPS = 1e-5  # PyTorch's default, which `F.layer_norm` takes as well
 
 
-def layer_norm_backward(gradient: Tensor, tokens: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of `F.layer_norm(tokens, (C,), scale, shift)`: of the tokens, the scale and the shift.
+class Statistics(NamedTuple):
+    """Of each token's channels: `[T, 1]` each."""
+
+    mean: Tensor
+    reciprocal_std: Tensor
+
+
+def layer_norm(tokens: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Statistics]:
+    """`F.layer_norm` of `[T, C]` over the channels, and what its way back takes besides the tokens."""
+    out, *statistics = torch.native_layer_norm(tokens, list(scale.shape), scale, shift, _EPS)
+    return out, Statistics(*statistics)
+
+
+def layer_norm_backward(
+    gradient: Tensor, tokens: Tensor, statistics: Statistics, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of `layer_norm(tokens, scale, shift)`: of the tokens, the scale and the shift.
 
     Args:
         gradient: `[T, C]`, of the output.
         tokens: `[T, C]`, the input.
+        statistics: that `layer_norm` told.
         scale: `[C]`.
         shift: `[C]`.
     """
-    channels = [tokens.shape[-1]]
-    _, mean, reciprocal_std = torch.native_layer_norm(tokens, channels, scale, shift, _EPS)
     found: tuple[Tensor, ...] = torch.ops.aten.native_layer_norm_backward(
-        gradient, tokens, channels, mean, reciprocal_std, scale, shift, [True, True, True]
+        gradient, tokens, list(scale.shape), *statistics, scale, shift, [True, True, True]
     )
     return found

@@ -1,4 +1,4 @@
-"""An attention layer inside windows in the reference's order of sums, or in 16 bits: projections, then attention.
+"""An attention layer inside windows on a CPU in the reference's order of sums, or in 16 bits: projections, attention.
 
 Kept for the backward pass are the layer's inputs, which the residual stream keeps anyway, the queries and what they
 attended to; keys, values and the rest are computed again.
@@ -94,19 +94,20 @@ class _ProjectedAttention(torch.autograd.Function):
         messages = Messages(factors.merge, scale, shift, onto_source=onto_source)
         projected, scores = (Scratch(factors.merge.back) for _ in range(2))
         fused = dtype != source.dtype
-        for chunk in chunks(pairings, fused=fused):
-            own = source[chunk.source]
-            query = torch.mm(own.to(dtype), factors.to_query.forth, out=queries(chunk.source))
-            meeting = factors.meeting(query, target[chunk.target], chunk.windows, projected)
+        for chunk in chunks(pairings, source.device, fused=fused):
+            (windows,) = chunk.windows
+            own = source[chunk.tokens]
+            query = torch.mm(own.to(dtype), factors.to_query.forth, out=queries(chunk.tokens))
+            meeting = factors.meeting(query, target[windows.target], windows.number, projected)
             if fused:
                 values = fused_attention(*meeting).flatten(0, 1)
             else:
-                values = attended(chunk.source)
-                meeting.attend(chunk, scores, values.view(meeting.query.shape))
-            messages.write(values, own, out[chunk.source])
+                values = attended(chunk.tokens)
+                meeting.attend(windows, scores, values.view(meeting.query.shape))
+            messages.write(values, own, out[chunk.tokens])
         if learns:
-            kept = (rows(slice(len(source))) for rows in (queries, attended))
-            ctx.save_for_backward(source, target, *kept, to_query, to_key, to_value, merge, scale, shift)
+            kept = *(rows(slice(len(source))) for rows in (queries, attended)), *messages.statistics
+            ctx.save_for_backward(source, target, to_query, to_key, to_value, merge, scale, shift, *kept)
             ctx.pairings, ctx.onto_source = pairings, onto_source
             ctx.to_itself = target is source and attend_to_themselves(pairings)
         return out
@@ -114,26 +115,28 @@ class _ProjectedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        source, target, queries, attended, to_query, to_key, to_value, merge, scale, shift = ctx.saved_tensors
+        source, target, to_query, to_key, to_value, merge, scale, shift, *kept = ctx.saved_tensors
+        queries, attended, *statistics = kept
         factors = _Factors.of(to_query, to_key, to_value, merge, source.dtype)
-        gradients = MessageGradients(factors.merge, scale, shift)
+        gradients = MessageGradients(factors.merge, scale, shift, statistics)
         for_to_query, for_to_key, for_to_value = (torch.zeros_like(to_query) for _ in range(3))
         for_source = torch.empty_like(source)
         for_target = for_source if ctx.to_itself else torch.empty_like(target)
         projected, for_projected = Scratch(source), Scratch(source)
-        for chunk in chunks(ctx.pairings):
-            own, other, upper = source[chunk.source], target[chunk.target], gradient[chunk.source]
-            meeting = factors.meeting(queries[chunk.source], other, chunk.windows, projected)
+        for chunk in chunks(ctx.pairings, source.device):
+            (windows,) = chunk.windows
+            own, other, upper = source[chunk.tokens], target[windows.target], gradient[chunk.tokens]
+            meeting = factors.meeting(queries[chunk.tokens], other, windows.number, projected)
             shape = meeting.query.shape
+            for_attended = gradients.of_attended(upper, attended[chunk.tokens]).view(shape)
             of_projections = for_projected.view(3, *shape)
-            values = attended[chunk.source].view(shape)
-            gradients.through_attention(upper.view(shape), values, meeting, chunk, *of_projections)
+            gradients.through_attention(for_attended, meeting, windows, *of_projections)
             of_projections[:2] *= factors.scale  # of queries and keys, whose scores are scaled
             for_query, for_key, for_value = of_projections.flatten(1, 2)
             add_product(for_to_query, for_query.T, own)
             add_product(for_to_key, for_key.T, other)
             add_product(for_to_value, for_value.T, other)
-            for_own, for_other = for_source[chunk.source], for_target[chunk.target]
+            for_own, for_other = for_source[chunk.tokens], for_target[windows.target]
             put_product(for_own, for_query, to_query)
             if ctx.onto_source:
                 for_own += upper

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -170,12 +171,25 @@ class _Graph:
         recording = torch.cuda.graph(
             self._graph, pool=self._pool, stream=_stream(self._device), capture_error_mode="thread_local"
         )
-        with torch.cuda.device(self._device), recording:
+        with torch.cuda.device(self._device), _no_garbage_collected(), recording:
             return compute()
 
     def replay(self) -> None:
         with torch.cuda.device(self._device):
             self._graph.replay()
+
+
+@contextlib.contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """Before the block it is, not within: a model that is given up frees its recordings, which ends one under way."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @functools.cache

@@ -51,19 +51,21 @@ class Scratch:
 
 def put_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Write `left` · `right`, of matrices or of batches of them, to memory of the same or a wider type."""
-    if total.dtype != left.dtype:
-        total.copy_(left @ right)
-    elif total.dim() == 2:
-        torch.mm(left, right, out=total)
+    multiply = torch.mm if total.dim() == 2 else torch.bmm
+    if total.dtype == left.dtype:
+        multiply(left, right, out=total)
+    elif total.is_cuda:  # which adds up in the wider type, and writes it without another pass
+        multiply(left, right, out_dtype=total.dtype, out=total)
     else:
-        torch.bmm(left, right, out=total)
+        total.copy_(left @ right)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add `left` · `right`, of matrices or of batches of them, to a total of the same or a wider type."""
-    if total.dtype != left.dtype:
-        total += left @ right
-    elif total.dim() == 2:
-        total.addmm_(left, right)
+    multiply = torch.addmm if total.dim() == 2 else torch.baddbmm
+    if total.dtype == left.dtype:
+        multiply(total, left, right, out=total)
+    elif total.is_cuda:
+        multiply(total, left, right, out_dtype=total.dtype, out=total)
     else:
-        total.baddbmm_(left, right)
+        total += left @ right

@@ -85,10 +85,15 @@ class TransformerBlock(nn.Module):
 
 
 class AttentionLayer(nn.Module):
-    """LayerNorm(merge(single-head attention)) inside windows."""
+    """LayerNorm(merge(single-head attention)) inside windows.
+
+    Attributes:
+        any_order: its sums may be in another order than the reference's.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.any_order = False
         self.query = nn.Linear(channels, channels, bias=False)
         self.key = nn.Linear(channels, channels, bias=False)
         self.value = nn.Linear(channels, channels, bias=False)
@@ -106,7 +111,14 @@ class AttentionLayer(nn.Module):
         weights = AttentionWeights(
             self.query.weight, self.key.weight, self.value.weight, self.merge.weight, self.norm.weight, self.norm.bias
         )
-        return window_attention(source, target, weights, _pairings(groups, cross=cross), onto_source=onto_source)
+        return window_attention(
+            source,
+            target,
+            weights,
+            _pairings(groups, cross=cross),
+            onto_source=onto_source,
+            any_order=self.any_order,
+        )
 
 
 def _pairings(groups: tuple[WindowGroup, ...], *, cross: bool) -> list[Pairing]:
@@ -117,10 +129,10 @@ def _pairings(groups: tuple[WindowGroup, ...], *, cross: bool) -> list[Pairing]:
         size, number = group.windows * group.length, len(pairings)
         if cross:  # windows of image 0 come first
             half, middle = group.windows // 2, start + size // 2
-            pairings.append(Pairing(start, number + 1, half, group.length, group.regions, group.cut))
-            pairings.append(Pairing(middle, number, half, group.length, group.regions, group.cut))
+            pairings.append(Pairing(start, number + 1, half, group.length, group.regions))
+            pairings.append(Pairing(middle, number, half, group.length, group.regions))
         else:
-            pairings.append(Pairing(start, number, group.windows, group.length, group.regions, group.cut))
+            pairings.append(Pairing(start, number, group.windows, group.length, group.regions))
         start += size
     return pairings
 

@@ -11,9 +11,22 @@ from gmflow.folded_attention import folded_window_attention
 from gmflow.projected_attention import projected_window_attention
 from gmflow.window_chunks import AttentionWeights, Pairing
 
+ACCELERATOR_DTYPE = torch.float16
+"""What accelerators attend in where sums may be in any order: it rounds as TF32 does, to 10 bits, in half the bytes.
+
+The range of bfloat16 and float32 is wider, which sums of normalised messages have no need of; but the one rounds more,
+and the fused operation of the other takes many times as long (docs/performance.md).
+"""
+
 
 def window_attention(
-    source: Tensor, target: Tensor, weights: AttentionWeights, pairings: list[Pairing], *, onto_source: bool
+    source: Tensor,
+    target: Tensor,
+    weights: AttentionWeights,
+    pairings: list[Pairing],
+    *,
+    onto_source: bool,
+    any_order: bool,
 ) -> Tensor:
     """LayerNorm(merge · softmax(query · key / √C) · value) within windows.
 
@@ -23,34 +36,40 @@ def window_attention(
         weights: of the layer.
         pairings: every window once as a source, in order, and once as a target.
         onto_source: add the result to the source.
+        any_order: sums may be in another order than the reference's; in 16 bits they are anyway.
 
     Returns:
         `[T, C]`.
     """
-    if not computes_in_chunks(source.device):
-        return _fused(source, target, weights, pairings, onto_source)
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else source.dtype
-    # What learns computes in full precision, and only what comes back is rounded.
-    if pairings[0].cut and (dtype == source.dtype or torch.is_grad_enabled()):
-        return folded_window_attention(source, target, weights, pairings, onto_source=onto_source, narrow=dtype)
-    return projected_window_attention(source, target, weights, pairings, onto_source=onto_source, dtype=dtype)
+    device, wide = source.device, source.dtype
+    narrow = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else wide
+    any_order = any_order or narrow != wide
+    if torch.compiler.is_exporting() or not (any_order or computes_in_chunks(device)):
+        return _whole(source, target, weights, pairings, onto_source)
+    if not any_order or (computes_in_chunks(device) and narrow != wide and not torch.is_grad_enabled()):
+        return projected_window_attention(source, target, weights, pairings, onto_source=onto_source, dtype=narrow)
+    # What learns computes in more bits than what comes back (docs/performance.md).
+    forth = wide if computes_in_chunks(device) else ACCELERATOR_DTYPE
+    return folded_window_attention(source, target, weights, pairings, onto_source=onto_source, forth=forth, back=narrow)
 
 
-def _fused(
+def _whole(
     source: Tensor, target: Tensor, weights: AttentionWeights, pairings: list[Pairing], onto_source: bool
 ) -> Tensor:
-    """Through the fused kernels; a grid built for them has windows with regions in an exported program only."""
+    """Step by step, in the reference's order: of an exported program, whose windows may have regions, and accelerators.
+
+    The gradients of attention in float32 come from chunks of it (`attention`).
+    """
     query, key, value = _projected(source, target, weights)
     # Split, not sliced one by one: the gradient of a slice is a tensor of the whole, to be zeroed and added up.
     sizes = [pairing.windows * pairing.length for pairing in pairings]
     queries, keys, values = (torch.split(one, sizes) for one in (query, key, value))
-    attend = fused_attention if query.element_size() == 2 else attention
     parts: list[Tensor] = []
     for pairing, own in zip(pairings, queries, strict=True):
         shape = (pairing.windows, pairing.length, source.shape[1])
         other = keys[pairing.partner].view(shape), values[pairing.partner].view(shape)
         if pairing.regions is None:
-            attended = attend(own.view(shape), *other)
+            attended = attention(own.view(shape), *other)
         else:
             attended = _attended_within(pairing.regions, own.view(shape), *other)
         parts.append(attended.flatten(0, 1))

@@ -23,13 +23,11 @@ class WindowGroup:
         length: tokens in each.
         regions: int64 `[n, length]`, of n windows in turn: of 1, or in an exported program of all of a map. Tokens of
             different regions are no neighbours in the map. None where all are, as in all windows that are cut up.
-        cut: those around the border were cut up into their regions.
     """
 
     windows: int
     length: int
     regions: Tensor | None
-    cut: bool
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def window_grid(
                 x = torch.zeros_like(columns[:1]) if column_regions is None else column_regions
                 regions = (2 * y[:, None, :, None] + x[None, :, None, :]).flatten(2).flatten(0, 1)
             length = rows.shape[1] * columns.shape[1]
-            groups.append(WindowGroup(maps * len(rows) * len(columns), length, regions, cut))
+            groups.append(WindowGroup(maps * len(rows) * len(columns), length, regions))
     tokens = torch.cat(order)
     inverse = torch.empty_like(tokens)
     inverse[tokens] = torch.arange(tokens.shape[0], device=device)

@@ -68,6 +68,7 @@ def test_window_attention(
     height, width = splits * window[0], splits * window[1]
     shifted = shifted and splits > 1
     layer = AttentionLayer(CHANNELS).double()
+    layer.any_order = cut
     source, target = (random(maps, height, width, CHANNELS, seed=seed) for seed in (1, 2))
     grid = window_grid(maps, height, width, splits, shifted=shifted, cut=cut, device=source.device)
     ordered = [permute_tokens(x.view(-1, CHANNELS), grid.order, grid.inverse) for x in (source, target)]
@@ -104,7 +105,7 @@ def test_attention_over_more_scores_than_a_chunk(monkeypatch: pytest.MonkeyPatch
 def test_chunks_of_attention_are_bounded_and_of_even_size(queries: int, keys: int, threads: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: threads)
-        windows, rows = chunk_size(queries, keys)
+        windows, rows = chunk_size(queries, keys, torch.device("cpu"))
     assert windows * rows * keys <= SCORES or (windows == 1 and rows <= ROWS)
     assert windows == 1 or windows * queries <= TOKENS
     if rows < queries:
@@ -309,14 +310,16 @@ def test_same_input_same_bits(precision: Any) -> None:
 @pytest.fixture
 def accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path that accelerators take, through the fused kernels, here on the CPU."""
-    for module in ("attention", "window_attention"):
+    for module in ("attention", "folded_attention", "window_attention", "window_chunks"):
         monkeypatch.setattr(f"gmflow.{module}.computes_in_chunks", lambda device: False)
+    monkeypatch.setattr("gmflow.window_attention.ACCELERATOR_DTYPE", torch.float64)
 
 
 @pytest.mark.usefixtures("accelerated")
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
 @pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
-def test_the_accelerators_path_computes_the_same(config: GMFlowConfig) -> None:
-    assert_model_is_the_oracle(config, True, ExecutionConfig(), pixels=2e-2)
+def test_the_accelerators_path_computes_the_same(config: GMFlowConfig, precision: Any) -> None:
+    assert_model_is_the_oracle(config, True, ExecutionConfig(precision), pixels=2e-2 if precision == "fp32" else 5e-2)
 
 
 @pytest.mark.usefixtures("accelerated")
@@ -324,10 +327,19 @@ def test_the_accelerators_path_computes_the_same(config: GMFlowConfig) -> None:
 @pytest.mark.parametrize("splits", [2, 3])
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("to_itself", [False, True])
+@pytest.mark.parametrize("scores", [20, 1 << 26])
 def test_the_accelerators_window_attention_is_the_oracles(
-    cross: bool, shifted: bool, splits: int, window: tuple[int, int]
+    scores: int,
+    to_itself: bool,
+    cross: bool,
+    shifted: bool,
+    splits: int,
+    window: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    test_window_attention.hypothesis.inner_test(splits, window, 4, shifted, cross, not cross, False, True)  # type: ignore[attr-defined]
+    monkeypatch.setattr("gmflow.attention.ACCELERATOR_SCORES", scores)
+    test_window_attention.hypothesis.inner_test(splits, window, 4, shifted, cross, not cross, to_itself, True)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("window", "groups"), [((4, 6), 4), ((5, 6), 6), ((5, 7), 9)])
@@ -357,6 +369,7 @@ def test_window_attention_in_16_bits(
     grid = window_grid(2, 8, 12, 2, shifted=True, cut=True, device=torch.device("cpu"))
     torch.manual_seed(0)
     layer = AttentionLayer(64)
+    layer.any_order = True
     source, target = (random(192, 64, seed=seed).detach().float() for seed in (1, 2))
     inputs = [source.requires_grad_(), (target + 10 * random(64).detach().float()).requires_grad_()]
     upper = torch.randn(source.shape, generator=torch.Generator().manual_seed(3))
@@ -411,6 +424,30 @@ def test_which_way_windows_are_attended_on_a_cpu(
     with torch.set_grad_enabled(learns):
         model(*images(64, 96))
     assert ways == {training if learns else inference}
+
+
+@pytest.mark.usefixtures("accelerated")
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "back"),
+    [("fp32", None), ("tf32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
+)
+def test_which_way_windows_are_attended_elsewhere(
+    precision: Any, back: torch.dtype | None, learns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But in fp32 folded, in one type on the way to the loss, whatever the precision, and back in that of it."""
+    types: set[tuple[torch.dtype, torch.dtype]] = set()
+
+    def told(*tokens: Any, forth: torch.dtype, back: torch.dtype, **how: Any) -> Tensor:
+        types.add((forth, back))
+        return folded_window_attention(*tokens, forth=forth, back=back, **how)
+
+    monkeypatch.setattr("gmflow.window_attention.folded_window_attention", told)
+    monkeypatch.setattr("gmflow.window_attention.ACCELERATOR_DTYPE", torch.float16)
+    model = prepare_model(GMFlow(CONFIGS[2]).train(learns), ExecutionConfig(precision))
+    with torch.set_grad_enabled(learns):
+        model(*images(64, 96))
+    assert types == (set() if back is None else {(torch.float16, back)})
 
 
 @pytest.mark.parametrize("biased", [False, True])
