@@ -43,13 +43,13 @@ def window_attention(
     """
     device, wide = source.device, source.dtype
     narrow = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else wide
-    any_order = any_order or narrow != wide
-    if torch.compiler.is_exporting() or not (any_order or computes_in_chunks(device)):
+    any_order, on_cpu = any_order or narrow != wide, computes_in_chunks(device)
+    if torch.compiler.is_exporting() or not (on_cpu or any_order):
         return _whole(source, target, weights, pairings, onto_source)
-    if not any_order or (computes_in_chunks(device) and narrow != wide and not torch.is_grad_enabled()):
+    if on_cpu and (not any_order or (narrow != wide and not torch.is_grad_enabled())):
         return projected_window_attention(source, target, weights, pairings, onto_source=onto_source, dtype=narrow)
     # What learns computes in more bits than what comes back (docs/performance.md).
-    forth = wide if computes_in_chunks(device) else ACCELERATOR_DTYPE
+    forth = wide if on_cpu else ACCELERATOR_DTYPE
     return folded_window_attention(source, target, weights, pairings, onto_source=onto_source, forth=forth, back=narrow)
 
 

@@ -17,6 +17,7 @@ from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
 from gmflow import load_model
 from gmflow.execution import ExecutionConfig
+from gmflow.metrics import ErrorMetrics
 from pipelines.scoring import evaluate
 from pipelines.training import interval, launch, stage
 from pipelines.training.config import CurriculumConfig, MachineConfig, PartConfig, load_config
@@ -255,3 +256,24 @@ def test_a_machines_loader_processes_and_cache_are_used(begin, monkeypatch: pyte
     begin(f"machine={{micro_batch: 2, loader_workers: 2, cache: {cache}}}").run()
     assert asked == [2]
     assert any((tmp_path / "cache").rglob("*"))
+
+
+@pytest.mark.parametrize("waited", [0.2, 0.9])
+def test_the_longest_wait_for_data_of_all_ranks_is_told(begin, monkeypatch: pytest.MonkeyPatch, waited: float):
+    """All wait for the one whose loaders are slow."""
+    worker = begin().worker
+    monkeypatch.setattr(worker, "world_size", 2)
+    monkeypatch.setattr(stage.dist, "all_reduce", lambda sums: sums[-1].add_(0.7))  # what the other one adds
+    found = worker._over_ranks(torch.zeros((), dtype=torch.float64), ErrorMetrics(), waited)
+    assert found.data_wait == pytest.approx(max(waited, 0.7))
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda:1", True)])
+def test_batches_are_pinned_for_gpus_alone(begin, monkeypatch: pytest.MonkeyPatch, device: str, pinned: bool):
+    """A copy to a GPU goes on beside the pass before it only from memory that is pinned."""
+    asked: list[bool] = []
+    monkeypatch.setattr(stage, "TrainingStream", lambda *_, pinned, **how: asked.append(pinned) or ())
+    worker = begin().worker
+    monkeypatch.setattr(worker, "device", torch.device(device))
+    assert list(worker.stream()) == []
+    assert asked == [pinned]

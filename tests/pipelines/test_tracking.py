@@ -294,6 +294,20 @@ def test_only_what_may_pass_is_waited_for(error: Exception, passes: bool):
         assert len(attempts) == 1
 
 
+def test_a_server_that_refuses_to_answer_does_not_hold_nothing(server, monkeypatch):
+    """A run that is not there is trained again; one that nobody may see, for now, is not."""
+    curriculum = curriculum_run(server, "holds")
+    assert curriculum.holds(curriculum.run_id)
+    assert not curriculum.holds("0" * 32)
+
+    def refuse(run_id: str) -> None:
+        raise MlflowException("not yours", error_code=PERMISSION_DENIED)
+
+    monkeypatch.setattr(curriculum.client, "get_run", refuse)
+    with pytest.raises(MlflowException, match="not yours"):
+        curriculum.holds(curriculum.run_id)
+
+
 def test_a_picture_that_is_refused_keeps_no_metric_back(server, monkeypatch):
     told: list[str] = []
     run = curriculum_run(server, "picture", told.append).stage("chairs", key="picture/chairs")
