@@ -27,6 +27,7 @@ from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import PaddingMode
 from gmflow.weights import weights_digest
 from pipelines.arguments import device, positive, positive_number, size
+from pipelines.behind import Behind, read_ahead
 from pipelines.continuation import ANY_FRAME, any_frame, claim_output
 from pipelines.errors import PipelineError, command
 from pipelines.flow_files import FLOW_FORMATS, TRUTH_SUFFIXES, Result, Truth, no_truth, read_truth, truth_file
@@ -128,17 +129,26 @@ def predict_clip(
     kept: Set[str] = frozenset(),
     on_pair: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write the files of every pair of a clip; those `kept` from an earlier run are not made again."""
+    """Write the files of every pair of a clip; those `kept` from an earlier run are not made again.
+
+    They are written beside the model, those of several pairs at a time: `on_pair` is called from another thread.
+    """
     wanted = VIDEO in options.formats and _video_key(clip) not in kept
-    with _video_of(clip, output, options) if wanted else contextlib.nullcontext() as video:
+
+    def write(result: Result) -> None:
+        for name in options.files:
+            if _key(result.pair, name) not in kept:
+                output.write(_key(result.pair, name), FLOW_FORMATS[name].encode(result))
+        on_pair()
+
+    with _video_of(clip, output, options) if wanted else contextlib.nullcontext() as video, Behind() as behind:
         for result in _results(model, clip, output, options, kept, need_all=wanted):
-            if result is not None:
-                for name in options.files:
-                    if _key(result.pair, name) not in kept:
-                        output.write(_key(result.pair, name), FLOW_FORMATS[name].encode(result))
-                if video is not None:
-                    video.add(result)
-            on_pair()
+            if result is None:
+                on_pair()
+                continue
+            behind.do(write, result)
+            if video is not None:
+                video.add(result)
 
 
 @contextlib.contextmanager
@@ -155,7 +165,7 @@ def _results(
     model: GMFlow, clip: Clip, output: ObjectStore, options: PredictionOptions, kept: Set[str], *, need_all: bool
 ) -> Iterator[Result | None]:
     """Every pair's result in order; None for one whose files are all there, unless `need_all`."""
-    for pairs in _batches(clip.pairs(), options.batch):
+    for pairs in _batches(read_ahead(clip.pairs()), options.batch):
         wanted = [need_all or any(_key(pair, name) not in kept for name in options.files) for pair in pairs]
         predictions = [
             _earlier(pair, output, options, kept) if wants else None for pair, wants in zip(pairs, wanted, strict=True)

@@ -30,6 +30,7 @@ from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import PaddingMode
 from gmflow.weights import weights_digest
 from pipelines.arguments import device
+from pipelines.behind import Behind, read_ahead
 from pipelines.continuation import claim_output
 from pipelines.errors import PipelineError, command
 from pipelines.flow_files import encode_kitti
@@ -131,15 +132,20 @@ def predict_submission(
     numbers = [int(n) for subset in benchmark.subsets for n in manifest.select(subset, with_truth=False)]
     if len(numbers) != benchmark.pairs:
         console.print(f"[yellow]{len(numbers)} pairs, the whole test set has {benchmark.pairs}: not to be handed in")
+    samples = read_ahead(read_sample(manifest, number, occlusion=False) for number in numbers)
+
+    def write(path: str, found: Prediction) -> None:
+        output.write(path, benchmark.encode(found))
+
     paths = []
-    for number in track(numbers, description="predicting", console=console):
-        sample = read_sample(manifest, number, occlusion=False)
-        path = benchmark.path(sample)
-        paths.append(path)
-        if path not in kept:
-            frames = [(sample.image0, sample.image1)]
-            (found,) = predict_batch(model, frames, padding=benchmark.padding, precision=precision)
-            output.write(path, benchmark.encode(found))
+    with Behind() as behind:
+        for sample in track(samples, total=len(numbers), description="predicting", console=console):
+            path = benchmark.path(sample)
+            paths.append(path)
+            if path not in kept:
+                frames = [(sample.image0, sample.image1)]
+                (found,) = predict_batch(model, frames, padding=benchmark.padding, precision=precision)
+                behind.do(write, path, found)
     return paths
 
 

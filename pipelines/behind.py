@@ -1,0 +1,56 @@
+"""Reading and writing beside a model: threads read the next frames and write the last results while it computes.
+
+On a GPU a pair takes less time than its files: drawing and encoding them, or a request to S3, is left to processors.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import ParamSpec, Self, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+THREADS = 4
+
+_END = object()
+
+
+class Behind:
+    """Pieces of work for threads while their giver goes on, in a `with` that ends when all are done.
+
+    As many as there are threads are under way at a time, so that what they hold in memory is bounded. What one raises
+    comes up where the next is given, or at the end; those not begun by then are left.
+    """
+
+    def __init__(self, threads: int = THREADS) -> None:
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads)
+        self._under_way: deque[Future[None]] = deque()
+
+    def do(self, work: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        while len(self._under_way) >= self._threads:
+            self._under_way.popleft().result()
+        self._under_way.append(self._pool.submit(work, *args, **kwargs))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            while error is None and self._under_way:
+                self._under_way.popleft().result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def read_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each read by a thread while the one before it is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        following: Future[T | object] = pool.submit(next, items, _END)
+        while (item := following.result()) is not _END:
+            following = pool.submit(next, items, _END)
+            yield item  # type: ignore[misc]
