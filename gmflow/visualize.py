@@ -10,7 +10,7 @@ from gmflow.errors import GMFlowError
 UNKNOWN = 1e9
 """Middlebury: a component beyond this marks an unknown pixel."""
 
-_STRIP_PIXELS = 1 << 13  # coloured at a time: what is in between stays in the cache
+_STRIP_PIXELS = 1 << 15  # coloured at a time: what is in between stays in the cache
 
 
 def color_wheel() -> npt.NDArray[np.float64]:
@@ -59,32 +59,29 @@ def flow_to_image(flow: npt.NDArray[np.floating], max_flow: float | None = None)
     height, width = known.shape
     rows = max(1, _STRIP_PIXELS // max(1, width))
     strips = [slice(top, top + rows) for top in range(0, height, rows)]
-    largest = max_flow or max((_speed(flow[strip]).max(initial=0.0) for strip in strips), default=0.0) or 1.0
+    speed = np.hypot(flow[..., 0], flow[..., 1], dtype=np.float64)
+    largest = max_flow or speed.max(initial=0.0) or 1.0
     image = np.empty((height, width, 3), np.uint8)
     for strip in strips:
-        image[strip] = _coloured(flow[strip], largest) * known[strip][..., None]
+        _paint(image[strip], flow[strip], speed[strip] / largest)
+    image[~known] = 0
     return image
 
 
-def _speed(flow: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-    speed: npt.NDArray[np.float64] = np.hypot(*np.moveaxis(flow.astype(np.float64), 2, 0))
-    return speed
-
-
-def _coloured(flow: npt.NDArray[np.floating], largest: float) -> npt.NDArray[np.uint8]:
-    """Known flow [h, w, 2] in colours, uint8 [h, w, 3]; a speed of `largest` is fully saturated."""
+def _paint(image: npt.NDArray[np.uint8], flow: npt.NDArray[np.floating], saturation: npt.NDArray[np.float64]) -> None:
+    """Known flow [h, w, 2] in colours into an image [h, w, 3]; saturation [h, w] is full at 1."""
     u, v = np.moveaxis(flow.astype(np.float64), 2, 0)
     wheel = color_wheel() / 255
     angle = np.arctan2(-v, -u) / np.pi  # -1..1
     position = (angle + 1) / 2 * (len(wheel) - 1)
     lower = np.floor(position).astype(int)
-    fraction = (position - lower)[..., None]
-    hue = (1 - fraction) * wheel[lower] + fraction * wheel[(lower + 1) % len(wheel)]
-
-    saturation = (_speed(flow) / largest)[..., None]
-    color = np.where(saturation <= 1, 1 - saturation * (1 - hue), 0.75 * hue)
-    image: npt.NDArray[np.uint8] = np.floor(255 * color).astype(np.uint8)
-    return image
+    upper = (lower + 1) % len(wheel)
+    fraction = position - lower
+    rest = 1 - fraction
+    for channel, hues in enumerate(wheel.T):  # one by one: NumPy is slow where rows are of three values
+        hue = rest * hues[lower] + fraction * hues[upper]
+        color = np.where(saturation <= 1, 1 - saturation * (1 - hue), 0.75 * hue)
+        image[..., channel] = np.floor(255 * color)
 
 
 KITTI_BANDS = (
