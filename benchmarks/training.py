@@ -114,6 +114,9 @@ def main() -> None:
         table.add_column(column)
     with tempfile.TemporaryDirectory(prefix="gmflow-benchmark-") as folder:
         bench = Bench(Path(folder), size, arguments.rounds)
+        # An error from now on (Ray has set its own way to end): what is compared is stopped most of the time, and would
+        # stay so.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         for name, measure in ROWS.items():
             if arguments.only in (None, name):
                 for row in measure(bench):
@@ -171,11 +174,15 @@ def overhead(bench: Bench) -> Iterator[Row]:
 
     All of them take turns: Ray's own processes, loaders and tracking run in a stage's turn and are stopped in others'.
     """
-    ray = {workers: stage_on_ray(bench, workers) for workers in (1, 2)}
-    programs = {f"ray {workers}": stage.program for workers, stage in ray.items()}
-    programs |= {f"bare {'+'.join(map(str, groups))}": bare_loop(bench, groups) for groups in ([1], [2], [1, 1])}
-    programs["bare 2, meeting"] = bare_loop(bench, [2], exchange=False)
+    ray: dict[int, StageOnRay] = {}
+    programs: dict[str, Program] = {}
     try:
+        for workers in (1, 2):
+            ray[workers] = stage_on_ray(bench, workers)
+            programs[f"ray {workers}"] = ray[workers].program
+        for groups in ([1], [2], [1, 1]):
+            programs[f"bare {'+'.join(map(str, groups))}"] = bare_loop(bench, groups)
+        programs["bare 2, meeting"] = bare_loop(bench, [2], exchange=False)
         warmed_up(list(programs.values()), bench.size.warm_up)
         for done in take_turns(list(programs.values()), TURNS * bench.rounds, bench.size.turn_s):
             console.print(f"turn {done} of {TURNS * bench.rounds}")
