@@ -53,6 +53,7 @@ def assert_same(ours: Tensor, theirs: Tensor, inputs: list[Tensor], tolerance: f
     onto_source=st.booleans(),
     to_itself=st.booleans(),
     cut=st.booleans(),
+    any_order=st.booleans(),
 )
 @settings(max_examples=80, deadline=None)
 def test_window_attention(
@@ -64,11 +65,12 @@ def test_window_attention(
     onto_source: bool,
     to_itself: bool,
     cut: bool,
+    any_order: bool,
 ) -> None:
     height, width = splits * window[0], splits * window[1]
     shifted = shifted and splits > 1
     layer = AttentionLayer(CHANNELS).double()
-    layer.any_order = cut
+    layer.any_order = any_order and cut  # which knows no regions
     source, target = (random(maps, height, width, CHANNELS, seed=seed) for seed in (1, 2))
     grid = window_grid(maps, height, width, splits, shifted=shifted, cut=cut, device=source.device)
     ordered = [permute_tokens(x.view(-1, CHANNELS), grid.order, grid.inverse) for x in (source, target)]
@@ -129,7 +131,7 @@ def test_window_attention_in_chunks_of_any_size(
 ) -> None:
     monkeypatch.setattr("gmflow.attention.ROWS", 1)
     monkeypatch.setattr("gmflow.attention.SCORES", chunk)
-    test_window_attention.hypothesis.inner_test(2, (2, 3), 4, True, cross, True, to_itself, cut)  # type: ignore[attr-defined]
+    test_window_attention.hypothesis.inner_test(2, (2, 3), 4, True, cross, True, to_itself, cut, True)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("cross", [False, True])
@@ -144,7 +146,7 @@ def test_long_windows_in_any_order(to_itself: bool, cross: bool, monkeypatch: py
         return fused_attention(query, *others)
 
     monkeypatch.setattr("gmflow.folded_attention.fused_attention", fused)
-    test_window_attention.hypothesis.inner_test(2, (2, 3), 4, True, cross, True, to_itself, True)  # type: ignore[attr-defined]
+    test_window_attention.hypothesis.inner_test(2, (2, 3), 4, True, cross, True, to_itself, True, True)  # type: ignore[attr-defined]
     assert set(lengths) == {6}
 
 
@@ -323,14 +325,15 @@ def test_the_accelerators_path_computes_the_same(config: GMFlowConfig, precision
 
 
 @pytest.mark.usefixtures("accelerated")
-@pytest.mark.parametrize("window", [(2, 5), (5, 3), (4, 6), (1, 4), (1, 1)])
-@pytest.mark.parametrize("splits", [2, 3])
+@pytest.mark.parametrize(("splits", "window"), [(2, (2, 5)), (3, (5, 3)), (3, (4, 6)), (2, (1, 4)), (3, (1, 1))])
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("to_itself", [False, True])
+@pytest.mark.parametrize("any_order", [False, True])
 @pytest.mark.parametrize("scores", [20, 1 << 26])
 def test_the_accelerators_window_attention_is_the_oracles(
     scores: int,
+    any_order: bool,
     to_itself: bool,
     cross: bool,
     shifted: bool,
@@ -339,7 +342,8 @@ def test_the_accelerators_window_attention_is_the_oracles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("gmflow.attention.ACCELERATOR_SCORES", scores)
-    test_window_attention.hypothesis.inner_test(splits, window, 4, shifted, cross, not cross, to_itself, True)  # type: ignore[attr-defined]
+    how = splits, window, 4, shifted, cross, not cross, to_itself, True, any_order
+    test_window_attention.hypothesis.inner_test(*how)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("window", "groups"), [((4, 6), 4), ((5, 6), 6), ((5, 7), 9)])
