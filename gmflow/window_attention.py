@@ -15,7 +15,7 @@ ACCELERATOR_DTYPE = torch.float16
 """What accelerators attend in where sums may be in any order: it rounds as TF32 does, to 10 bits, in half the bytes.
 
 The range of bfloat16 and float32 is wider, which sums of normalised messages have no need of; but the one rounds more,
-and the fused operation of the other takes many times as long (docs/performance.md).
+and with the fused operation of the other a pass takes half as long again (docs/performance.md).
 """
 
 
@@ -45,7 +45,7 @@ def window_attention(
     narrow = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else wide
     any_order, on_cpu = any_order or narrow != wide, computes_in_chunks(device)
     if torch.compiler.is_exporting() or not (on_cpu or any_order):
-        return _whole(source, target, weights, pairings, onto_source)
+        return _step_by_step(source, target, weights, pairings, onto_source)
     if on_cpu and (not any_order or (narrow != wide and not torch.is_grad_enabled())):
         return projected_window_attention(source, target, weights, pairings, onto_source=onto_source, dtype=narrow)
     # What learns computes in more bits than what comes back (docs/performance.md).
@@ -53,10 +53,10 @@ def window_attention(
     return folded_window_attention(source, target, weights, pairings, onto_source=onto_source, forth=forth, back=narrow)
 
 
-def _whole(
+def _step_by_step(
     source: Tensor, target: Tensor, weights: AttentionWeights, pairings: list[Pairing], onto_source: bool
 ) -> Tensor:
-    """Step by step, in the reference's order: of an exported program, whose windows may have regions, and accelerators.
+    """In the reference's order: for accelerators, and for an exported program, whose windows may have regions.
 
     The gradients of attention in float32 come from chunks of it (`attention`).
     """

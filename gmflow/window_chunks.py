@@ -96,9 +96,12 @@ def chunks(pairings: list[Pairing], device: torch.device, *, fused: bool = False
 def _windows(pairing: Pairing, pairings: list[Pairing], device: torch.device, fused: bool) -> Iterator[Windows]:
     """Many whole windows for the fused operation, else as many rows as there may be scores of."""
     length, crossing = pairing.length, None if pairing.regions is None else Crossing.of(pairing.regions[0])
-    many, rows = chunk_size(length, length, device)
-    if fused:
-        many, rows = max(1, FUSED_TOKENS // length) if computes_in_chunks(device) else pairing.windows, length
+    if not fused:
+        many, rows = chunk_size(length, length, device)
+    elif computes_in_chunks(device):
+        many, rows = max(1, FUSED_TOKENS // length), length
+    else:
+        many, rows = pairing.windows, length
     for first in range(0, pairing.windows, many):
         number = min(many, pairing.windows - first)
         source, target = (

@@ -20,8 +20,8 @@ _END = object()
 class Behind:
     """Pieces of work for threads while their giver goes on, in a `with` that ends when all are done.
 
-    As many as there are threads are under way at a time, so that what they hold in memory is bounded. What one raises
-    comes up where the next is given, or at the end; those not begun by then are left.
+    As many as there are threads are under way at a time, so that what they hold in memory is bounded, and all of those
+    are ended. What one raises comes up where a later one is given, or at the end.
     """
 
     def __init__(self, threads: int = THREADS) -> None:
@@ -44,7 +44,7 @@ class Behind:
             while error is None and self._under_way:
                 self._under_way.popleft().result()
         finally:
-            self._pool.shutdown(cancel_futures=True)
+            self._pool.shutdown()
 
 
 def read_ahead(items: Iterator[T]) -> Iterator[T]:
