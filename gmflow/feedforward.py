@@ -18,11 +18,8 @@ from gmflow.eager import outside_graphs
 from gmflow.layer_norm import Statistics, layer_norm, layer_norm_backward
 from gmflow.scratch import Matrix, Scratch, add_product
 
-CPU_CHUNK = 1 << 20
-"""Hidden values computed at a time on a CPU: 4 MiB of float32, measured best (docs/performance.md)."""
-
-CONVOLVED_CHUNK = 1 << 21
-"""The same where products are convolutions, each of which arranges its matrix anew."""
+CPU_CHUNK = 1 << 21
+"""Hidden values computed at a time on a CPU: 8 MiB of float32, measured best (docs/performance.md)."""
 
 ACCELERATOR_CHUNK = 1 << 27
 """Elsewhere: large enough to fill the device, small enough to bound memory at any image size."""
@@ -48,7 +45,8 @@ def feed_forward(
         contract: W2, `[C, H]`.
         scale: of the LayerNorm, `[C]`.
         shift: of the LayerNorm, `[C]`.
-        any_order: sums may be in another order than the reference's.
+        any_order: sums on the way to the loss may be in another order than the reference's. On the way back they are
+            in whatever order is the fastest.
     """
     if torch.compiler.is_exporting():  # one graph for all sizes holds no loop over chunks
         update = F.linear(F.gelu(F.linear(torch.cat([source, message], dim=1), expand)), contract)
@@ -63,12 +61,8 @@ def feed_forward(
     return out
 
 
-def _chunks(source: Tensor, hidden: int, any_order: bool) -> list[slice]:
-    if source.device.type == "cpu":
-        values = CONVOLVED_CHUNK if any_order else CPU_CHUNK
-    else:
-        values = ACCELERATOR_CHUNK
-    length = max(1, values // hidden)
+def _chunks(source: Tensor, hidden: int) -> list[slice]:
+    length = max(1, (CPU_CHUNK if source.is_cpu else ACCELERATOR_CHUNK) // hidden)
     return [slice(start, min(start + length, len(source))) for start in range(0, len(source), length)]
 
 
@@ -92,7 +86,7 @@ class _FeedForward(torch.autograd.Function):
         factors = Matrix.of(expand.to(dtype)), Matrix.of(contract.to(dtype))
         pairs, hidden, activated, update = (Scratch(message) for _ in range(4))
         kept: list[Tensor] = []
-        for chunk in _chunks(source, len(expand), any_order):
+        for chunk in _chunks(source, len(expand)):
             pair = _pair(source[chunk], message[chunk], pairs)
             before = _times(pair, factors[0], None if narrow == dtype else hidden, any_order)
             after = _times(_gelu(before, activated), factors[1], None if narrow is not None else update, any_order)
@@ -101,7 +95,7 @@ class _FeedForward(torch.autograd.Function):
             if narrow is not None:
                 kept += before.to(narrow), after, *statistics
         if narrow is not None:
-            ctx.narrow, ctx.any_order = narrow, any_order
+            ctx.narrow = narrow
             ctx.save_for_backward(source, message, expand, contract, scale, shift, *kept)
         return out
 
@@ -109,7 +103,7 @@ class _FeedForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         source, message, expand, contract, scale, shift, *kept = ctx.saved_tensors
-        chunks, dtype = _chunks(source, len(expand), ctx.any_order), ctx.narrow
+        chunks, dtype = _chunks(source, len(expand)), ctx.narrow
         of_chunks = zip(kept[::4], kept[1::4], map(Statistics, kept[2::4], kept[3::4]), strict=True)
         to_source, to_message = torch.empty_like(source), torch.empty_like(message)
         to_expand, to_contract, to_scale, to_shift = map(torch.zeros_like, (expand, contract, scale, shift))
@@ -121,11 +115,11 @@ class _FeedForward(torch.autograd.Function):
             to_scale += more_scale
             to_shift += more_shift
             upper = to_update.to(dtype)
-            add_product(to_contract, upper.T, _gelu(before, activated))
-            to_hidden = _times(upper, factors[1], upper_hidden, ctx.any_order)
+            _add_gradient(to_contract, upper, _gelu(before, activated))
+            to_hidden = _times(upper, factors[1], upper_hidden, any_order=True)
             torch.ops.aten.gelu_backward.grad_input(to_hidden, before, grad_input=to_hidden)
-            add_product(to_expand, to_hidden.T, pair)
-            own, to_message[chunk] = _times(to_hidden, factors[0], to_pairs, ctx.any_order).chunk(2, dim=1)
+            _add_gradient(to_expand, to_hidden, pair)
+            own, to_message[chunk] = _times(to_hidden, factors[0], to_pairs, any_order=True).chunk(2, dim=1)
             torch.add(gradient[chunk], own, out=to_source[chunk])
         return to_source, to_message, to_expand, to_contract, to_scale, to_shift, None, None
 
@@ -137,12 +131,41 @@ def _times(tokens: Tensor, matrix: Matrix, scratch: Scratch | None, any_order: b
     AMD's (docs/performance.md), and sums in another order; it has memory of its own.
     """
     with torch.autocast(tokens.device.type, enabled=False):  # the types are chosen
-        if any_order and tokens.device.type == "cpu" and tokens.dtype == torch.float32:
-            pixels = tokens.view(1, 1, *tokens.shape).permute(0, 3, 1, 2)  # [1, K, 1, n], channels-last
-            product = F.conv2d(pixels, matrix.back[..., None, None])  # [1, M, 1, n], channels-last
+        if any_order and _may_be_convolved(tokens):
+            product = F.conv2d(_pixels(tokens), matrix.back[..., None, None])  # [1, M, 1, n], channels-last
             return product.permute(0, 2, 3, 1).view(len(tokens), len(matrix.back))
         out = None if scratch is None else scratch.view(len(tokens), len(matrix.back))
         return torch.mm(tokens, matrix.forth, out=out)
+
+
+def _add_gradient(total: Tensor, gradient: Tensor, tokens: Tensor) -> None:
+    """Add that of a matrix `[M, K]`, from the gradient `[n, M]` of its products with tokens `[n, K]`, in any order."""
+    if not _may_be_convolved(tokens):
+        add_product(total, gradient.T, tokens)
+        return
+    _, found, _ = torch.ops.aten.convolution_backward(
+        _pixels(gradient),
+        _pixels(tokens),
+        total[..., None, None],  # of the matrix no more than the shape is used
+        None,
+        (1, 1),
+        (0, 0),
+        (1, 1),  # dilation
+        False,  # not transposed
+        (0, 0),
+        1,  # group
+        (False, True, False),
+    )
+    total += found[..., 0, 0]
+
+
+def _may_be_convolved(tokens: Tensor) -> bool:
+    return tokens.is_cpu and tokens.dtype == torch.float32
+
+
+def _pixels(tokens: Tensor) -> Tensor:
+    """`[n, K]` → `[1, K, 1, n]`, channels-last."""
+    return tokens.view(1, 1, *tokens.shape).permute(0, 3, 1, 2)
 
 
 def _pair(source: Tensor, message: Tensor, scratch: Scratch) -> Tensor:

@@ -190,10 +190,14 @@ def test_feed_forward(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(feed_forward(*inputs), theirs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("any_order", [False, True])
 @pytest.mark.parametrize("tokens", [1, 5, 64, 65])
-def test_a_feed_forward_in_any_order(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever autocast is on by the time of the way back: the types were chosen on the way there."""
-    monkeypatch.setattr("gmflow.feedforward.CONVOLVED_CHUNK", 64 * 8 * CHANNELS)
+def test_a_feed_forward_in_float32(tokens: int, any_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions on the way back, and in any order on the way there too.
+
+    Whatever autocast is on by the time of the way back: the types were chosen on the way there.
+    """
+    monkeypatch.setattr("gmflow.feedforward.CPU_CHUNK", 64 * 8 * CHANNELS)
     products: list[torch.dtype] = []
 
     def counted(tokens: Tensor, matrix: Tensor) -> Tensor:
@@ -205,7 +209,7 @@ def test_a_feed_forward_in_any_order(tokens: int, monkeypatch: pytest.MonkeyPatc
     torch.manual_seed(0)
     layer = FeedForward(CHANNELS, expansion=4)
     exactly = copy.deepcopy(layer).double()
-    layer.any_order = True
+    layer.any_order = any_order
     exact = [random(tokens, CHANNELS, seed=seed) for seed in (1, 2)]
     inputs = [one.detach().float().requires_grad_() for one in exact]
     upper = random(tokens, CHANNELS, seed=7).detach()
@@ -215,7 +219,7 @@ def test_a_feed_forward_in_any_order(tokens: int, monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
     for one, other in zip(gradients, torch.autograd.grad(wanted, [*exact, *exactly.parameters()], upper), strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
-    assert products == [torch.float32] * 4 * (1 + (tokens > 64))
+    assert products == [torch.float32] * (2 + 2 * any_order) * (1 + (tokens > 64))
     with torch.no_grad():
         assert torch.equal(layer(*inputs), found)
 
