@@ -46,12 +46,11 @@ class ExecutionConfig:
     Attributes:
         precision: "fp32", on a CPU in the reference's order of operations on the way to the loss, or the flow would be
             more than 0.001 px off; "tf32" is float32 that rounds otherwise and takes less time: products on NVIDIA
-            GPUs round their factors to 10 bits, a CPU adds up in whatever order is the fastest
-            (docs/performance.md); "bf16" or "fp16"
-            compute convolutions, attention and feed-forward in that type, while parameters, residual stream, matching,
-            propagation and flow stay in float32; so do, where gradients are wanted, the backbone, the feed-forward and
-            on a CPU attention, but for their way back. Products that stay in float32 round as
-            those of "tf32": in training they are a quarter of all, which would take most of the time, and beside
+            GPUs round their factors to 10 bits, a CPU adds up in whatever order is the fastest (docs/performance.md);
+            "bf16" or "fp16" compute convolutions, attention and feed-forward in that type, while parameters, residual
+            stream, matching, propagation and flow stay in float32; so do, where gradients are wanted, the backbone, the
+            feed-forward and on a CPU attention, but for their way back. Products that stay in float32 round as those of
+            "tf32": in training they are a quarter of all, which would take most of the time, and beside
             rounding to 16 bits it was not seen to matter (docs/performance.md). Attention within windows is float16 on
             a GPU in all three, but for its way back: it rounds to 10 bits as "tf32" does. "fp16" needs a gradient
             scaler in training.

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_weight
 
 from gmflow.eager import outside_graphs
 from gmflow.layer_norm import Statistics, layer_norm, layer_norm_backward
@@ -143,19 +144,7 @@ def _add_gradient(total: Tensor, gradient: Tensor, tokens: Tensor) -> None:
     if not _may_be_convolved(tokens):
         add_product(total, gradient.T, tokens)
         return
-    _, found, _ = torch.ops.aten.convolution_backward(
-        _pixels(gradient),
-        _pixels(tokens),
-        total[..., None, None],  # of the matrix no more than the shape is used
-        None,
-        (1, 1),
-        (0, 0),
-        (1, 1),  # dilation
-        False,  # not transposed
-        (0, 0),
-        1,  # group
-        (False, True, False),
-    )
+    found: Tensor = conv2d_weight(_pixels(tokens), [*total.shape, 1, 1], _pixels(gradient))  # type: ignore[no-untyped-call]
     total += found[..., 0, 0]
 
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from gmflow import GMFlow, GMFlowConfig
 from gmflow.attention import ROWS, SCORES, TOKENS, attention, chunk_size, fused_attention, neighbourhood_attention
@@ -199,13 +200,19 @@ def test_a_feed_forward_in_float32(tokens: int, any_order: bool, monkeypatch: py
     """
     monkeypatch.setattr("gmflow.feedforward.CPU_CHUNK", 64 * 8 * CHANNELS)
     products: list[torch.dtype] = []
+    of_matrices: list[torch.dtype] = []
 
     def counted(tokens: Tensor, matrix: Tensor) -> Tensor:
         products.append(tokens.dtype)
         return convolve(tokens, matrix)
 
-    convolve = torch.conv2d
+    def counted_gradient(tokens: Tensor, shape: list[int], gradient: Tensor) -> Tensor:
+        of_matrices.append(tokens.dtype)
+        return gradient_of_matrix(tokens, shape, gradient)
+
+    convolve, gradient_of_matrix = torch.conv2d, conv2d_weight
     monkeypatch.setattr("gmflow.feedforward.F.conv2d", counted)
+    monkeypatch.setattr("gmflow.feedforward.conv2d_weight", counted_gradient)
     torch.manual_seed(0)
     layer = FeedForward(CHANNELS, expansion=4)
     exactly = copy.deepcopy(layer).double()
@@ -220,6 +227,7 @@ def test_a_feed_forward_in_float32(tokens: int, any_order: bool, monkeypatch: py
     for one, other in zip(gradients, torch.autograd.grad(wanted, [*exact, *exactly.parameters()], upper), strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
     assert products == [torch.float32] * (2 + 2 * any_order) * (1 + (tokens > 64))
+    assert of_matrices == [torch.float32] * 2 * (1 + (tokens > 64))
     with torch.no_grad():
         assert torch.equal(layer(*inputs), found)
 
