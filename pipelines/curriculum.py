@@ -8,16 +8,18 @@ import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipelines.cluster import connected  # sets Ray's environment, so before Ray
 
 # isort: split
+from mlflow.tracking import MlflowClient
 from rich.table import Table
 
 from datasets_etl.storage import waiting_for_storage
 from pipelines import report
+from pipelines.claim import claimed
 from pipelines.errors import PipelineError, command
 from pipelines.training import registry, tracking
 from pipelines.training.code_version import code_version
@@ -45,7 +47,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def run_curriculum(config: CurriculumConfig) -> list[StageResult]:
     """Every selected stage in order, each from the weights of the one before. Needs a connected Ray.
 
-    Raises PipelineError, DataError or GMFlowError for what the user can mend.
+    Raises PipelineError, DataError or GMFlowError for what the user can mend: another driver that is at it, too.
     """
     plans = plan_curriculum(config)
     display = Display(
@@ -54,6 +56,14 @@ def run_curriculum(config: CurriculumConfig) -> list[StageResult]:
         [] if config.promotion is None else [config.promotion.set_name],
     )
     client = tracking.connect(config.mlflow.tracking_uri)
+    unfinished = [plan for plan in plans if plan.stage in config.selected_stages and plan.result() is None]
+    with claimed({f"stage {plan.stage.name}": plan.folder for plan in unfinished}, display.say):
+        return _run_stages(config, plans, client, display)
+
+
+def _run_stages(
+    config: CurriculumConfig, plans: Sequence[StagePlan], client: MlflowClient, display: Display
+) -> list[StageResult]:
     # What is chosen of a curriculum is a run of its own: the config and the report of the whole one stay.
     identity = [config.name, [plan.hash for plan in plans], [stage.name for stage in config.selected_stages]]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]

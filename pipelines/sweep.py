@@ -24,6 +24,7 @@ from rich.table import Table
 from datasets_etl.manifest import Manifest
 from datasets_etl.storage import ObjectStore, file_sha256, open_store, waiting_for_storage
 from gmflow import GMFlow, load_weights, save_weights
+from pipelines.claim import claimed
 from pipelines.errors import USER_ERRORS, PipelineError, command
 from pipelines.lasting import lasting_store
 from pipelines.references import check_reference, fetch_weights, stands_for, telling
@@ -88,6 +89,12 @@ def run_sweep(sweep: Sweep, *, retry: bool = False) -> list[Row]:
     """Both phases, as far as configured, and the report. Needs a connected Ray with its dashboard."""
     config = sweep.config
     check_room(config, nodes())
+    with claimed({f"sweep {config.name}": sweep.store}, sweep.view.say):
+        return _run_phases(sweep, retry=retry)
+
+
+def _run_phases(sweep: Sweep, *, retry: bool) -> list[Row]:
+    config = sweep.config
     weights = keep_weights(sweep)
     run = SweepRun(config, weights, sweep.manifests, sweep.view.say)
     machine = config.tune.machine if config.tune else MachineConfig()

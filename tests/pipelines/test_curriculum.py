@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from safetensors.torch import load_file
 import pipelines.curriculum
 from datasets_etl.storage import PATIENCE_VARIABLE, open_store
 from pipelines import report
+from pipelines.claim import CLAIM
 from pipelines.curriculum import run_curriculum
 from pipelines.errors import PipelineError
 from pipelines.references import resolve_model
@@ -108,6 +108,7 @@ def test_killed_workers_and_a_killed_driver_change_no_bit(undisturbed: Workplace
     assert again.returncode == 0, errors
     assert "damaged checkpoint" in errors
     assert "stage=chairs finished earlier" in output
+    assert "claimed by" not in output, "a driver that was killed on this machine is not waited for"
     assert "resumes" in output
     for stage in ("chairs", "mix"):
         expected, found = final_weights(undisturbed, stage), final_weights(workplace, stage)
@@ -304,18 +305,24 @@ def test_workers_that_do_not_fit_are_told_of():
     assert "machine.placement" in told
 
 
-def test_ctrl_c_ends_a_wait_for_room(workplace: Workplace):
+def test_ctrl_c_ends_a_wait_for_room_which_a_second_driver_does_not_share(workplace: Workplace):
     """Just when somebody sees that the GPUs are missing."""
     workplace.config["machine"]["use_gpu"] = True
-    process = workplace.start("curriculum.py", "--config", str(workplace.write()))
+    config = str(workplace.write())
+    process = workplace.start("curriculum.py", "--config", config)
     wait_until(lambda: any("TrainController" in " ".join(one.cmdline()) for one in below(process)))
-    time.sleep(3)  # it asks for a placement
+    second = workplace.start("curriculum.py", "--config", config)  # meanwhile the first asks for a placement
+    _, errors = output_of(second)
+    assert second.returncode == 2, errors
+    assert re.search(rf"stage chairs: the driver on \S+ \(process {process.pid}, since .*\) works on it; let", errors)
+    assert "Traceback" not in errors
     process.send_signal(signal.SIGINT)
     output, errors = output_of(process)
     assert process.returncode == 130, errors
     assert "stage=chairs waits for room: 2 worker(s) need 1 CPU(s) and a GPU each" in output
     assert "interrupted; the same command goes on from here" in errors
     assert "Traceback" not in errors
+    assert not list(workplace.folder.rglob(CLAIM)), "another one may go on"
     client = MlflowClient(workplace.tracking_uri)
     runs = client.search_runs([client.get_experiment_by_name("gmflow").experiment_id])
     assert [run.info.status for run in runs] == ["KILLED", "KILLED"], "the stage's and the curriculum's"
@@ -341,7 +348,7 @@ def test_the_driver_waits_for_storage_as_the_workers_do(undisturbed: Workplace, 
     look = StagePlan.result
     monkeypatch.setattr(StagePlan, "result", lambda plan: waits.append(os.environ.get(PATIENCE_VARIABLE)) or look(plan))
     run_curriculum(resolved(undisturbed, "machine.storage_patience_s=77"))
-    assert waits == ["77.0"] * 2
+    assert waits == [None, None, "77.0", "77.0"]
     assert PATIENCE_VARIABLE not in os.environ
 
 

@@ -1,0 +1,221 @@
+"""Only one driver works on a folder: on disk and on a real S3 server, with real processes that are killed."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from datasets_etl.storage import PATIENCE_VARIABLE, ObjectStore, open_store
+from pipelines import claim
+from pipelines.claim import CLAIM, Claim, claimed
+from pipelines.errors import PipelineError
+from pipelines.sweep import prepare, run_sweep
+from pipelines.sweeping.config import SweepConfig
+from pipelines.training.config import load_config
+from tests.conftest import ROOT
+from tests.pipelines.conftest import Workplace
+from tests.seaweedfs import running
+from tests.waiting import WAIT_SECONDS, wait_until
+
+ELSEWHERE = Claim("abc", "gpu-7", 123, "2026-11-28 06:00:00 UTC", "another machine", "1")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signs of life every tenth of a second, waited for three seconds."""
+    for name, seconds in (("_FIRST_RENEWAL_S", 0.05), ("_RENEWAL_S", 0.1), ("_LOOK_S", 0.1)):
+        monkeypatch.setattr(claim, name, seconds)
+    monkeypatch.setattr(claim, "_LOOKS", 30)
+
+
+@pytest.fixture(params=["file", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        return open_store(f"s3://data/{tmp_path.name}/stage")
+    return open_store(str(tmp_path / "stage"))
+
+
+def write(folder: ObjectStore, content: Claim) -> None:
+    folder.write(CLAIM, json.dumps(asdict(content)).encode())
+
+
+def read(folder: ObjectStore) -> Claim:
+    return Claim(**json.loads(folder.read(CLAIM)))
+
+
+def test_a_second_driver_is_refused_as_long_as_the_first_lives(folder: ObjectStore):
+    told: list[str] = []
+    with claimed({"stage chairs": folder}, pytest.fail):
+        own = read(folder)
+        with pytest.raises(PipelineError) as refused, claimed({"stage chairs": folder}, told.append):
+            pytest.fail("two at once")
+        assert str(refused.value).startswith(f"stage chairs: {own} works on it; let it go on, or stop it")
+        wait_until(lambda: read(folder).renewed > own.renewed + 2)
+        assert read(folder).token == own.token
+    assert told == [f"stage chairs: claimed by {own}; waits up to 3 s for a sign of life"]
+    assert folder.size(CLAIM) is None, "it is released"
+    with claimed({"stage chairs": folder}, pytest.fail):
+        assert read(folder).token != own.token
+
+
+def test_one_of_several_folders_that_is_taken_leaves_the_others_free(folder: ObjectStore, tmp_path: Path):
+    other = open_store(str(tmp_path / "other"))
+    with claimed({"stage things": folder}, pytest.fail):
+        both = {"stage chairs": other, "stage things": folder}
+        with pytest.raises(PipelineError, match=r"^stage things: "), claimed(both, str):
+            pytest.fail("two at once")
+        assert other.size(CLAIM) is None
+        with claimed({"stage chairs": other}, pytest.fail):
+            assert other.size(CLAIM)
+
+
+CLAIMER = """
+import sys, time
+from datasets_etl.storage import open_store
+from pipelines.claim import claimed
+with claimed({"stage chairs": open_store(sys.argv[1])}, print):
+    print("claimed", flush=True)
+    time.sleep(1000)
+"""
+
+
+@contextlib.contextmanager
+def claimer(folder: ObjectStore) -> Iterator[subprocess.Popen[str]]:
+    """Another process of this machine that has claimed a folder."""
+    process = subprocess.Popen([sys.executable, "-c", CLAIMER, folder.url], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == "claimed\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("reaped", [True, False], ids=["reaped", "a zombie"])
+def test_what_a_killed_driver_of_this_machine_claimed_is_free_at_once(folder: ObjectStore, reaped: bool):
+    """The same command goes on without a wait, and without a word."""
+    with claimer(folder) as process:
+        process.kill()
+        if reaped:
+            process.wait()
+        wait_until(lambda: read(folder).is_left)
+        with claimed({"stage chairs": folder}, pytest.fail):
+            assert read(folder).pid != process.pid
+
+
+def test_another_process_with_the_number_of_a_killed_one_is_not_it(folder: ObjectStore):
+    with claimed({"stage chairs": folder}, pytest.fail):
+        own = read(folder)
+    assert not own.is_left
+    assert replace(own, started="1").is_left
+    assert not replace(own, started="1", machine="another").is_left, "what of another machine has ended is not known"
+    assert not replace(own, started="1", machine="").is_left
+
+
+def test_a_claim_of_a_machine_that_is_gone_lapses(folder: ObjectStore):
+    write(folder, ELSEWHERE)
+    told: list[str] = []
+    with claimed({"stage chairs": folder}, told.append):
+        assert read(folder).token != ELSEWHERE.token
+    who = "the driver on gpu-7 (process 123, since 2026-11-28 06:00:00 UTC)"
+    assert told == [
+        f"stage chairs: claimed by {who}; waits up to 3 s for a sign of life",
+        f"stage chairs: no sign of life of {who}: taken over",
+    ]
+    assert folder.size(CLAIM) is None
+
+
+def test_a_claim_that_is_given_up_meanwhile_is_not_waited_for(folder: ObjectStore, monkeypatch):
+    monkeypatch.setattr(claim, "_LOOKS", 10**9)
+    write(folder, ELSEWHERE)
+    threading.Timer(0.5, folder.delete, [CLAIM]).start()
+    with claimed({"stage chairs": folder}, str):
+        assert read(folder).token != ELSEWHERE.token
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"token": "abc"}'])
+def test_a_claim_that_cannot_be_read_keeps_nobody_out(tmp_path: Path, content: bytes):
+    folder = open_store(str(tmp_path))
+    folder.write(CLAIM, content)
+    with claimed({"stage chairs": folder}, pytest.fail):
+        assert read(folder).token
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["foreground", "background"])
+def test_who_was_taken_over_ends_and_leaves_the_other_ones_claim(folder: ObjectStore, tmp_path: Path, ignored: bool):
+    """As when its machine had stood still. What runs in a shell's background does not hear Ctrl-C."""
+    other = open_store(str(tmp_path / "other"))
+
+    def work() -> None:
+        with claimed({"stage chairs": folder, "stage things": other}, pytest.fail):
+            write(folder, ELSEWHERE)
+            threading.Event().wait(WAIT_SECONDS)
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+    try:
+        with pytest.raises(PipelineError) as ended:
+            work()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    who = "the driver on gpu-7 (process 123, since 2026-11-28 06:00:00 UTC)"
+    assert str(ended.value) == f"stage chairs: {who} has taken it over, and goes on with it: this one is ended"
+    assert read(folder) == ELSEWHERE
+    assert other.size(CLAIM) is None, "what nobody took is free"
+    assert signal.getsignal(claim._LOST) is signal.SIG_DFL
+
+
+def test_ctrl_c_is_ctrl_c(tmp_path: Path):
+    folder = open_store(str(tmp_path))
+    with pytest.raises(KeyboardInterrupt), claimed({"stage chairs": folder}, pytest.fail):
+        raise KeyboardInterrupt
+    assert folder.size(CLAIM) is None
+
+
+def test_storage_that_is_away_ends_no_claim_and_holds_up_no_end(tmp_path: Path, fresh_client, monkeypatch):
+    monkeypatch.setenv(PATIENCE_VARIABLE, "0.1")
+    monkeypatch.setattr(claim, "_RELEASED_S", 0.5)
+    with running(tmp_path) as server:
+        for name, value in server.settings.items():
+            monkeypatch.setenv(name, value)
+        folder = open_store("s3://data/stage")
+        with claimed({"stage chairs": folder}, pytest.fail):
+            before = read(folder)
+            server.kill()
+            time.sleep(1)
+            server.start()
+            wait_until(lambda: read(folder).renewed > before.renewed + 1)
+            assert read(folder).token == before.token
+            server.kill()
+        server.start()
+        assert read(folder).token == before.token, "it stays, and lapses"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_sweep_is_one_drivers(workplace: Workplace):
+    stage = {**workplace.config["stages"][0], "validate_every": 10}
+    config = {
+        **{name: workplace.config[name] for name in ("name", "storage", "data", "model")},
+        "objective": {"data": "chairs", "subset": "val"},
+        "tune": {"stage": stage, "start": "random", "space": {"attn_splits": [[1, 2]]}, "trials": 1},
+        "mlflow": {"tracking_uri": workplace.tracking_uri},
+    }
+    path = Workplace(workplace.folder, config).write()
+    sweep = prepare(load_config(SweepConfig, str(path), []))
+    with (
+        claimed({"sweep tiny": sweep.store}, pytest.fail),
+        pytest.raises(PipelineError, match=r"^sweep tiny: the driver on .* works on it"),
+    ):
+        run_sweep(sweep)
+    assert [found.key for found in sweep.store.walk()] == []
+    assert not (workplace.folder / "mlflow.db").exists()
