@@ -18,6 +18,7 @@ from gmflow import GMFlow
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.metrics import FlowMetrics
 from gmflow.weights import decode_weights, encode_weights
+from pipelines.behind import Behind, read_ahead
 from pipelines.gallery import Card, Gallery
 from pipelines.task_results import fetched
 from pipelines.training.memory import peak_bytes
@@ -28,7 +29,7 @@ _TASK_PAIRS = 16
 """Of a Ray task: enough to be worth its model, few enough that tasks share a set evenly."""
 
 OnScored = Callable[[str, bytes | None], None]
-"""Called for every pair, in no fixed order, with its key and its picture, if pictures were asked for."""
+"""Called for every pair, in no fixed order and by threads, with its key and its picture, if pictures were asked for."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,20 @@ def evaluate(
     options: ScoringOptions = ScoringOptions(),
     on_scored: OnScored = lambda key, picture: None,
 ) -> Evaluation:
-    """Score every sample of a set, one at a time, in this process; without a model, zero flow is scored."""
+    """Score every sample of a set, one at a time, in this process; without a model, zero flow is scored.
+
+    Threads read the next sample, and draw and hand over the pictures of the last ones, meanwhile.
+    """
     part = _Part(Gallery.of(options.name, len(evaluation_set), options.gallery))
-    samples = (evaluation_set[number] for number in range(len(evaluation_set)))
-    for number, scored in enumerate(score(model, samples, device, bidirectional=options.bidirectional)):
-        _add(part, number, scored, options)
-        on_scored(scored.sample.key, part.pictures.pop(scored.sample.key, None))
+    samples = read_ahead(evaluation_set[number] for number in range(len(evaluation_set)))
+
+    def keep(scored: Scored) -> None:
+        on_scored(scored.sample.key, comparison_png(scored) if options.pictures else None)
+
+    with Behind() as behind:
+        for number, scored in enumerate(score(model, samples, device, bidirectional=options.bidirectional)):
+            _add(part, number, scored)
+            behind.do(keep, scored)
     _finish(part, device)
     return _evaluation(part)
 
@@ -176,9 +185,17 @@ def _score_part(
     device = torch.device("cuda" if use_gpu else "cpu")
     model = _model_of(weights, options.precision, device)
     part = _Part(gallery)
-    samples = (read_sample(manifest, int(index)) for index in indices)
-    for number, scored in zip(numbers, score(model, samples, device, bidirectional=options.bidirectional), strict=True):
-        _add(part, number, scored, options)
+    samples = read_ahead(read_sample(manifest, int(index)) for index in indices)
+
+    def draw(scored: Scored) -> None:
+        part.pictures[scored.sample.key] = comparison_png(scored)
+
+    with Behind() as behind:
+        found = score(model, samples, device, bidirectional=options.bidirectional)
+        for number, scored in zip(numbers, found, strict=True):
+            _add(part, number, scored)
+            if options.pictures:
+                behind.do(draw, scored)
     _finish(part, device)
     return part
 
@@ -190,13 +207,11 @@ def _model_of(weights: bytes, precision: Precision, device: torch.device) -> GMF
     return model
 
 
-def _add(part: _Part, number: int, scored: Scored, options: ScoringOptions) -> None:
+def _add(part: _Part, number: int, scored: Scored) -> None:
     key = scored.sample.key
     state = tuple(scored.metrics.state().tolist())
     part.pairs[number] = PairScore(key, scored.sample.scene, state, scored.seconds)
     part.gallery.offer(number, scored)
-    if options.pictures:
-        part.pictures[key] = comparison_png(scored)
 
 
 def _finish(part: _Part, device: torch.device) -> None:

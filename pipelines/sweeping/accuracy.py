@@ -23,6 +23,7 @@ from datasets_etl.storage import ObjectStore, split_url
 from gmflow import GMFlow, load_model
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.metrics import FlowMetrics
+from pipelines.behind import read_ahead
 from pipelines.sweeping.settings import Setting
 from pipelines.task_results import fetched
 from pipelines.training.config import SetConfig
@@ -127,8 +128,7 @@ def score_settings(job: ScoreJob, threads: int, use_gpu: bool) -> list[Scores]:
     pooled = [FlowMetrics() for _ in models]
     evaluation = EvaluationSet(Manifest.load(job.manifest_url), job.chosen.subset, job.chosen.limit)
     shared = SharedFeatures(models)
-    for number in range(len(evaluation)):
-        sample = evaluation[number]
+    for sample in read_ahead(evaluation[number] for number in range(len(evaluation))):
         for model, metrics in zip(shared.each(), pooled, strict=True):
             for scored in score(model, [sample], device):
                 metrics.merge(scored.metrics)

@@ -1,5 +1,6 @@
 """Metrics of a model on stored samples: the same code in a stage's validation and in `evaluate.py`."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from gmflow.geometry import forward_backward_occlusion
 from gmflow.loss import valid_pixels
 from gmflow.metrics import FlowMetrics
 from gmflow.predict import PaddingMode, evaluating, padded_forward
+from pipelines.behind import read_ahead
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,11 @@ def validate(
     """
     pooled = FlowMetrics()
     first = None
-    with evaluating(model):
+    samples = read_ahead(evaluation[number] for number in range(rank, len(evaluation), world_size))
+    with evaluating(model), contextlib.closing(samples):
         for together in range(0, len(evaluation), world_size):
             if (number := together + rank) < len(evaluation):
-                (scored,) = score(model, [evaluation[number]], device)
+                (scored,) = score(model, [next(samples)], device)
                 pooled.merge(scored.metrics)
                 first = first or scored
                 on_scored(number + 1)

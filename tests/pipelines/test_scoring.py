@@ -1,4 +1,9 @@
-"""Errors on whole sets: pooled over pixels."""
+"""Errors on whole sets: pooled over pixels, their pairs read and drawn while the model computes."""
+
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,7 +11,11 @@ import torch
 
 from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
-from pipelines.scoring import evaluate, pool
+from gmflow import GMFlow, GMFlowConfig
+from pipelines.scoring import ScoringOptions, evaluate, pool
+from pipelines.training import validation
+from pipelines.training.pictures import comparison_png
+from tests.waiting import WAIT_SECONDS
 
 
 def pixels(scored: EvaluationSet) -> list[int]:
@@ -31,3 +40,59 @@ def test_figures_are_pooled_over_pixels_not_pairs_or_sets(manifests):
     pooled = pool(found)["epe"]
     assert pooled == pytest.approx(np.average(errors_, weights=counts))
     assert pooled != pytest.approx(np.mean(errors_), rel=1e-3)
+
+
+class _Watched(EvaluationSet):
+    """Tells when a sample is read."""
+
+    def __init__(self, manifest: Manifest, subset: str | None) -> None:
+        super().__init__(manifest, subset)
+        self.reads = [threading.Event() for _ in self.indices]
+
+    def __getitem__(self, number: int) -> Any:
+        sample = super().__getitem__(number)
+        self.reads[number].set()
+        return sample
+
+
+def of_validation(model: GMFlow, chosen: EvaluationSet) -> dict[str, float]:
+    found = validation.validate(model, chosen, torch.device("cpu"), 0, 1, lambda done: None, lambda: False)
+    assert found is not None
+    return found[0]
+
+
+def of_evaluation(model: GMFlow, chosen: EvaluationSet) -> dict[str, float]:
+    return evaluate(model, chosen, torch.device("cpu")).pooled
+
+
+@pytest.mark.parametrize("figures", [of_validation, of_evaluation])
+def test_the_next_pair_is_read_while_the_model_computes(manifests, monkeypatch, figures: Callable[..., Any]):
+    chosen = _Watched(Manifest.load(manifests["chairs"]), "val")
+    calls = iter(range(len(chosen)))
+
+    def forward(model: GMFlow, image0: torch.Tensor, *_: Any, **__: Any) -> Any:
+        number = next(calls)
+        assert all(read.wait(WAIT_SECONDS) for read in chosen.reads[: number + 2])
+        assert not any(read.is_set() for read in chosen.reads[number + 2 :]), "no more is held than that"
+        return SimpleNamespace(flow=torch.zeros(1, 2, *image0.shape[-2:]), backward_flow=None)
+
+    monkeypatch.setattr(validation, "padded_forward", forward)
+    model = GMFlow(GMFlowConfig(feature_channels=16, backbone_channels=(8, 8, 8), num_layers=1))
+    expected = evaluate(None, EvaluationSet(chosen.manifest, "val"), torch.device("cpu")).pooled
+    assert figures(model, chosen) == pytest.approx(expected, rel=0, nan_ok=True), "zero flow"
+    assert next(calls, None) is None
+
+
+def test_a_picture_is_drawn_and_kept_while_the_model_goes_on(manifests, monkeypatch):
+    chosen = _Watched(Manifest.load(manifests["chairs"]), "val")
+    kept = {}
+
+    def keep(key: str, picture: bytes | None) -> None:
+        assert chosen.reads[-1].wait(WAIT_SECONDS), "the rest waits for it"
+        kept[key] = picture
+
+    evaluate(None, chosen, torch.device("cpu"), ScoringOptions(pictures=True), keep)
+    expected = {}
+    for number, scored in enumerate(validation.score(None, list(chosen), torch.device("cpu"))):
+        expected[chosen[number].key] = comparison_png(scored)
+    assert kept == expected
