@@ -101,7 +101,7 @@ def _interrupted_by(number: signal.Signals) -> Iterator[None]:
 
 
 def _wait_until_free(folders: Mapping[str, ObjectStore], say: Callable[[str], None]) -> None:
-    first = standing = _standing(folders)
+    first = standing = standing_claims(folders)
     for name, claim in first.items():
         say(f"{name}: claimed by {claim}; waits up to {_LOOKS * _LOOK_S:.0f} s for a sign of life")
     # Counted, not timed: while storage is away nobody can renew.
@@ -109,7 +109,7 @@ def _wait_until_free(folders: Mapping[str, ObjectStore], say: Callable[[str], No
         if not standing:
             return
         time.sleep(_LOOK_S)
-        standing = _standing(folders)
+        standing = standing_claims(folders)
         for name, claim in standing.items():
             if claim != first.get(name):
                 raise PipelineError(
@@ -119,7 +119,8 @@ def _wait_until_free(folders: Mapping[str, ObjectStore], say: Callable[[str], No
         say(f"{name}: no sign of life of {claim}: taken over")
 
 
-def _standing(folders: Mapping[str, ObjectStore]) -> dict[str, Claim]:
+def standing_claims(folders: Mapping[str, ObjectStore]) -> dict[str, Claim]:
+    """Of those folders that a driver works on, as far as its claim alone can tell: one of another machine may lapse."""
     found = {name: _read(folder) for name, folder in folders.items()}
     return {name: claim for name, claim in found.items() if claim is not None and not claim.is_left}
 

@@ -5,6 +5,7 @@ from datetime import timedelta
 import yaml
 from rich.table import Table
 
+from pipelines.claim import standing_claims
 from pipelines.references import check_reference
 from pipelines.training.checkpoints import CheckpointStore
 from pipelines.training.config import CurriculumConfig
@@ -52,6 +53,8 @@ def show_dry_run(config: CurriculumConfig) -> None:
         "computing: steps × the time of one, measured just now on one worker of this Ray, without reading, validation "
         "and the workers' meeting; empty where this Ray has no room for a worker, or measuring took too long"
     )
+    for name, claim in standing_claims({f"stage {plan.stage.name}": plan.folder for plan in plans}).items():
+        print(f"{name}: claimed by {claim}; the same command is refused as long as that lives")
 
 
 def _standing(plan: StagePlan) -> str:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import pipelines.curriculum
 from datasets_etl.storage import PATIENCE_VARIABLE, open_store
 from pipelines import report
-from pipelines.claim import CLAIM
+from pipelines.claim import CLAIM, claimed
 from pipelines.curriculum import run_curriculum
 from pipelines.errors import PipelineError
 from pipelines.references import resolve_model
@@ -32,7 +32,7 @@ from pipelines.training import launch, tracking
 from pipelines.training.config import CurriculumConfig, MachineConfig, ModelConfig, load_config
 from pipelines.training.dry_run import show_dry_run
 from pipelines.training.launch import provide_initial_weights
-from pipelines.training.plan import StagePlan
+from pipelines.training.plan import StagePlan, plan_curriculum
 from pipelines.training.stage import StageJob
 from tests.pipelines.conftest import Call, Workplace, train_workers, workplace_in
 from tests.waiting import output_of, wait_until
@@ -460,7 +460,16 @@ def test_a_dry_run_tells_where_each_stage_stands_and_writes_nothing(
     assert re.search(r"\d:\d\d:\d\d │ +\d\.\d GiB", mix)
 
     show_dry_run(resolved(workplace, "machine.use_gpu=true"))
-    (chairs,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ chairs")]
+    told = capsys.readouterr().out
+    (chairs,) = [line for line in told.splitlines() if line.startswith("│ chairs")]
     assert "GiB" not in chairs, "no estimate where Ray has no room for a worker"
+    assert "claimed" not in out + told
     assert not (workplace.folder / "storage").exists()
     assert not (workplace.folder / "mlflow.db").exists()
+
+    config = resolved(workplace, "machine.use_gpu=true")
+    folders = {plan.stage.name: plan.folder for plan in plan_curriculum(config)}
+    with claimed({"stage mix": folders["mix"]}, pytest.fail):
+        show_dry_run(config)
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "claimed" in line]
+    assert told.startswith("stage mix: claimed by the driver on ")
