@@ -102,8 +102,8 @@ def _interrupted_by(number: signal.Signals) -> Iterator[None]:
 
 def _wait_until_free(folders: Mapping[str, ObjectStore], say: Callable[[str], None]) -> None:
     first = standing = standing_claims(folders)
-    for name, claim in first.items():
-        say(f"{name}: claimed by {claim}; waits up to {_LOOKS * _LOOK_S:.0f} s for a sign of life")
+    for driver, names in _by_driver(first).items():
+        say(f"{names}: claimed by {driver}; waits up to {_LOOKS * _LOOK_S:.0f} s for a sign of life")
     # Counted, not timed: while storage is away nobody can renew.
     for _ in range(_LOOKS):
         if not standing:
@@ -115,8 +115,16 @@ def _wait_until_free(folders: Mapping[str, ObjectStore], say: Callable[[str], No
                 raise PipelineError(
                     f"{name}: {claim} works on it; let it go on, or stop it and give the same command again"
                 )
-    for name, claim in standing.items():
-        say(f"{name}: no sign of life of {claim}: taken over")
+    for driver, names in _by_driver(standing).items():
+        say(f"{names}: no sign of life of {driver}: taken over")
+
+
+def _by_driver(claims: Mapping[str, Claim]) -> dict[str, str]:
+    """What each driver has claimed, in a line."""
+    found: dict[str, list[str]] = {}
+    for name, claim in claims.items():
+        found.setdefault(str(claim), []).append(name)
+    return {driver: ", ".join(names) for driver, names in found.items()}
 
 
 def standing_claims(folders: Mapping[str, ObjectStore]) -> dict[str, Claim]:

@@ -135,6 +135,22 @@ def test_a_claim_of_a_machine_that_is_gone_lapses(folder: ObjectStore):
     assert folder.size(CLAIM) is None
 
 
+def test_several_folders_of_a_driver_are_told_of_in_a_line(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(claim, "_LOOKS", 2)
+    folders = {f"stage {name}": open_store(str(tmp_path / name)) for name in ("things", "sintel", "kitti")}
+    for name, host in (("things", "gpu-7"), ("sintel", "gpu-8"), ("kitti", "gpu-7")):
+        write(folders[f"stage {name}"], replace(ELSEWHERE, host=host))
+    told: list[str] = []
+    with claimed(folders, told.append):
+        assert len({read(folder).token for folder in folders.values()}) == 1
+    assert [line.partition(" (process")[0] for line in told] == [
+        "stage things, stage kitti: claimed by the driver on gpu-7",
+        "stage sintel: claimed by the driver on gpu-8",
+        "stage things, stage kitti: no sign of life of the driver on gpu-7",
+        "stage sintel: no sign of life of the driver on gpu-8",
+    ]
+
+
 def test_a_claim_that_is_given_up_meanwhile_is_not_waited_for(folder: ObjectStore, monkeypatch):
     monkeypatch.setattr(claim, "_LOOKS", 10**9)
     write(folder, ELSEWHERE)
