@@ -4,7 +4,7 @@ On a GPU a pair takes less time than its files: drawing and encoding them, or a 
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
@@ -47,7 +47,7 @@ class Behind:
             self._pool.shutdown()
 
 
-def read_ahead(items: Iterator[T]) -> Generator[T, None, None]:
+def read_ahead(items: Iterator[T]) -> Iterator[T]:
     """The same items, each read by a thread while the one before it is in use."""
     with ThreadPoolExecutor(1) as pool:
         following: Future[T | object] = pool.submit(next, items, _END)

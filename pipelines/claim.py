@@ -21,7 +21,7 @@ from pathlib import Path
 
 from datasets_etl.errors import DataError
 from datasets_etl.storage import ObjectStore
-from pipelines.errors import PipelineError
+from pipelines.entry import PipelineError, interrupted_by
 
 CLAIM = "driver.json"
 """In a folder that a driver works on."""
@@ -75,7 +75,7 @@ def claimed(folders: Mapping[str, ObjectStore], say: Callable[[str], None]) -> I
         PipelineError: another driver works on one of them; or took one over, because this one could not be heard of.
     """
     _wait_until_free(folders, say)
-    with _interrupted_by(_LOST):
+    with interrupted_by(_LOST):  # Ctrl-C's own signal may be ignored, as by what runs in a shell's background
         keeper = _Keeper(folders)
         try:
             yield
@@ -85,19 +85,6 @@ def claimed(folders: Mapping[str, ObjectStore], say: Callable[[str], None]) -> I
             raise
         finally:
             keeper.release()
-
-
-@contextlib.contextmanager
-def _interrupted_by(number: signal.Signals) -> Iterator[None]:
-    """A signal is as good as Ctrl-C, which what runs in the background may ignore."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
 
 
 def _wait_until_free(folders: Mapping[str, ObjectStore], say: Callable[[str], None]) -> None:

@@ -10,9 +10,7 @@ import os
 import signal
 import socket
 import struct
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 # Read when Ray is imported: a local Ray listens on loopback only. A job's driver is a part of its cluster's network.
 if not os.environ.get("RAY_ADDRESS"):
@@ -27,7 +25,7 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipelines.entry import PipelineError
+from pipelines.entry import PipelineError, interrupted_by
 
 Nodes = Sequence[Mapping[str, float]]
 """The resources of each node, as Ray names them."""
@@ -75,7 +73,7 @@ def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool
         which = f"the cluster at {os.environ['RAY_ADDRESS']} does not answer" if remote else "it does not start here"
         raise PipelineError(f"no Ray: {which} ({_first_line(error)})") from error
     try:
-        with _ended_by_sigterm():
+        with interrupted_by(signal.SIGTERM):  # Ray would print where its threads are, and abort
             yield
     except RayError as error:
         if isinstance(error, RayTaskError):
@@ -85,23 +83,6 @@ def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool
         ray.shutdown()
         if port is not None:
             os.environ.pop(_DASHBOARD_VARIABLE, None)
-
-
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """A SIGTERM is a KeyboardInterrupt. Ray would print where its threads are, and abort."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,13 +1,16 @@
-"""How a script says what its user can mend.
+"""How a script ends: it says what its user can mend, and what interrupted it.
 
 Nothing here takes long to load: no torch, no Ray, no MLflow. A node that is taken away has seconds (`preemption.py`).
 """
 
+import contextlib
 import functools
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 Main = Callable[[], None]
 
@@ -39,3 +42,16 @@ def command_for(*user_errors: type[Exception]) -> Callable[[Main], Main]:
         return run
 
     return command
+
+
+@contextlib.contextmanager
+def interrupted_by(number: signal.Signals) -> Iterator[None]:
+    """A signal is as good as Ctrl-C for the length of a `with`, where that is in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)

@@ -4,7 +4,7 @@ Every pair's sums are kept and added up in the set's order, whoever computed the
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 
 from datasets_etl.loader import EvaluationSet, read_sample
 from datasets_etl.manifest import Manifest
+from datasets_etl.samples import FlowSample
 from gmflow import GMFlow
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.metrics import FlowMetrics
@@ -96,7 +97,7 @@ class _Part:
 
     gallery: Gallery
     pairs: dict[int, PairScore] = field(default_factory=dict)
-    pictures: dict[str, bytes] = field(default_factory=dict)
+    pictures: dict[str, bytes | None] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
     device: str = ""
@@ -114,16 +115,8 @@ def evaluate(
     Threads read the next sample, and draw and hand over the pictures of the last ones, meanwhile.
     """
     part = _Part(Gallery.of(options.name, len(evaluation_set), options.gallery))
-    samples = read_ahead(evaluation_set[number] for number in range(len(evaluation_set)))
-
-    def keep(scored: Scored) -> None:
-        on_scored(scored.sample.key, comparison_png(scored) if options.pictures else None)
-
-    with Behind() as behind:
-        for number, scored in enumerate(score(model, samples, device, bidirectional=options.bidirectional)):
-            _add(part, number, scored)
-            behind.do(keep, scored)
-    _finish(part, device)
+    samples = (evaluation_set[number] for number in range(len(evaluation_set)))
+    _score(part, model, samples, range(len(evaluation_set)), device, options, on_scored)
     return _evaluation(part)
 
 
@@ -185,18 +178,8 @@ def _score_part(
     device = torch.device("cuda" if use_gpu else "cpu")
     model = _model_of(weights, options.precision, device)
     part = _Part(gallery)
-    samples = read_ahead(read_sample(manifest, int(index)) for index in indices)
-
-    def draw(scored: Scored) -> None:
-        part.pictures[scored.sample.key] = comparison_png(scored)
-
-    with Behind() as behind:
-        found = score(model, samples, device, bidirectional=options.bidirectional)
-        for number, scored in zip(numbers, found, strict=True):
-            _add(part, number, scored)
-            if options.pictures:
-                behind.do(draw, scored)
-    _finish(part, device)
+    samples = (read_sample(manifest, int(index)) for index in indices)
+    _score(part, model, samples, numbers, device, options, part.pictures.__setitem__)
     return part
 
 
@@ -207,11 +190,28 @@ def _model_of(weights: bytes, precision: Precision, device: torch.device) -> GMF
     return model
 
 
-def _add(part: _Part, number: int, scored: Scored) -> None:
-    key = scored.sample.key
-    state = tuple(scored.metrics.state().tolist())
-    part.pairs[number] = PairScore(key, scored.sample.scene, state, scored.seconds)
-    part.gallery.offer(number, scored)
+def _score(
+    part: _Part,
+    model: GMFlow | None,
+    samples: Iterator[FlowSample],
+    numbers: Sequence[int],
+    device: torch.device,
+    options: ScoringOptions,
+    on_scored: OnScored,
+) -> None:
+    """Fill a part with the scores of samples, which are `numbers` in the set."""
+
+    def hand_over(scored: Scored) -> None:
+        on_scored(scored.sample.key, comparison_png(scored) if options.pictures else None)
+
+    found = score(model, read_ahead(samples), device, bidirectional=options.bidirectional)
+    with Behind() as behind:
+        for number, scored in zip(numbers, found, strict=True):
+            sample, state = scored.sample, tuple(scored.metrics.state().tolist())
+            part.pairs[number] = PairScore(sample.key, sample.scene, state, scored.seconds)
+            part.gallery.offer(number, scored)
+            behind.do(hand_over, scored)
+    _finish(part, device)
 
 
 def _finish(part: _Part, device: torch.device) -> None:

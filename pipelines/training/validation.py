@@ -1,6 +1,5 @@
 """Metrics of a model on stored samples: the same code in a stage's validation and in `evaluate.py`."""
 
-import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -87,7 +86,7 @@ def validate(
     pooled = FlowMetrics()
     first = None
     samples = read_ahead(evaluation[number] for number in range(rank, len(evaluation), world_size))
-    with evaluating(model), contextlib.closing(samples):
+    with evaluating(model):
         for together in range(0, len(evaluation), world_size):
             if (number := together + rank) < len(evaluation):
                 (scored,) = score(model, [next(samples)], device)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ from pipelines.training.config import load_config
 from tests.conftest import ROOT
 from tests.pipelines.conftest import Workplace
 from tests.seaweedfs import running
-from tests.waiting import WAIT_SECONDS, wait_until
+from tests.waiting import WAIT_SECONDS, output_of, wait_until
 
 ELSEWHERE = Claim("abc", "gpu-7", 123, "2026-11-28 06:00:00 UTC", "another machine", "1")
 
@@ -81,8 +82,9 @@ def test_one_of_several_folders_that_is_taken_leaves_the_others_free(folder: Obj
 CLAIMER = """
 import sys, time
 from datasets_etl.storage import open_store
-from pipelines.claim import claimed
-with claimed({"stage chairs": open_store(sys.argv[1])}, print):
+from pipelines import claim
+claim._RENEWAL_S = 0.1
+with claim.claimed({"stage chairs": open_store(sys.argv[1])}, print):
     print("claimed", flush=True)
     time.sleep(1000)
 """
@@ -91,7 +93,8 @@ with claimed({"stage chairs": open_store(sys.argv[1])}, print):
 @contextlib.contextmanager
 def claimer(folder: ObjectStore) -> Iterator[subprocess.Popen[str]]:
     """Another process of this machine that has claimed a folder."""
-    process = subprocess.Popen([sys.executable, "-c", CLAIMER, folder.url], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", CLAIMER, folder.url]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout
         assert process.stdout.readline() == "claimed\n"
@@ -111,6 +114,23 @@ def test_what_a_killed_driver_of_this_machine_claimed_is_free_at_once(folder: Ob
         wait_until(lambda: read(folder).is_left)
         with claimed({"stage chairs": folder}, pytest.fail):
             assert read(folder).pid != process.pid
+
+
+def test_a_driver_that_stood_still_is_taken_over_and_ends_once_it_goes_on(folder: ObjectStore):
+    told: list[str] = []
+    with claimer(folder) as process:
+        process.send_signal(signal.SIGSTOP)
+        with claimed({"stage chairs": folder}, told.append):
+            assert [line.partition("(process")[0] for line in told] == [
+                f"stage chairs: claimed by the driver on {socket.gethostname()} ",
+                f"stage chairs: no sign of life of the driver on {socket.gethostname()} ",
+            ]
+            own = read(folder).token
+            process.send_signal(signal.SIGCONT)
+            _, errors = output_of(process)
+            assert process.returncode == 1
+            assert "has taken it over" in errors.splitlines()[-1]
+            assert read(folder).token == own
 
 
 def test_another_process_with_the_number_of_a_killed_one_is_not_it(folder: ObjectStore):

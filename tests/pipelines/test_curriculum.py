@@ -316,6 +316,9 @@ def test_ctrl_c_ends_a_wait_for_room_which_a_second_driver_does_not_share(workpl
     assert second.returncode == 2, errors
     assert re.search(rf"stage chairs: the driver on \S+ \(process {process.pid}, since .*\) works on it; let", errors)
     assert "Traceback" not in errors
+    client = MlflowClient(workplace.tracking_uri)
+    runs = client.search_runs([client.get_experiment_by_name("gmflow").experiment_id])
+    assert [run.info.status for run in runs] == ["RUNNING", "RUNNING"], "the first one's, untouched"
     process.send_signal(signal.SIGINT)
     output, errors = output_of(process)
     assert process.returncode == 130, errors
@@ -323,7 +326,6 @@ def test_ctrl_c_ends_a_wait_for_room_which_a_second_driver_does_not_share(workpl
     assert "interrupted; the same command goes on from here" in errors
     assert "Traceback" not in errors
     assert not list(workplace.folder.rglob(CLAIM)), "another one may go on"
-    client = MlflowClient(workplace.tracking_uri)
     runs = client.search_runs([client.get_experiment_by_name("gmflow").experiment_id])
     assert [run.info.status for run in runs] == ["KILLED", "KILLED"], "the stage's and the curriculum's"
 
