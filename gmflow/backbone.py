@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from gmflow.config import GMFlowConfig
 from gmflow.instance_norm import instance_norm
+from gmflow.order import Order
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -16,7 +17,7 @@ class Backbone(nn.Module):
     """A small residual network; with two scales one shared 3×3 convolution reads its map at both strides.
 
     Attributes:
-        any_order: its sums may be in another order than the reference's.
+        order: of its sums.
     """
 
     mean: Tensor
@@ -24,7 +25,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: GMFlowConfig) -> None:
         super().__init__()
-        self.any_order = False
+        self.order = Order.REFERENCE
         stem, *_, last = config.backbone_channels
         strides = (1, 2, 2 if config.num_scales == 1 else 1)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
@@ -51,7 +52,7 @@ class Backbone(nn.Module):
         # Always in float32: the 8 bits of a bfloat16 lose what tells neighbouring shades apart (docs/performance.md).
         x = (images.float() / 255.0 - self.mean) / self.std
         # A CPU convolves channels-last maps faster, in 16 bits several times, and sums in another order.
-        channels_last = x.is_cpu and (self.any_order or torch.is_autocast_enabled("cpu"))
+        channels_last = x.is_cpu and (self.order.is_free(x.device) or torch.is_autocast_enabled("cpu"))
         x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         with torch.autocast(x.device.type, enabled=False):
             x = instance_norm(self.stem(x)).relu_()  # [N, stem, H/2, W/2]

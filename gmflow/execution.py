@@ -22,6 +22,7 @@ from gmflow.backbone import Backbone, ResidualBlock
 from gmflow.convolution import narrow_way_back
 from gmflow.errors import GMFlowError
 from gmflow.model import FlowOutput, GMFlow
+from gmflow.order import Order
 from gmflow.process import allow_tf32, flush_denormals, keep_freed_memory_for_reuse, sum_in_order
 from gmflow.replay import replay_passes
 from gmflow.transformer import AttentionLayer, FeatureTransformer, FeedForward, TransformerBlock
@@ -44,9 +45,10 @@ class ExecutionConfig:
     """How to run a model.
 
     Attributes:
-        precision: "fp32", on a CPU in the reference's order of operations on the way to the loss, or the flow would be
-            more than 0.001 px off; "tf32" is float32 that rounds otherwise and takes less time: products on NVIDIA
-            GPUs round their factors to 10 bits, a CPU adds up in whatever order is the fastest (docs/performance.md);
+        precision: "fp32", on a CPU in the reference's order of operations, or the flow would be more than 0.001 px off,
+            but where gradients are wanted in whatever order is the fastest; "tf32" is float32 that rounds otherwise
+            and takes less time: products on NVIDIA GPUs round their factors to 10 bits, a CPU adds up in the fastest
+            order without gradients too (docs/performance.md);
             "bf16" or "fp16" compute convolutions, attention and feed-forward in that type, while parameters, residual
             stream, matching, propagation and flow stay in float32; so do, where gradients are wanted, the backbone, the
             feed-forward and on a CPU attention, but for their way back. Products that stay in float32 round as those of
@@ -188,7 +190,7 @@ def _wrap_parts(model: GMFlow, config: ExecutionConfig) -> None:
     """
     for module in model.modules():
         if isinstance(module, (Backbone, FeatureTransformer, AttentionLayer, FeedForward)):
-            module.any_order = config.precision != "fp32"
+            module.order = Order.FREE_TO_LEARN if config.precision == "fp32" else Order.FREE
         if config.precision in _DTYPES and isinstance(module, Backbone):
             module.forward = partial(_wide_in_training, module.forward)  # type: ignore[method-assign]
             for convolution in (part for part in module.modules() if isinstance(part, nn.Conv2d)):

@@ -40,6 +40,7 @@ from gmflow import (
 from gmflow.execution import ExecutionConfig, _require_compiler, prepare_model
 from gmflow.geometry import _OrderedSample, _OrderedUpsample, backward_warp, forward_backward_occlusion
 from gmflow.model import FlowOutput
+from gmflow.order import Order
 from gmflow.predict import Padding, evaluating, padded_flow
 from gmflow.tiling import Tiling
 from gmflow.visualize import color_wheel
@@ -475,13 +476,32 @@ def test_low_precision_keeps_float32_results_and_gradients(precision: Any) -> No
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.parametrize(("precision", "free"), [("fp32", False), ("tf32", True), ("bf16", True), ("fp16", True)])
-def test_sums_are_in_the_references_order_in_fp32_alone(precision: Any, free: bool) -> None:
+@pytest.mark.parametrize(
+    ("precision", "order"),
+    [
+        (None, Order.REFERENCE),
+        ("fp32", Order.FREE_TO_LEARN),
+        ("tf32", Order.FREE),
+        ("bf16", Order.FREE),
+        ("fp16", Order.FREE),
+    ],
+)
+def test_every_part_has_the_order_of_sums_of_its_precision(precision: Any, order: Order) -> None:
     model = tiny()
-    prepare_model(model, ExecutionConfig(precision))
-    told = [module.any_order for module in model.modules() if hasattr(module, "any_order")]
+    if precision is not None:
+        prepare_model(model, ExecutionConfig(precision))
+    told = [module.order for module in model.modules() if hasattr(module, "order")]
     # Backbone, transformer, and of each layer two kinds of attention and the feed-forward.
-    assert told == [free] * (2 + 3 * model.config.num_layers)
+    assert told == [order] * (2 + 3 * model.config.num_layers)
+
+
+def test_only_what_learns_on_a_cpu_is_free_of_the_references_order() -> None:
+    cpu, elsewhere = torch.device("cpu"), torch.device("cuda")
+    with torch.enable_grad():
+        assert [order.is_free(cpu) for order in Order] == [False, True, True]
+        assert [order.is_free(elsewhere) for order in Order] == [False, False, True]
+    with torch.no_grad():
+        assert [order.is_free(cpu) for order in Order] == [False, False, True]
 
 
 @pytest.mark.parametrize("field", ["precision", "checkpointing"])

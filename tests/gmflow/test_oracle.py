@@ -21,6 +21,7 @@ from gmflow.feedforward import feed_forward
 from gmflow.folded_attention import folded_window_attention
 from gmflow.geometry import pixel_grid
 from gmflow.matching import match
+from gmflow.order import Order
 from gmflow.position import position_encoding
 from gmflow.projected_attention import projected_window_attention
 from gmflow.transformer import AttentionLayer, FeedForward
@@ -71,7 +72,7 @@ def test_window_attention(
     height, width = splits * window[0], splits * window[1]
     shifted = shifted and splits > 1
     layer = AttentionLayer(CHANNELS).double()
-    layer.any_order = any_order and cut  # which knows no regions
+    layer.order = Order.FREE if any_order and cut else Order.REFERENCE  # which knows no regions
     source, target = (random(maps, height, width, CHANNELS, seed=seed) for seed in (1, 2))
     grid = window_grid(maps, height, width, splits, shifted=shifted, cut=cut, device=source.device)
     ordered = [permute_tokens(x.view(-1, CHANNELS), grid.order, grid.inverse) for x in (source, target)]
@@ -216,7 +217,7 @@ def test_a_feed_forward_in_float32(tokens: int, any_order: bool, monkeypatch: py
     torch.manual_seed(0)
     layer = FeedForward(CHANNELS, expansion=4)
     exactly = copy.deepcopy(layer).double()
-    layer.any_order = any_order
+    layer.order = Order.FREE if any_order else Order.REFERENCE
     exact = [random(tokens, CHANNELS, seed=seed) for seed in (1, 2)]
     inputs = [one.detach().float().requires_grad_() for one in exact]
     upper = random(tokens, CHANNELS, seed=7).detach()
@@ -275,22 +276,29 @@ def images(height: int = 48, width: int = 64, batch: int = 2) -> tuple[Tensor, T
 
 @pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "both"])
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-@pytest.mark.parametrize(("precision", "pixels"), [("fp32", 1e-2), ("tf32", 5e-2)])
+@pytest.mark.parametrize(
+    ("execution", "pixels"),
+    [
+        (None, 1e-2),
+        *((ExecutionConfig(checkpointing=checkpointing), 5e-2) for checkpointing in ("none", "selective", "full")),
+    ],
+    ids=["as built", "prepared", "selective", "full"],
+)
 def test_whole_model_and_its_gradients(
-    config: GMFlowConfig, bidirectional: bool, checkpointing: Any, precision: Any, pixels: float
+    config: GMFlowConfig, bidirectional: bool, execution: ExecutionConfig | None, pixels: float
 ) -> None:
-    """Other partial sums, as of "tf32" on a CPU, are magnified by the model."""
-    assert_model_is_the_oracle(config, bidirectional, ExecutionConfig(precision, checkpointing), pixels)
+    """Other partial sums, as of a model that is prepared to learn on a CPU, are magnified by the model."""
+    assert_model_is_the_oracle(config, bidirectional, execution, pixels)
 
 
 def assert_model_is_the_oracle(
-    config: GMFlowConfig, bidirectional: bool, execution: ExecutionConfig, pixels: float
+    config: GMFlowConfig, bidirectional: bool, execution: ExecutionConfig | None, pixels: float
 ) -> None:
     torch.manual_seed(0)
     model = GMFlow(config).train()
     image0, image1 = images(64, 96)
-    prepare_model(model, execution)
+    if execution is not None:
+        prepare_model(model, execution)
     out = model(image0, image1, bidirectional=bidirectional)
     theirs = oracle.predictions(
         dict(model.named_parameters()), config, image0, image1, training=True, bidirectional=bidirectional
@@ -321,10 +329,22 @@ def test_same_input_same_bits(precision: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+def test_fp32_on_a_cpu_keeps_the_references_order_but_where_it_learns() -> None:
+    """Without gradients it is the model as it was built, to the bit, and with them what any order of sums gives."""
+    built = GMFlow(CONFIGS[2])
+    fp32, tf32 = (prepare_model(copy.deepcopy(built), ExecutionConfig(precision)) for precision in ("fp32", "tf32"))
+    pair = images(64, 96)
+    with torch.no_grad():
+        in_order, inferred, in_any_order = (model(*pair).flow for model in (built, fp32, tf32))
+    assert torch.equal(inferred, in_order)
+    assert not torch.equal(in_any_order, in_order)
+    assert torch.equal(fp32(*pair).flow, tf32(*pair).flow)
+
+
 @pytest.fixture
 def accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path that accelerators take, through the fused kernels, here on the CPU."""
-    for module in ("attention", "folded_attention", "window_attention", "window_chunks"):
+    for module in ("attention", "folded_attention", "order", "window_attention", "window_chunks"):
         monkeypatch.setattr(f"gmflow.{module}.computes_in_chunks", lambda device: False)
     monkeypatch.setattr("gmflow.window_attention.ACCELERATOR_DTYPE", torch.float64)
 
@@ -386,7 +406,7 @@ def test_window_attention_in_16_bits(
     grid = window_grid(2, 8, 12, 2, shifted=True, cut=True, device=torch.device("cpu"))
     torch.manual_seed(0)
     layer = AttentionLayer(64)
-    layer.any_order = True
+    layer.order = Order.FREE
     source, target = (random(192, 64, seed=seed).detach().float() for seed in (1, 2))
     inputs = [source.requires_grad_(), (target + 10 * random(64).detach().float()).requires_grad_()]
     upper = torch.randn(source.shape, generator=torch.Generator().manual_seed(3))
@@ -410,7 +430,7 @@ def test_window_attention_in_16_bits(
 @pytest.mark.parametrize(
     ("precision", "inference", "training"),
     [
-        ("fp32", "projected", "projected"),
+        ("fp32", "projected", "folded"),
         ("tf32", "folded", "folded"),
         ("bf16", "projected, fused in bfloat16", "folded"),
         ("fp16", "projected, fused in float16", "folded"),
