@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from datasets_etl.ahead import read_ahead
 from datasets_etl.augment import AugmentConfig, augment
 from datasets_etl.cache import SampleCache
 from datasets_etl.errors import DataError
@@ -33,6 +34,9 @@ _PIXEL_BYTES = 3 + 3 + 8 + 1
 
 # Samples a process reads ahead of the one it decodes: enough to hide a bucket's latency.
 _READS_AHEAD = 4
+
+# Batches a thread has taken over from the processes, a handshake each: a step draws two before it computes.
+_TAKEN_OVER = 2
 
 
 class FlowBatch(NamedTuple):
@@ -258,7 +262,9 @@ class TrainingStream:
 
         Raises the DataError that a loader process met.
         """
-        batches = iter(self._loader)
+        batches: Iterator[_Packed | DataError] = iter(self._loader)
+        if self._loader.num_workers:
+            batches = read_ahead(batches, _TAKEN_OVER)
         for step in self.steps:
             count = len(self._batches.of_step(step))
             yield step, (_unpack(_sound(next(batches))) for _ in range(count))

@@ -1,4 +1,4 @@
-"""A convolution whose way back is in 16 bits while the way to the loss is not."""
+"""How the gradients of a convolution come about, while what it computes stays the same."""
 
 from __future__ import annotations
 
@@ -16,6 +16,19 @@ def narrow_way_back(convolution: nn.Conv2d, dtype: torch.dtype) -> None:
     What it computes stays the same, and its gradients keep the type of what they are gradients of.
     """
     convolution.forward = partial(_forward, convolution, dtype)  # type: ignore[method-assign]
+
+
+def keep_strides(convolution: nn.Conv2d) -> None:
+    """Let the gradient of the weight of a 1×1 convolution have the weight's strides; changes it in place.
+
+    From channels-last maps it lies the same in memory, but is told of by others, which DDP takes for a mismatch.
+    """
+    convolution.forward = partial(_by_rows, convolution)  # type: ignore[method-assign]
+
+
+def _by_rows(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    rows = convolution.weight.flatten(1)  # [C_out, C_in]
+    return torch.conv2d(x, rows[..., None, None], convolution.bias, convolution.stride, convolution.padding)
 
 
 def _forward(convolution: nn.Conv2d, dtype: torch.dtype, x: Tensor) -> Tensor:
@@ -56,4 +69,5 @@ class _Convolution(torch.autograd.Function):
             (ctx.needs_input_grad[0], True, ctx.biased),
         )
         for_x, for_weight, for_bias = (None if one is None else one.to(weight.dtype) for one in found)
-        return for_x, for_weight, for_bias, None, None, None
+        assert for_weight is not None
+        return for_x, for_weight.flatten(1).view_as(weight), for_bias, None, None, None  # as in `keep_strides`

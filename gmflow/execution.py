@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from gmflow.backbone import Backbone, ResidualBlock
-from gmflow.convolution import narrow_way_back
+from gmflow.convolution import keep_strides, narrow_way_back
 from gmflow.errors import GMFlowError
 from gmflow.model import FlowOutput, GMFlow
 from gmflow.order import Order
@@ -188,6 +188,9 @@ def _wrap_parts(model: GMFlow, config: ExecutionConfig) -> None:
 
     A closure over a forward pass would call that of the model it was copied from.
     """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
+            keep_strides(module)
     for module in model.modules():
         if isinstance(module, (Backbone, FeatureTransformer, AttentionLayer, FeedForward)):
             module.order = Order.FREE_TO_LEARN if config.precision == "fp32" else Order.FREE

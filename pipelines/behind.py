@@ -1,20 +1,17 @@
-"""Reading and writing beside a model: threads read the next frames and write the last results while it computes.
+"""Writing beside a model: threads draw, encode and write the last results while it computes the next.
 
-On a GPU a pair takes less time than its files: drawing and encoding them, or a request to S3, is left to processors.
+On a GPU a pair takes less time than its files.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import ParamSpec, Self, TypeVar
+from typing import ParamSpec, Self
 
 P = ParamSpec("P")
-T = TypeVar("T")
 
 THREADS = 4
-
-_END = object()
 
 
 class Behind:
@@ -45,12 +42,3 @@ class Behind:
                 self._under_way.popleft().result()
         finally:
             self._pool.shutdown()
-
-
-def read_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each read by a thread while the one before it is in use."""
-    with ThreadPoolExecutor(1) as pool:
-        following: Future[T | object] = pool.submit(next, items, _END)
-        while (item := following.result()) is not _END:
-            following = pool.submit(next, items, _END)
-            yield item  # type: ignore[misc]

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from datasets_etl import formats
+from datasets_etl.ahead import read_ahead
 from datasets_etl.samples import check_size
 from datasets_etl.storage import ObjectStore, file_sha256
 from gmflow import GMFlow, Prediction, Tiling, predict_batch
@@ -27,7 +28,7 @@ from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import PaddingMode
 from gmflow.weights import weights_digest
 from pipelines.arguments import device, positive, positive_number, size
-from pipelines.behind import Behind, read_ahead
+from pipelines.behind import Behind
 from pipelines.continuation import ANY_FRAME, any_frame, claim_output
 from pipelines.errors import PipelineError, command
 from pipelines.flow_files import FLOW_FORMATS, TRUTH_SUFFIXES, Result, Truth, no_truth, read_truth, truth_file

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import ray
 import torch
 
+from datasets_etl.ahead import read_ahead
 from datasets_etl.loader import EvaluationSet, read_sample
 from datasets_etl.manifest import Manifest
 from datasets_etl.samples import FlowSample
@@ -19,7 +20,7 @@ from gmflow import GMFlow
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.metrics import FlowMetrics
 from gmflow.weights import decode_weights, encode_weights
-from pipelines.behind import Behind, read_ahead
+from pipelines.behind import Behind
 from pipelines.gallery import Card, Gallery
 from pipelines.task_results import fetched
 from pipelines.training.memory import peak_bytes

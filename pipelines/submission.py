@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from datasets_etl import formats
+from datasets_etl.ahead import read_ahead
 from datasets_etl.loader import read_sample
 from datasets_etl.manifest import Manifest
 from datasets_etl.samples import FlowSample
@@ -30,7 +31,7 @@ from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import PaddingMode
 from gmflow.weights import weights_digest
 from pipelines.arguments import device
-from pipelines.behind import Behind, read_ahead
+from pipelines.behind import Behind
 from pipelines.continuation import claim_output
 from pipelines.errors import PipelineError, command
 from pipelines.flow_files import encode_kitti

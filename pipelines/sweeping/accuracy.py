@@ -17,13 +17,13 @@ import ray
 import torch
 from torch import nn
 
+from datasets_etl.ahead import read_ahead
 from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
 from datasets_etl.storage import ObjectStore, split_url
 from gmflow import GMFlow, load_model
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.metrics import FlowMetrics
-from pipelines.behind import read_ahead
 from pipelines.sweeping.settings import Setting
 from pipelines.task_results import fetched
 from pipelines.training.config import SetConfig

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from datasets_etl.ahead import read_ahead
 from datasets_etl.loader import EvaluationSet, to_tensors
 from datasets_etl.samples import FlowSample
 from datasets_etl.sources import is_sparse
@@ -15,7 +16,6 @@ from gmflow.geometry import forward_backward_occlusion
 from gmflow.loss import valid_pixels
 from gmflow.metrics import FlowMetrics
 from gmflow.predict import PaddingMode, evaluating, padded_forward
-from pipelines.behind import read_ahead
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -635,13 +636,14 @@ def test_products_that_stay_in_float32_round_their_factors_on_a_gpu_unless_fp32_
     assert [flags.allow_tf32 for flags in tf32_settings] == [precision != "fp32"] * 2
 
 
-def _train_as_a_rank(rank: int, folder: str, checkpointing: Any) -> None:
+def _train_as_a_rank(rank: int, folder: str, precision: Any, checkpointing: Any) -> None:
     """Saves the gradients of the same step three times: this rank's own, and all ranks' by a fresh DDP and by the same
     DDP later.
     """
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
-    model = prepare_model(tiny().train(), ExecutionConfig(ddp=True, checkpointing=checkpointing))
+    warnings.filterwarnings("error", "Grad strides do not match")  # which DDP would say to every user
+    model = prepare_model(tiny().train(), ExecutionConfig(precision, checkpointing, ddp=True))
     assert isinstance(model, DistributedDataParallel)
     images = torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(rank)) * 255
 
@@ -660,12 +662,12 @@ def _train_as_a_rank(rank: int, folder: str, checkpointing: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", "none"), ("bf16", "full")])
 def test_ranks_under_ddp_get_the_same_gradients_in_their_first_step_and_later(
-    checkpointing: str, tmp_path: Path
+    precision: str, checkpointing: str, tmp_path: Path
 ) -> None:
     """To the bit, as a resumed run's first step needs: from three ranks on, the order of a sum may show."""
-    mp.spawn(_train_as_a_rank, (str(tmp_path), checkpointing), nprocs=3)
+    mp.spawn(_train_as_a_rank, (str(tmp_path), precision, checkpointing), nprocs=3)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
     assert len(ranks[0][0]) == len(list(tiny().parameters()))
     for number, own in enumerate(zip(*(rank[0] for rank in ranks), strict=True)):
