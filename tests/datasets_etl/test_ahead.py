@@ -10,7 +10,8 @@ from datasets_etl.ahead import read_ahead
 PATIENCE_S = 10.0
 
 
-def test_the_next_item_is_read_while_one_is_in_use_and_none_beyond_it():
+@pytest.mark.parametrize("held", [1, 2])
+def test_the_next_items_are_read_while_one_is_in_use_and_none_beyond_them(held):
     read: list[int] = []
     arrived = [threading.Event() for _ in range(6)]
 
@@ -20,10 +21,10 @@ def test_the_next_item_is_read_while_one_is_in_use_and_none_beyond_it():
             arrived[number].set()
             yield number
 
-    for item in read_ahead(items()):
-        if item < 5:
-            assert arrived[item + 1].wait(PATIENCE_S)
-            assert read == list(range(item + 2))
+    for item in read_ahead(items(), held):
+        newest = min(item + held, 5)
+        assert arrived[newest].wait(PATIENCE_S)
+        assert read == list(range(newest + 1))
     assert read == list(range(6))
 
 
@@ -36,3 +37,20 @@ def test_an_error_of_reading_comes_up_in_its_place():
     with pytest.raises(OSError, match="torn"):
         seen.extend(read_ahead(items()))
     assert seen == [1, 2]
+
+
+def test_who_leaves_early_waits_for_nothing_that_is_being_read():
+    begun, left, waited = threading.Event(), threading.Event(), []
+
+    def items() -> Iterator[int]:
+        yield 1
+        begun.set()
+        waited.append(left.wait(PATIENCE_S))
+        yield 2
+
+    ahead = read_ahead(items(), held=2)
+    assert next(ahead) == 1
+    assert begun.wait(PATIENCE_S)
+    ahead.close()
+    assert waited == [], "it was waited for"
+    left.set()
