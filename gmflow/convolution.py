@@ -3,38 +3,59 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+_BLOCK = 16
+"""Channels that a CPU computes at a time, at most."""
+
+
+def mend_way_back(convolution: nn.Conv2d) -> None:
+    """Keep a 1×1 convolution of channels-last maps from what PyTorch makes of its gradients; changes it in place.
+
+    The weight's has its strides then. It would lie the same, told of by others, which DDP takes for a mismatch. And a
+    strided one reads places that are cut out beforehand: from maps of few channels, oneDNN writes past its memory on
+    the way back, which ends in wrong numbers, a hang or a crash (https://github.com/uxlfoundation/oneDNN/issues/6035).
+    """
+    convolution.forward = partial(_mended, convolution)  # type: ignore[method-assign]
+
 
 def narrow_way_back(convolution: nn.Conv2d, dtype: torch.dtype) -> None:
     """Let the gradients of a convolution (ungrouped, zero padding) be products of `dtype`; changes it in place.
 
-    What it computes stays the same, and its gradients keep the type of what they are gradients of.
+    What it computes stays the same, and its gradients keep the type of what they are gradients of. A 1×1 convolution is
+    mended, too.
     """
-    convolution.forward = partial(_forward, convolution, dtype)  # type: ignore[method-assign]
+    convolution.forward = partial(_narrowed, convolution, dtype)  # type: ignore[method-assign]
 
 
-def keep_strides(convolution: nn.Conv2d) -> None:
-    """Let the gradient of the weight of a 1×1 convolution have the weight's strides; changes it in place.
-
-    From channels-last maps it lies the same in memory, but is told of by others, which DDP takes for a mismatch.
-    """
-    convolution.forward = partial(_by_rows, convolution)  # type: ignore[method-assign]
+class _Factors(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    stride: tuple[int, ...]
 
 
-def _by_rows(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    rows = convolution.weight.flatten(1)  # [C_out, C_in]
-    return torch.conv2d(x, rows[..., None, None], convolution.bias, convolution.stride, convolution.padding)
+def _factors(convolution: nn.Conv2d, x: Tensor) -> _Factors:
+    weight, stride = convolution.weight, convolution.stride
+    if convolution.kernel_size != (1, 1) or not torch.is_grad_enabled():
+        return _Factors(x, weight, stride)
+    rows = weight.flatten(1)[..., None, None]
+    if x.is_cpu and len(weight[0]) < _BLOCK and not x.is_contiguous():
+        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+    return _Factors(x, rows, stride)
 
 
-def _forward(convolution: nn.Conv2d, dtype: torch.dtype, x: Tensor) -> Tensor:
-    found: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
-        x, convolution.weight, convolution.bias, convolution.stride, convolution.padding, dtype
-    )
+def _mended(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    x, weight, stride = _factors(convolution, x)
+    return torch.conv2d(x, weight, convolution.bias, stride, convolution.padding)
+
+
+def _narrowed(convolution: nn.Conv2d, dtype: torch.dtype, x: Tensor) -> Tensor:
+    x, weight, stride = _factors(convolution, x)
+    found: Tensor = _Convolution.apply(x, weight, convolution.bias, stride, convolution.padding, dtype)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -45,8 +66,8 @@ class _Convolution(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -69,5 +90,4 @@ class _Convolution(torch.autograd.Function):
             (ctx.needs_input_grad[0], True, ctx.biased),
         )
         for_x, for_weight, for_bias = (None if one is None else one.to(weight.dtype) for one in found)
-        assert for_weight is not None
-        return for_x, for_weight.flatten(1).view_as(weight), for_bias, None, None, None  # as in `keep_strides`
+        return for_x, for_weight, for_bias, None, None, None

@@ -17,8 +17,6 @@ if not os.environ.get("RAY_ADDRESS"):
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     # Drivers of trials and queues take no CPU; on a small machine Ray would warn that they are more than its CPUs.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, os.cpu_count() or 1)))
-    # Nobody tells a local Ray that its machine is taken away: the process that looks for that need not be started.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 # Ray would otherwise warn about a change of defaults for workers without a GPU.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Ray Train notices a finished or lost worker after this long; its default of 2 s adds up over four stages.

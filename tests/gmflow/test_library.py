@@ -38,6 +38,7 @@ from gmflow import (
     predict_flow,
     save_weights,
 )
+from gmflow.backbone import Backbone
 from gmflow.execution import ExecutionConfig, _require_compiler, prepare_model
 from gmflow.geometry import _OrderedSample, _OrderedUpsample, backward_warp, forward_backward_occlusion
 from gmflow.model import FlowOutput
@@ -492,8 +493,10 @@ def test_every_part_has_the_order_of_sums_of_its_precision(precision: Any, order
     if precision is not None:
         prepare_model(model, ExecutionConfig(precision))
     told = [module.order for module in model.modules() if hasattr(module, "order")]
+    assert isinstance(next(module for module in model.modules() if hasattr(module, "order")), Backbone)
     # Backbone, transformer, and of each layer two kinds of attention and the feed-forward.
-    assert told == [order] * (2 + 3 * model.config.num_layers)
+    in_backbone = Order.REFERENCE if order is Order.FREE_TO_LEARN else order
+    assert told == [in_backbone] + [order] * (1 + 3 * model.config.num_layers)
 
 
 def test_only_what_learns_on_a_cpu_is_free_of_the_references_order() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -330,7 +332,7 @@ def test_same_input_same_bits(precision: Any) -> None:
 
 
 def test_fp32_on_a_cpu_keeps_the_references_order_but_where_it_learns() -> None:
-    """Without gradients it is the model as it was built, to the bit, and with them what any order of sums gives."""
+    """Without gradients it is the model as it was built, to the bit; with them the features still are."""
     built = GMFlow(CONFIGS[2])
     fp32, tf32 = (prepare_model(copy.deepcopy(built), ExecutionConfig(precision)) for precision in ("fp32", "tf32"))
     pair = images(64, 96)
@@ -338,7 +340,9 @@ def test_fp32_on_a_cpu_keeps_the_references_order_but_where_it_learns() -> None:
         in_order, inferred, in_any_order = (model(*pair).flow for model in (built, fp32, tf32))
     assert torch.equal(inferred, in_order)
     assert not torch.equal(in_any_order, in_order)
-    assert torch.equal(fp32(*pair).flow, tf32(*pair).flow)
+    assert not torch.equal(fp32(*pair).flow, in_order)
+    for features, others in zip(*(model.backbone(pair[0]) for model in (built, fp32)), strict=True):
+        assert torch.equal(features, others)
 
 
 @pytest.fixture
@@ -532,3 +536,27 @@ def test_the_feed_forwards_way_back_in_16_bits() -> None:
         assert 0 < (one - other).norm() < 0.01 * other.norm()
     torch.testing.assert_close(found[-2:], wanted[-2:], rtol=0, atol=0)  # LayerNorm's
     assert 0 < (inferred - wanted[0]).norm() < 0.01 * wanted[0].norm()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_maps_of_few_channels_are_learned_from_on_one_thread(precision: str) -> None:
+    """oneDNN writes past its memory there, if it is let: in a process of its own, which that may end."""
+    code = f"""
+import copy, torch
+from gmflow import GMFlow, GMFlowConfig
+from gmflow.execution import ExecutionConfig, prepare_model
+torch.set_num_threads(1)
+torch.manual_seed(0)
+built = GMFlow(GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)).train()
+prepared = prepare_model(copy.deepcopy(built), ExecutionConfig({precision!r}))
+images = torch.rand(2, 2, 3, 192, 256) * 255
+gradients = []
+for model in (built, prepared, prepared, prepared):
+    model.zero_grad()
+    model(*images).flow.abs().mean().backward()
+    gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+print(max(((other - gradients[0]).norm() / gradients[0].norm()).item() for other in gradients))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert float(done.stdout) < 0.03
