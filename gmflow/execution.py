@@ -47,8 +47,8 @@ class ExecutionConfig:
     Attributes:
         precision: "fp32", on a CPU in the reference's order of operations, or the flow would be more than 0.001 px off,
             but where gradients are wanted, behind the backbone, in the fastest; "tf32" is float32 that rounds otherwise
-            and takes less time: products on NVIDIA GPUs round their factors to 10 bits, a CPU adds up in the fastest
-            order without gradients too (docs/performance.md);
+            and takes less time: products on NVIDIA GPUs round their factors to 10 bits, a CPU adds up all of it in the
+            fastest order (docs/performance.md);
             "bf16" or "fp16" compute convolutions, attention and feed-forward in that type, while parameters, residual
             stream, matching, propagation and flow stay in float32; so do, where gradients are wanted, the backbone, the
             feed-forward and on a CPU attention, but for their way back. Products that stay in float32 round as those of

@@ -13,9 +13,7 @@ def test_every_precision_has_rows_and_a_peak() -> None:
     rows = {device: cases(False, False, device) for device in ("cpu", "cuda", "cuda:1")}
     for device in rows:
         for mode in ("inference", "train"):
-            found = {row.precision for row in rows[device] if row.mode == mode}
-            # A CPU learns in tf32 as it does in fp32.
-            assert found == {"fp32", "bf16"} | ({"tf32"} if (device, mode) != ("cpu", "train") else set())
+            assert {row.precision for row in rows[device] if row.mode == mode} == {"fp32", "tf32", "bf16"}
     assert rows["cuda"] == rows["cuda:1"]
     assert {row.precision for row in rows["cuda"]} <= set(DTYPES)
     assert DTYPES["tf32"] == torch.float32

@@ -158,21 +158,21 @@ def test_what_learns_in_any_order_learns_what_the_reference_does(
     reference_gradients: dict[str, Any],
     reference_crop: Pair,
 ) -> None:
-    """Random weights magnify rounding more: pixels of "base" are up to 0.06 px off, which is nothing to its loss."""
+    """Random weights magnify rounding more: pixels of "base" are up to 0.01 px off, which is nothing to its loss."""
     image0, image1, target = reference_crop
     expected = reference_gradients[variant]
     model = prepare_model(load_model(reference / WEIGHTS[variant]).train(), ExecutionConfig("fp32"))
     predictions = model(image0, image1).predictions
     for index, flow in enumerate(predictions):
         theirs = reference_outputs[f"{variant}_train_pred{index}"]
-        assert np.abs(flow.detach().numpy() - theirs).mean() < {"refine": 5e-5, "base": 5e-3}[variant]
+        assert np.abs(flow.detach().numpy() - theirs).mean() < {"refine": 5e-5, "base": 2e-3}[variant]
     loss = sequence_loss(predictions, target, torch.ones_like(target[:, 0], dtype=torch.bool))
     loss.backward()
     assert loss.item() == pytest.approx(expected["loss"], rel=1e-5)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         norm, rounding = expected["grad_norm"][published_name(name)], 1e-6 * expected["total_grad_norm"]
-        assert parameter.grad.norm().item() == pytest.approx(norm, rel=2e-3, abs=rounding), name
+        assert parameter.grad.norm().item() == pytest.approx(norm, rel=1e-3, abs=rounding), name
 
 
 @pytest.mark.slow
