@@ -263,7 +263,7 @@ class TrainingStream:
         Raises the DataError that a loader process met.
         """
         batches: Iterator[_Packed | DataError] = iter(self._loader)
-        if self._loader.num_workers:
+        if self._loader.num_workers and not self._loader.pin_memory:  # which has a thread of its own that does
             batches = read_ahead(batches, _TAKEN_OVER)
         for step in self.steps:
             count = len(self._batches.of_step(step))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ _BLOCK = 16
 
 
 def mend_way_back(convolution: nn.Conv2d) -> None:
-    """Keep a 1×1 convolution of channels-last maps from what PyTorch makes of its gradients; changes it in place.
+    """Keep a 1×1 convolution of channels-last maps from what a CPU makes of its gradients; changes it in place.
 
     The weight's has its strides then. It would lie the same, told of by others, which DDP takes for a mismatch. And a
     strided one reads places that are cut out beforehand: from maps of few channels, oneDNN writes past its memory on
@@ -32,20 +32,14 @@ def narrow_way_back(convolution: nn.Conv2d, dtype: torch.dtype) -> None:
     convolution.forward = partial(_narrowed, convolution, dtype)  # type: ignore[method-assign]
 
 
-class _Factors(NamedTuple):
-    x: Tensor
-    weight: Tensor
-    stride: tuple[int, ...]
-
-
-def _factors(convolution: nn.Conv2d, x: Tensor) -> _Factors:
+def _factors(convolution: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Maps, weight and stride that a convolution is computed of."""
     weight, stride = convolution.weight, convolution.stride
-    if convolution.kernel_size != (1, 1) or not torch.is_grad_enabled():
-        return _Factors(x, weight, stride)
-    rows = weight.flatten(1)[..., None, None]
-    if x.is_cpu and len(weight[0]) < _BLOCK and not x.is_contiguous():
+    if convolution.kernel_size != (1, 1) or not (x.is_cpu and torch.is_grad_enabled()):
+        return x, weight, stride
+    if convolution.in_channels < _BLOCK and not x.is_contiguous():
         x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
-    return _Factors(x, rows, stride)
+    return x, weight.flatten(1)[..., None, None], stride
 
 
 def _mended(convolution: nn.Conv2d, x: Tensor) -> Tensor:

@@ -665,7 +665,7 @@ def _train_as_a_rank(rank: int, folder: str, precision: Any, checkpointing: Any)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", "none"), ("bf16", "full")])
+@pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", "none"), ("fp32", "full"), ("bf16", "full")])
 def test_ranks_under_ddp_get_the_same_gradients_in_their_first_step_and_later(
     precision: str, checkpointing: str, tmp_path: Path
 ) -> None:

@@ -282,14 +282,15 @@ def images(height: int = 48, width: int = 64, batch: int = 2) -> tuple[Tensor, T
     ("execution", "pixels"),
     [
         (None, 1e-2),
-        *((ExecutionConfig(checkpointing=checkpointing), 5e-2) for checkpointing in ("none", "selective", "full")),
+        *((ExecutionConfig("fp32", checkpointing), 1e-2) for checkpointing in ("none", "selective", "full")),
+        *((ExecutionConfig("tf32", checkpointing), 5e-2) for checkpointing in ("none", "selective", "full")),
     ],
-    ids=["as built", "prepared", "selective", "full"],
+    ids=lambda value: f"{value.precision}-{value.checkpointing}" if isinstance(value, ExecutionConfig) else str(value),
 )
 def test_whole_model_and_its_gradients(
     config: GMFlowConfig, bidirectional: bool, execution: ExecutionConfig | None, pixels: float
 ) -> None:
-    """Other partial sums, as of a model that is prepared to learn on a CPU, are magnified by the model."""
+    """Other partial sums, as of "tf32" on a CPU, are magnified by the model."""
     assert_model_is_the_oracle(config, bidirectional, execution, pixels)
 
 

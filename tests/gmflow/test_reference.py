@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gmflow import GMFlow, load_model
 from gmflow.execution import ExecutionConfig, prepare_model
@@ -113,6 +113,23 @@ def test_tf32_on_a_cpu_is_the_reference_but_for_the_order_of_its_sums(
     assert 0 < apart.max() < 0.05
 
 
+def learn(model: nn.Module, crop: Pair) -> tuple[list[Tensor], Tensor]:
+    """Predictions of the crop and their loss, with its gradients in the model."""
+    image0, image1, target = crop
+    predictions = model(image0, image1).predictions
+    loss = sequence_loss(predictions, target, torch.ones_like(target[:, 0], dtype=torch.bool))
+    loss.backward()
+    return predictions, loss
+
+
+def assert_gradients_of_the_reference(model: nn.Module, expected: dict[str, Any], rounding: float) -> None:
+    """Every parameter's norm, but for `rounding` of the total."""
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        norm, nothing = expected["grad_norm"][published_name(name)], rounding * expected["total_grad_norm"]
+        assert parameter.grad.norm().item() == pytest.approx(norm, rel=1e-3, abs=nothing), name
+
+
 @pytest.mark.parametrize("variant", ["refine", "base"])
 def test_training_predictions_loss_metrics_and_gradients_are_those_of_the_reference(
     variant: str,
@@ -124,26 +141,19 @@ def test_training_predictions_loss_metrics_and_gradients_are_those_of_the_refere
     image0, image1, target = reference_crop
     expected = reference_gradients[variant]
     model = load_model(reference / WEIGHTS[variant]).train()
-    predictions = model(image0, image1).predictions
+    predictions, loss = learn(model, reference_crop)
     assert len(predictions) == expected["num_preds"]
     theirs = [reference_outputs[f"{variant}_train_pred{index}"] for index in range(len(predictions))]
     assert_of_the_reference(predictions, theirs, lambda: plainly(model, image0, image1, training=True))
 
-    valid = torch.ones_like(target[:, 0], dtype=torch.bool)
-    loss = sequence_loss(predictions, target, valid)
-    loss.backward()
     assert loss.item() == pytest.approx(expected["loss"], abs=1e-4)
 
     # A bias in front of an instance norm, and the key's bias where the key is of the whole map, change nothing:
     # their gradients are zero but for rounding, which is all that the reference holds of them.
-    rounding = 1e-8 * expected["total_grad_norm"]
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        reference_norm = expected["grad_norm"][published_name(name)]
-        assert parameter.grad.norm().item() == pytest.approx(reference_norm, rel=1e-3, abs=rounding), name
+    assert_gradients_of_the_reference(model, expected, rounding=1e-8)
 
     metrics = FlowMetrics()
-    metrics.update(predictions[-1], target, valid)
+    metrics.update(predictions[-1], target, torch.ones_like(target[:, 0], dtype=torch.bool))
     figures = metrics.compute()
     assert figures["epe"] == pytest.approx(expected["metrics"]["epe"], abs=1e-3)
     for pixels in ("1", "3", "5"):
@@ -159,20 +169,14 @@ def test_what_learns_in_any_order_learns_what_the_reference_does(
     reference_crop: Pair,
 ) -> None:
     """Random weights magnify rounding more: pixels of "base" are up to 0.01 px off, which is nothing to its loss."""
-    image0, image1, target = reference_crop
     expected = reference_gradients[variant]
     model = prepare_model(load_model(reference / WEIGHTS[variant]).train(), ExecutionConfig("fp32"))
-    predictions = model(image0, image1).predictions
+    predictions, loss = learn(model, reference_crop)
     for index, flow in enumerate(predictions):
         theirs = reference_outputs[f"{variant}_train_pred{index}"]
         assert np.abs(flow.detach().numpy() - theirs).mean() < {"refine": 5e-5, "base": 2e-3}[variant]
-    loss = sequence_loss(predictions, target, torch.ones_like(target[:, 0], dtype=torch.bool))
-    loss.backward()
     assert loss.item() == pytest.approx(expected["loss"], rel=1e-5)
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        norm, rounding = expected["grad_norm"][published_name(name)], 1e-6 * expected["total_grad_norm"]
-        assert parameter.grad.norm().item() == pytest.approx(norm, rel=1e-3, abs=rounding), name
+    assert_gradients_of_the_reference(model, expected, rounding=1e-6)
 
 
 @pytest.mark.slow
