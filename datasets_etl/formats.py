@@ -113,7 +113,7 @@ def decode_kitti_flow(data: bytes, name: str) -> tuple[Flow, Mask]:
     Raises:
         DamagedError: not a whole 16-bit RGB PNG.
     """
-    _check_png(data, name)
+    _check_png(data, name, allow_trailer=False)
     depth, colour = data[24], data[25]
     if (depth, colour) != (16, 2):
         raise _bad(name, f"is a {depth}-bit PNG of colour type {colour}; flow is 16-bit RGB", "is it a frame?")
@@ -158,7 +158,7 @@ def decode_frame(data: bytes, name: str, *, allow_trailer: bool = False) -> Fram
     Args:
         data: the whole file.
         name: what to call it in an error.
-        allow_trailer: take a JPEG with bytes after its end, too, as phones write them.
+        allow_trailer: take a JPEG or PNG with bytes after its end, too, as phones and programs write them.
 
     Returns:
         uint8 [H, W, 3], RGB.
@@ -169,7 +169,7 @@ def decode_frame(data: bytes, name: str, *, allow_trailer: bool = False) -> Fram
     if data[:2] in (b"P5", b"P6"):
         return _decode_pnm(data, name)
     if data.startswith(_PNG_MAGIC):
-        _check_png(data, name)
+        _check_png(data, name, allow_trailer=allow_trailer)
         if data[24] > 8:
             raise _bad(name, f"has {data[24]} bits a channel; frames have 8", "convert it, or is it flow?")
     elif data.startswith(_JPEG_MAGIC):
@@ -202,7 +202,7 @@ def decode_mask(data: bytes, name: str) -> Mask:
     Raises:
         DamagedError: not a whole PNG.
     """
-    _check_png(data, name)
+    _check_png(data, name, allow_trailer=False)
     pixels = _imdecode(data, cv2.IMREAD_UNCHANGED, name)
     if pixels.ndim == 3:
         pixels = pixels[..., :3].max(axis=2)  # an alpha channel says nothing about the mask
@@ -337,27 +337,30 @@ def _png_chunks(data: bytes, name: str) -> Iterator[tuple[bytes, int, int]]:
         position = end + 4
 
 
-def _check_png(data: bytes, name: str) -> None:
+def _check_png(data: bytes, name: str, *, allow_trailer: bool) -> None:
     """The container is whole. OpenCV itself returns a half-empty image for half a file."""
     _png_size(data, name)
     view = memoryview(data)
-    ended = False
     for kind, start, end in _png_chunks(data, name):
-        if ended:
-            raise _bad(name, "has bytes after the PNG's end", _DAMAGED)
         if zlib.crc32(view[start:end]) != struct.unpack_from(">I", data, end)[0]:
             raise _bad(name, "is a damaged PNG (a checksum does not match)", _DAMAGED)
-        ended = kind == b"IEND"
-    if not ended:
-        raise _bad(name, "is a truncated PNG", _DAMAGED)
+        if kind == b"IEND":
+            if end + 4 < len(data) and not allow_trailer:
+                raise _bad(name, "has bytes after the PNG's end", _DAMAGED)
+            return
+    raise _bad(name, "is a truncated PNG", _DAMAGED)
 
 
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOFn; the three others are tables
+_JPEG_FILL = 0xFF  # any number of them may stand before a marker
 
 
 def _jpeg_size(data: bytes, name: str) -> tuple[int, int]:
     position = 2
     while position + 9 <= len(data) and data[position] == 0xFF:
+        if data[position + 1] == _JPEG_FILL:
+            position += 1
+            continue
         if data[position + 1] in _JPEG_FRAMES:
             height, width = struct.unpack_from(">HH", data, position + 5)
             return height, width
@@ -369,6 +372,9 @@ def _jpeg_ends(data: bytes) -> bool:
     """Whether an end follows where the pixels begin: a thumbnail in front of them has one of its own."""
     position = 2
     while position + 4 <= len(data) and data[position : position + 2] != _JPEG_SCAN:
+        if data[position + 1] == _JPEG_FILL:
+            position += 1
+            continue
         position += 2 + struct.unpack_from(">H", data, position + 2)[0]
     return data.find(_JPEG_END, position) >= 0
 

@@ -35,7 +35,8 @@ _PIXEL_BYTES = 3 + 3 + 8 + 1
 # Samples a process reads ahead of the one it decodes: enough to hide a bucket's latency.
 _READS_AHEAD = 4
 
-# Batches a thread has taken over from the processes, a handshake each: a step draws two before it computes.
+# Batches that a thread fetches from the loader processes ahead of time: each fetch is a handshake, and a step draws two
+# batches before it computes.
 _TAKEN_OVER = 2
 
 

@@ -101,7 +101,7 @@ def encode_sample(ref: SampleRef, tree: SourceTree) -> tuple[dict[str, bytes | s
             members["flow.png"] = data
         else:
             flow = _decode_dense(data, ref.flow)
-            valid = _dense_valid(flow)
+            valid = dense_valid(flow)
             members["flow.zst"] = rowcode.encode_flow(flow)
         check_size(ref.image0, image0.shape, ref.flow, flow.shape)
         if ref.flow_noc is not None:
@@ -180,7 +180,7 @@ def _decode_truth(
     if "flow.zst" not in members:
         return None, None
     flow = rowcode.decode_flow(members["flow.zst"], shape)
-    valid = _dense_valid(flow)
+    valid = dense_valid(flow)
     if not valid.all():
         flow[~valid] = 0
     return flow, valid
@@ -209,7 +209,8 @@ def _decode_dense(data: bytes, name: str) -> npt.NDArray[np.float32]:
     return formats.decode_pfm(data, name) if name.endswith(".pfm") else formats.decode_flo(data, name)
 
 
-def _dense_valid(flow: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+def dense_valid(flow: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """Where dense flow [H, W, 2] is known, bool [H, W]: both components finite and below MAX_DENSE_FLOW in size."""
     # All valid is the usual case, and these two passes are the cheapest way to see it: NaN fails any comparison.
     if float(flow.min()) > -MAX_DENSE_FLOW and float(flow.max()) < MAX_DENSE_FLOW:
         return np.ones(flow.shape[:2], np.bool_)

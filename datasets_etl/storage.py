@@ -46,8 +46,8 @@ _LEFT_BEHIND_S = 24 * 3600
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """One listed object. `stamp` changes when the content does: an ETag; of a file, its times and size, among them that
-    of the last change of its entry, which no program that unpacks or copies sets back.
+    """One listed object. `stamp` changes when the content does: an ETag; of a file, its size, mtime and ctime. Programs
+    that unpack or copy may set mtime back, never ctime.
     """
 
     key: str
@@ -86,7 +86,10 @@ class ObjectStore(Protocol):
 
 def open_store(url: str) -> ObjectStore:
     """The store rooted at a `file://` or `s3://` URL or a local path. Raises DataError for any other scheme."""
-    parsed = urlparse(url)
+    try:
+        parsed = urlparse(url)
+    except ValueError as error:  # brackets where a host would stand
+        raise DataError(f"{url}: neither a URL nor a path ({error})") from None
     if parsed.scheme in ("s3", "file") and {"?", "#"} & set(url):
         raise DataError(f"{url}: a place has no ? or # in it; choose a name without, or in file:// write %3F or %23")
     if parsed.scheme == "s3":
@@ -109,7 +112,7 @@ def split_url(url: str) -> tuple[ObjectStore, str]:
         raise DataError(f"{url}: names no object")
     if not parent and not url.startswith("/"):
         parent = "."
-    return open_store(parent or "/"), key
+    return open_store(parent or "/"), unquote(key) if url.startswith("file:") else key
 
 
 def file_sha256(path: Path) -> str:
@@ -231,7 +234,7 @@ class FileStore:
 def _raise_unless_gone(error: OSError) -> None:
     """What cannot be listed must not pass for empty; a folder that is not there is."""
     if not isinstance(error, FileNotFoundError):
-        raise error
+        raise DataError(f"{error.filename}: {error.strerror}") from error
 
 
 class _ShortAnswerError(DataError):
@@ -263,8 +266,8 @@ def may_pass(error: BaseException | None) -> bool:
 
 
 PATIENCE_VARIABLE = "GMFLOW_STORAGE_PATIENCE_S"
-"""Environment: seconds for which a server that is away or busy is asked again, once in any case: a single connection
-that fell silent may outlast them. A mistyped endpoint shows as late.
+"""Environment: seconds for which a failed request is repeated; at least once, even where the first attempt alone took
+longer. So an endpoint that is mistyped is reported only after this time.
 """
 
 

@@ -15,10 +15,10 @@ THREADS = 4
 
 
 class Behind:
-    """Pieces of work for threads while their giver goes on, in a `with` that ends when all are done.
+    """Pieces of work for threads, while whoever gives them goes on.
 
-    As many as there are threads are under way at a time, so that what they hold in memory is bounded, and all of those
-    are ended. What one raises comes up where a later one is given, or at the end.
+    At most `threads` pieces are under way at once, which bounds the memory that they hold. Leaving the `with` waits for
+    all of them, also after an error. What a piece raises is raised by a later `do`, or at the end.
     """
 
     def __init__(self, threads: int = THREADS) -> None:

@@ -45,7 +45,8 @@ def claim_output(
         raise PipelineError(f"{output.url} holds another run's files ({listed}); give another folder or --overwrite")
     kept = set(there)
     if overwrite or not noted:
-        # All of it is to be replaced, but lies there until it is, which an interruption may put off: its stamp tells.
+        # Every file there is to be replaced. A run that is interrupted leaves some of the old ones: their stamps, noted
+        # here, tell them from new ones.
         kept = set()
         stale = {key: stamp for key, stamp in there.items() if not inputs or _of_key(key, inputs)}
     if inputs and not overwrite:

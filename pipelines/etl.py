@@ -21,6 +21,7 @@ from rich.text import Text
 
 from datasets_etl.errors import DataError
 from datasets_etl.etl import DEFAULT_SHARD_BYTES, EtlResult, run_etl
+from datasets_etl.formats import encode_frame_png
 from datasets_etl.inspection import MOTION_EDGES, motion_histogram, spread, verify_manifest
 from datasets_etl.loader import read_sample
 from datasets_etl.manifest import Manifest
@@ -30,8 +31,7 @@ from pipelines.arguments import positive
 from pipelines.cluster import connected
 from pipelines.contact_sheet import contact_sheet
 from pipelines.errors import command
-from pipelines.lasting import lasting_store
-from pipelines.training.pictures import to_png
+from pipelines.lasting import lasting_object, lasting_store
 
 # Progress and reports go to stderr: stdout is for what scripts read.
 console = Console(stderr=True)
@@ -242,6 +242,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     manifest = Manifest.load(arguments.manifest)
     output = Console(soft_wrap=True)
     output.print(_subset_table(manifest))
+    store, name = lasting_object(arguments.output or f"{manifest.dataset}-{manifest.version}.png", "--output")
     numbers = {
         subset: [i for i, sample in enumerate(manifest.samples) if sample.subset == subset]
         for subset in manifest.subsets
@@ -249,9 +250,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     output.print(_motion_table(manifest, {subset: spread(all_, arguments.pairs) for subset, all_ in numbers.items()}))
     show_quarantined(manifest.quarantined)
     shown = [number for all_ in numbers.values() for number in spread(all_, arguments.rows)]
-    picture = to_png(contact_sheet(read_sample(manifest, number) for number in shown))
-    store, name = split_url(arguments.output or f"{manifest.dataset}-{manifest.version}.png")
-    store.write(name, picture)
+    store.write(name, encode_frame_png(contact_sheet(read_sample(manifest, number) for number in shown)))
     print(f"{store.url}/{name}")
 
 

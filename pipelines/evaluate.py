@@ -15,6 +15,8 @@ from typing import Any, get_args
 from pipelines.cluster import connected, has_gpus  # sets Ray's environment, so before Ray
 
 # isort: split
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -27,7 +29,7 @@ from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.weights import weights_digest
 from pipelines import report
 from pipelines.arguments import device, not_negative, positive
-from pipelines.errors import command
+from pipelines.errors import PipelineError, command
 from pipelines.lasting import lasting_store
 from pipelines.references import resolve_model
 from pipelines.scoring import Evaluation, OnScored, ScoringOptions, evaluate, evaluate_on_ray, pool
@@ -99,6 +101,8 @@ def chosen_sets(data: list[str], subset: str | None, limit: int | None) -> dict[
         name = "/".join(filter(None, [manifest.dataset, wanted]))
         if name in sets:
             name = f"{name}@{manifest.version}"
+        if name in sets or url in {chosen.manifest.url for chosen in sets.values() if chosen.subset == wanted}:
+            raise PipelineError(f"--data {reference}: given twice; its pairs would count twice")
         sets[name] = EvaluationSet(manifest, wanted, limit)
     return sets
 
@@ -199,9 +203,21 @@ def detailed(summary: dict[str, Any], scores: Scores) -> dict[str, Any]:
     return {**summary, "sets": {title: {**summary["sets"][title], **found} for title, found in details.items()}}
 
 
-def track(experiment: str, scores: Scores, content: dict[str, Any], page: str) -> None:
-    """A run of MLflow with every set's figures as metrics, metrics.json and the report."""
-    client = tracking.connect(None)
+def track(client: MlflowClient, experiment: str, scores: Scores, content: dict[str, Any], page: str) -> None:
+    """A run of MLflow with every set's figures as metrics, metrics.json and the report.
+
+    Raises PipelineError where MLflow does not take them.
+    """
+    try:
+        _log(client, experiment, scores, content, page)
+    except (MlflowException, *tracking.TRANSPORT_ERRORS) as error:
+        raise PipelineError(
+            f"MLflow at {tracking.place_of(client)} does not take the figures, which are complete without it: "
+            f"{tracking.reason(error)}"
+        ) from error
+
+
+def _log(client: MlflowClient, experiment: str, scores: Scores, content: dict[str, Any], page: str) -> None:
     how = {name: content[name] for name in ("model", "precision")}
     run = tracking.start_run(client, experiment, f"evaluate {content['model']}", how)
     with tracking.run_status(client, run.info.run_id):
@@ -214,6 +230,36 @@ def track(experiment: str, scores: Scores, content: dict[str, Any], page: str) -
     console.print(f"MLflow: {tracking.place_of(client)}, experiment {experiment}, run {run.info.run_id}")
 
 
+def keep_results(
+    arguments: argparse.Namespace,
+    model: GMFlow,
+    scores: Scores,
+    summary: dict[str, Any],
+    output: ObjectStore | None,
+    client: MlflowClient | None,
+) -> None:
+    """All figures and the report: to the output, to MLflow, or to both."""
+    content = detailed(summary, scores)
+    facts = [
+        ("model", arguments.model),
+        ("weights", weights_digest(model)),
+        ("configuration", ", ".join(f"{name} {value}" for name, value in model.config.to_dict().items())),
+        ("precision", arguments.precision),
+        *((f"data {name}", chosen.manifest.url) for name, (chosen, _) in scores.items()),
+        ("code", code_version()),
+    ]
+    pairs = sum(len(chosen) for chosen, _ in scores.values())
+    page = report.evaluation_report(
+        "Evaluation", f"{arguments.model} on {', '.join(scores)}: {pairs} pairs", model.config, scores, facts
+    ).to_html()
+    if output is not None:
+        output.write("metrics.json", json.dumps(content, indent=1).encode())
+        output.write(report.FILE_NAME, page.encode())
+        console.print(f"metrics, report and pictures: {output.url}")
+    if client is not None:
+        track(client, arguments.track, scores, content, page)
+
+
 @command
 def main() -> None:
     arguments = parse_arguments()
@@ -222,30 +268,15 @@ def main() -> None:
     if not arguments.ray:  # tasks prepare their own
         prepare_model(model, ExecutionConfig(arguments.precision, replay=True), arguments.device)
     output = lasting_store(arguments.output, "--output") if arguments.output else None
+    client = tracking.connect(None) if arguments.track else None  # before hours of scoring
     scores = score_sets(model, sets, arguments, output)
     show(scores)
     summary = summarised(arguments.model, arguments.precision, scores)
-    if output is not None or arguments.track:
-        content = detailed(summary, scores)
-        facts = [
-            ("model", arguments.model),
-            ("weights", weights_digest(model)),
-            ("configuration", ", ".join(f"{name} {value}" for name, value in model.config.to_dict().items())),
-            ("precision", arguments.precision),
-            *((f"data {name}", chosen.manifest.url) for name, chosen in sets.items()),
-            ("code", code_version()),
-        ]
-        pairs = sum(len(chosen) for chosen in sets.values())
-        page = report.evaluation_report(
-            "Evaluation", f"{arguments.model} on {', '.join(sets)}: {pairs} pairs", model.config, scores, facts
-        ).to_html()
-        if output is not None:
-            output.write("metrics.json", json.dumps(content, indent=1).encode())
-            output.write(report.FILE_NAME, page.encode())
-            console.print(f"metrics, report and pictures: {output.url}")
-        if arguments.track:
-            track(arguments.track, scores, content, page)
-    print(json.dumps(summary))
+    try:
+        if output is not None or client is not None:
+            keep_results(arguments, model, scores, summary, output, client)
+    finally:  # whatever becomes of the rest
+        print(json.dumps(summary))
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from datasets_etl import formats
+from datasets_etl.formats import encode_frame_png
+from datasets_etl.samples import dense_valid
 from gmflow import Prediction, error_to_image, flow_to_image
 from gmflow.drawing import draw_arrows, encode_animation, warp_animation
-from gmflow.visualize import UNKNOWN
 from pipelines.errors import PipelineError
 from pipelines.frames import Pair
-from pipelines.training.pictures import to_png
 
 TRUTH_SUFFIXES = (".flo", ".pfm", ".png")
 
@@ -76,7 +76,7 @@ def no_truth(name: str) -> PipelineError:
 def _error(result: Result) -> bytes:
     if result.truth is None:
         raise no_truth(result.pair.name)
-    return to_png(error_to_image(result.prediction.flow, result.truth.flow, result.truth.valid))
+    return encode_frame_png(error_to_image(result.prediction.flow, result.truth.flow, result.truth.valid))
 
 
 def _backward(result: Result) -> npt.NDArray[np.float32]:
@@ -93,13 +93,11 @@ def _occluded(result: Result) -> npt.NDArray[np.bool_]:
 
 FLOW_FORMATS: dict[str, FlowFormat] = {
     "flo": FlowFormat(".flo", lambda result: formats.encode_flo(result.prediction.flow)),
-    "color": FlowFormat(".png", lambda result: to_png(flow_to_image(result.prediction.flow, result.scale))),
+    "color": FlowFormat(".png", lambda result: encode_frame_png(flow_to_image(result.prediction.flow, result.scale))),
     "kitti": FlowFormat("_kitti.png", lambda result: encode_kitti(result.prediction.flow)),
     "npz": FlowFormat(".npz", _npz),
-    "arrows": FlowFormat("_arrows.png", lambda r: to_png(draw_arrows(r.pair.frame0, r.prediction.flow))),
-    "warp": FlowFormat(
-        "_warp.webp", lambda r: encode_animation(list(warp_animation(r.pair.frame1, r.prediction.flow)))
-    ),
+    "arrows": FlowFormat("_arrows.png", lambda r: encode_frame_png(draw_arrows(r.pair.frame0, r.prediction.flow))),
+    "warp": FlowFormat("_warp.webp", _warp),
     "error": FlowFormat("_error.png", _error, truth=True),
     "backward": FlowFormat("_backward.flo", lambda result: formats.encode_flo(_backward(result)), both_ways=True),
     "occlusion": FlowFormat("_occlusion.png", lambda r: formats.encode_mask(_occluded(r)), both_ways=True),
@@ -126,6 +124,5 @@ def read_truth(folder: Path, name: str) -> Truth | None:
         return Truth(*formats.decode_kitti_flow(data, str(path)))
     decode = formats.decode_flo if path.suffix == ".flo" else formats.decode_pfm
     flow = decode(data, str(path))
-    known = np.abs(flow) <= UNKNOWN  # false for NaN
-    valid = known[..., 0] & known[..., 1]
+    valid = dense_valid(flow)
     return Truth(np.where(valid[..., None], flow, 0).astype(np.float32), valid)

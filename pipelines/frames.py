@@ -1,5 +1,6 @@
 """Frames in order, from files, folders and videos, read one at a time."""
 
+import contextlib
 import itertools
 import logging
 import os
@@ -20,12 +21,12 @@ from pipelines.errors import PipelineError
 
 log = logging.getLogger(__name__)
 
-FRAME_SUFFIXES = (".png", ".ppm", ".jpg", ".jpeg")
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+FRAME_SUFFIXES = (".png", ".ppm", ".pgm", ".jpg", ".jpeg")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm")
 DEFAULT_RATE = 10.0
 
 # Their headers count the frames. For Matroska OpenCV guesses from the length, too many where the rate varies.
-_COUNTED_SUFFIXES = (".mp4", ".mov", ".avi")
+_COUNTED_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi")
 _JPEG_MAGIC = b"\xff\xd8"  # its size may lie deep
 
 
@@ -56,19 +57,23 @@ class Clip:
     @property
     def rate(self) -> float:
         """Frames a second."""
-        told = float(cv2.VideoCapture(str(self.files[0])).get(cv2.CAP_PROP_FPS)) if self.is_video else 0.0
+        told = float(_opened(self.files[0]).get(cv2.CAP_PROP_FPS)) if self.is_video else 0.0
         return told if 0 < told < 1000 else DEFAULT_RATE
 
     def count(self) -> int | None:
         """Number of pairs; None where a video does not tell."""
         if not self.is_video:
             return len(self.files) - 1
-        told = int(cv2.VideoCapture(str(self.files[0])).get(cv2.CAP_PROP_FRAME_COUNT))
+        told = int(_opened(self.files[0]).get(cv2.CAP_PROP_FRAME_COUNT))
         return told - 1 if told > 1 else None
 
     def digests(self) -> dict[str, str]:
-        """What the files hold: of every pair by its name, of a video by what its frames' names begin with."""
-        found = [file_sha256(file)[:16] for file in self.files]
+        """A hash of each pair's two files by the pair's name; of a video one, by what its frames' names begin with.
+
+        Raises PipelineError for a file that cannot be read.
+        """
+        with telling_which_file():
+            found = [file_sha256(file)[:16] for file in self.files]
         if self.is_video:
             return {self.names[0]: found[0]}
         return {
@@ -107,7 +112,7 @@ class Clip:
             yield name, formats.decode_frame(path.read_bytes(), str(path), allow_trailer=True)
 
     def _video_frames(self) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
-        capture = cv2.VideoCapture(str(self.files[0]))
+        capture = _opened(self.files[0])
         for number in itertools.count():
             read, frame = capture.read()
             if not read:
@@ -124,14 +129,24 @@ class Clip:
             )
 
 
+def _opened(video: Path) -> cv2.VideoCapture:
+    return cv2.VideoCapture(str(video.absolute()))  # of a relative path, what stands before a colon is a protocol
+
+
+@contextlib.contextmanager
+def telling_which_file() -> Iterator[None]:
+    """Raises PipelineError, with its name, for a file or folder that cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise PipelineError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
 def told_size(path: Path) -> tuple[int, int]:
     """(height, width) of a frame, or of flow, by its header. Raises PipelineError or DamagedError where it has none."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(formats.HEAD_BYTES)
-            return formats.image_size(head + file.read() if head.startswith(_JPEG_MAGIC) else head, str(path))
-    except OSError as error:
-        raise PipelineError(f"{path}: cannot be read ({error.strerror})") from error
+    with telling_which_file(), path.open("rb") as file:
+        head = file.read(formats.HEAD_BYTES)
+        return formats.image_size(head + file.read() if head.startswith(_JPEG_MAGIC) else head, str(path))
 
 
 def _check_sizes(name: str, size: Sequence[int], other: str, other_size: Sequence[int]) -> None:
@@ -149,12 +164,17 @@ def find_clips(paths: Sequence[str]) -> list[Clip]:
     Where that would give two frames one name, their folders are added; where that is not enough, their numbers.
 
     Raises:
-        PipelineError: nothing there, or a clip of a single frame.
+        PipelineError: nothing there, what cannot be read, or a clip of a single frame.
     """
+    with telling_which_file():
+        return _clips_of([Path(path) for path in paths])
+
+
+def _clips_of(paths: Sequence[Path]) -> list[Clip]:
     groups: list[tuple[str, list[Path]]] = []
     loose: list[Path] = []
     videos: list[Path] = []
-    for path in map(Path, paths):
+    for path in paths:
         if not path.exists():
             raise PipelineError(f"{path}: no such file or folder")
         if path.is_dir():
@@ -164,7 +184,9 @@ def find_clips(paths: Sequence[str]) -> list[Clip]:
         else:
             loose.append(path)
     if len(loose) == 1:
-        raise PipelineError(f"{loose[0]}: one frame makes no pair; give two frames, a folder or a video")
+        raise PipelineError(
+            f"{loose[0]}: one frame makes no pair; give two frames, a folder or a video ({', '.join(VIDEO_SUFFIXES)})"
+        )
     if loose:
         groups.append(("frames", loose))
     files = [file for _, group in groups for file in group] + videos

@@ -74,7 +74,7 @@ class Gallery:
         figures = scored.metrics.compute()
         if number in self.regular:
             self._regular[number] = self._card(scored, figures, worst=False)
-        elif self._is_among_the_worst(figures["epe"]):
+        elif self._is_among_the_worst(number, figures["epe"]):
             self._worst[number] = self._card(scored, figures, worst=True)
             self._trim()
 
@@ -85,23 +85,27 @@ class Gallery:
 
     def cards(self) -> list[Card]:
         """Largest error first."""
-        return sorted((self._regular | self._worst).values(), key=_badness, reverse=True)
+        cards = (self._regular | self._worst).values()
+        return sorted(cards, key=lambda card: _badness(card.figures["epe"]), reverse=True)
 
-    def _is_among_the_worst(self, epe: float) -> bool:
+    def _is_among_the_worst(self, number: int, epe: float) -> bool:
         if len(self._worst) < self.worst:
             return True
-        return self.worst > 0 and epe > min(card.figures["epe"] for card in self._worst.values())
+        return self.worst > 0 and (_badness(epe), number) > min(map(self._rank, self._worst))
 
     def _trim(self) -> None:
-        order = sorted(self._worst, key=lambda number: (_badness(self._worst[number]), number), reverse=True)
+        order = sorted(self._worst, key=self._rank, reverse=True)
         self._worst = {number: self._worst[number] for number in order[: self.worst]}
+
+    def _rank(self, number: int) -> tuple[float, int]:
+        """Of two alike the later one is worse, so that the cards do not depend on how a set is divided."""
+        return _badness(self._worst[number].figures["epe"]), number
 
     def _card(self, scored: Scored, figures: dict[str, float], *, worst: bool) -> Card:
         return Card(self.set, scored.sample.key, scored.sample.scene, figures, card_pictures(scored), worst)
 
 
-def _badness(card: Card) -> float:
-    epe = card.figures["epe"]
+def _badness(epe: float) -> float:
     return epe if np.isfinite(epe) else -1.0  # a pair without a valid pixel has no error
 
 

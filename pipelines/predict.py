@@ -32,7 +32,7 @@ from pipelines.behind import Behind
 from pipelines.continuation import ANY_FRAME, any_frame, claim_output
 from pipelines.errors import PipelineError, command
 from pipelines.flow_files import FLOW_FORMATS, TRUTH_SUFFIXES, Result, Truth, no_truth, read_truth, truth_file
-from pipelines.frames import FRAME_SUFFIXES, Clip, Pair, find_clips, told_size
+from pipelines.frames import FRAME_SUFFIXES, Clip, Pair, find_clips, telling_which_file, told_size
 from pipelines.lasting import lasting_store
 from pipelines.references import resolve_model
 from pipelines.side_by_side import SideBySideVideo
@@ -232,14 +232,15 @@ def _truth_digest(clip: Clip, name: str, folder: Path | None) -> str:
     """What the truth of a pair holds, or that of all pairs of a video; "" where there is none."""
     if folder is None:
         return ""
-    if clip.is_video:
-        stem = folder / name
-        found = stem.parent.glob(f"{glob.escape(stem.name)}_*")
-        names = {f"{stem.name}{ANY_FRAME}{suffix}" for suffix in TRUTH_SUFFIXES}
-        files = sorted(path for path in found if any_frame(path.name) in names)
-    else:
-        files = [path for path in (truth_file(folder, name),) if path is not None]
-    return "".join(f" with {path.name} {file_sha256(path)[:16]}" for path in files)
+    with telling_which_file():
+        if clip.is_video:
+            stem = folder / name
+            found = stem.parent.glob(f"{glob.escape(stem.name)}_*")
+            names = {f"{stem.name}{ANY_FRAME}{suffix}" for suffix in TRUTH_SUFFIXES}
+            files = sorted(path for path in found if any_frame(path.name) in names)
+        else:
+            files = [path for path in (truth_file(folder, name),) if path is not None]
+        return "".join(f" with {path.name} {file_sha256(path)[:16]}" for path in files)
 
 
 def _video_key(clip: Clip) -> str:

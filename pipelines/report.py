@@ -12,6 +12,7 @@ from pipelines.cluster import connected, has_gpus  # sets Ray's environment, so 
 
 # isort: split
 import mlflow
+import pydantic
 import yaml
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
@@ -20,10 +21,10 @@ from mlflow.tracking import MlflowClient
 
 from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
-from datasets_etl.storage import split_url
 from gmflow import GMFlowConfig
 from pipelines.arguments import not_negative
 from pipelines.errors import PipelineError, command
+from pipelines.lasting import lasting_object
 from pipelines.published import NOTE, published_figures
 from pipelines.references import resolve_model
 from pipelines.report_page import (
@@ -137,7 +138,12 @@ def _read_curriculum(client: MlflowClient, run_id: str) -> _Curriculum:
         raise PipelineError(
             f"run {run_id}: no curriculum's run at {tracking.place_of(client)} ({error.message})"
         ) from error
-    config = CurriculumConfig.model_validate(yaml.safe_load(text))
+    try:
+        config = CurriculumConfig.model_validate(yaml.safe_load(text))
+    except (pydantic.ValidationError, yaml.YAMLError) as error:
+        raise PipelineError(
+            f"run {run_id}: its config.yaml is no curriculum's, or another version's; give a run of this version's"
+        ) from error
     stages, begins = [], 0
     for stage in config.selected_stages:
         if (stage_run := parent.data.tags.get(f"{tracking.STAGE_RUN_TAG}{stage.name}")) is not None:
@@ -267,7 +273,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 @command
 def main() -> None:
     arguments = parse_arguments()
-    store, name = split_url(arguments.output)
+    store, name = lasting_object(arguments.output, "--output")
     client = tracking.connect_existing(None)
     if arguments.pairs:
         with connected():

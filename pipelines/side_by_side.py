@@ -1,5 +1,6 @@
 """A video of frames beside their flow, and beside truth and error where there is truth."""
 
+import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,7 +26,8 @@ class SideBySideVideo:
     Pictures too large for MPEG-4 are shrunk, and the rate, below 1000 frames a second, is the nearest it can hold.
 
     Raises:
-        PipelineError: when it is entered, OpenCV cannot write such videos here.
+        PipelineError: when it is entered, OpenCV cannot write such videos here; when it is left, not all of it was
+            written.
     """
 
     def __init__(self, path: Path, rate: float, *, with_truth: bool) -> None:
@@ -34,6 +36,7 @@ class SideBySideVideo:
         self.rate = _nearest_rate(rate)
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)
+        self._added = 0
         self._scale: float | None = None
 
     def __enter__(self) -> Self:
@@ -43,8 +46,20 @@ class SideBySideVideo:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._writer is not None:
-            self._writer.release()
+        if self._writer is None:
+            return
+        self._writer.release()
+        if error is None:
+            self._require_whole()
+
+    def _require_whole(self) -> None:
+        """OpenCV tells nobody of a disk that is full."""
+        written = max(0, int(cv2.VideoCapture(str(self.path)).get(cv2.CAP_PROP_FRAME_COUNT)))
+        if written != self._added:
+            raise PipelineError(
+                f"{self.path}: {written} of {self._added} pictures were written; is {tempfile.gettempdir()} "
+                "full? TMPDIR names another"
+            )
 
     def add(self, result: Result) -> None:
         """The next pair. Without a scale of its own, the first pair's 99th percentile of speed sets the colours."""
@@ -60,6 +75,7 @@ class SideBySideVideo:
                 "the frames of a video must have one size"
             )
         writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+        self._added += 1
 
     def _opened(self, size: tuple[int, int]) -> cv2.VideoWriter:
         self._size = size

@@ -29,7 +29,7 @@ from datasets_etl.storage import FileStore
 from gmflow import GMFlow, Prediction, predict_batch
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import PaddingMode
-from gmflow.weights import weights_digest
+from gmflow.weights import replace_file, weights_digest
 from pipelines.arguments import device
 from pipelines.behind import Behind
 from pipelines.continuation import claim_output
@@ -160,16 +160,15 @@ def archive_of(folder: Path) -> Path:
 
 def zip_submission(folder: Path, paths: list[str]) -> Path:
     """`FOLDER.zip` with these files, under their paths in the folder and no others; there whole or not at all."""
-    archive = archive_of(folder)
-    beside = archive.with_name(f".{archive.name}.part")
-    try:
+
+    def write(beside: str) -> None:
         # Flow hardly gets smaller, and the time stamp is ZIP's earliest: the same files give the same archive.
         with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as file:
             for path in sorted(paths):
                 file.writestr(zipfile.ZipInfo(path), (folder / path).read_bytes(), zipfile.ZIP_DEFLATED)
-        beside.replace(archive)
-    finally:
-        beside.unlink(missing_ok=True)
+
+    archive = archive_of(folder)
+    replace_file(archive, write)
     return archive
 
 

@@ -23,7 +23,7 @@ _FRAME = re.compile(
 )
 _FLOW = re.compile(
     r"(?P<prefix>(?:.*/)?)optical_flow/(?P<part>TRAIN|TEST)/(?P<scene>[A-Z]/\d{4})"
-    r"/(?P<direction>into_future|into_past)/left/OpticalFlowInto(?:Future|Past)_\d{4}_L\.pfm"
+    r"/(?P<direction>into_future|into_past)/left/OpticalFlowInto(?:Future|Past)_(?P<number>\d{4})_L\.pfm"
 )
 _DIRECTIONS = {"into_future": ("Future", 1), "into_past": ("Past", -1)}
 _VAL_SPAN, _VAL_STRIDE = 7168, 7  # 7,866 test pairs → 1,024 (GMFlow's validation subset)
@@ -97,12 +97,12 @@ def _require_frames(
     for (pass_name, part, scene), numbers in frames.items():
         folder = f"{prefix}frames_{pass_name}pass/{part}/{scene}/left"
         require_unbroken(tree, numbers, folder + "/{:04d}.png")
+    # Every flow has the frame it begins at: a scene that lacks its last one would move the pairs validated on.
     passes = sorted({pass_name for pass_name, _, _ in frames}) or ["clean"]
-    for part, scene in sorted({(match["part"], match["scene"]) for match in flows}):
+    for match in flows:
         for pass_name in passes:
-            if (pass_name, part, scene) not in frames:
-                first = f"{prefix}frames_{pass_name}pass/{part}/{scene}/left/0006.png"
-                require(tree, files, first, f"{prefix}optical_flow/{part}/{scene}")
+            frame = f"frames_{pass_name}pass/{match['part']}/{match['scene']}/left/{match['number']}.png"
+            require(tree, files, prefix + frame, match[0])
 
 
 def _ref(

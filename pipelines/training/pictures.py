@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from datasets_etl.formats import encode_frame_png
 from gmflow import error_to_image, flow_to_image
 from gmflow.visualize import KITTI_BANDS
 from pipelines.training.validation import Scored
@@ -24,7 +25,7 @@ def comparison_png(scored: Scored) -> bytes:
         [titled(truth, "true flow"), titled(flow_to_image(flow, max_flow=fastest), "predicted flow")],
         [titled(error_to_image(flow, sample.flow, sample.valid), "error"), titled(_key(scored), "")],
     ]
-    return to_png(np.vstack([np.hstack(row) for row in rows]))
+    return encode_frame_png(np.vstack([np.hstack(row) for row in rows]))
 
 
 def _key(scored: Scored) -> npt.NDArray[np.uint8]:
@@ -52,13 +53,6 @@ def coloured_truth(flow: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_]) 
     picture = flow_to_image(flow, max_flow=fastest)
     picture[~valid] = 0
     return picture, fastest
-
-
-def to_png(image: npt.NDArray[np.uint8]) -> bytes:
-    done, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    if not done:
-        raise ValueError(f"no PNG of shape {image.shape}")
-    return data.tobytes()
 
 
 def titled(image: npt.NDArray[np.uint8], title: str) -> npt.NDArray[np.uint8]:

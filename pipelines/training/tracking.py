@@ -122,25 +122,26 @@ class Patience:
         try:
             return trying(work, *arguments, **named)
         except Exception as error:
-            if isinstance(error, _TRANSPORT) and not may_pass(error):
+            if isinstance(error, TRANSPORT_ERRORS) and not may_pass(error):
                 raise RefusedError(
-                    f"MLflow's server or its storage of artifacts refuses: {_reason(error)}; once that is mended, the "
+                    f"MLflow's server or its storage of artifacts refuses: {reason(error)}; once that is mended, the "
                     "same command goes on"
                 ) from error
             if not may_pass(error):
                 raise
             raise PipelineError(
-                f"MLflow was away for longer than mlflow.patience_s {self._patience_s:g} ({_reason(error)}); what was "
+                f"MLflow was away for longer than mlflow.patience_s {self._patience_s:g} ({reason(error)}); what was "
                 "trained is kept, the same command goes on once it answers"
             ) from error
 
     def _say_once(self, state: tenacity.RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:
-            reason = _reason(state.outcome.exception())
-            self.tell(f"MLflow is away ({reason}); what it should know is kept and sent when it answers")
+            why = reason(state.outcome.exception())
+            self.tell(f"MLflow is away ({why}); what it should know is kept and sent when it answers")
 
 
-def _reason(error: BaseException | None) -> str:
+def reason(error: BaseException | None) -> str:
+    """The first line of what an error of MLflow's says: more may be a page of HTML."""
     return (str(error).splitlines() or [""])[0][:200]
 
 
@@ -157,7 +158,7 @@ def _is_busy(status: int) -> bool:
     return status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in _LATER
 
 
-_TRANSPORT = (requests.RequestException, BotoCoreError, ClientError, Boto3Error)
+TRANSPORT_ERRORS = (requests.RequestException, BotoCoreError, ClientError, Boto3Error)
 _LATER = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
 
 

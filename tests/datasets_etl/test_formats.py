@@ -184,6 +184,25 @@ def test_a_jpeg_with_a_trailer_is_taken_where_that_is_allowed(jpeg: bytes, trail
     np.testing.assert_array_equal(frame, formats.decode_frame(JPEG, "a.jpg"))
 
 
+def test_a_png_with_a_trailer_is_taken_where_that_is_allowed() -> None:
+    png = formats.encode_frame_png(FRAME)
+    np.testing.assert_array_equal(formats.decode_frame(png + b"made by", "a.png", allow_trailer=True), FRAME)
+    for length in range(len(png)):
+        assert "a.png" in refusal(lambda: formats.decode_frame(png[:length], "a.png", allow_trailer=True))  # noqa: B023
+
+
+@pytest.mark.parametrize("fill", [1, 5])
+@pytest.mark.parametrize("allow_trailer", [False, True])
+def test_a_jpegs_markers_may_be_filled_up(fill: int, allow_trailer: bool) -> None:
+    """With bytes of FF, as the standard allows before any of them."""
+    first, size, scan = 2, JPEG.index(b"\xff\xc0"), JPEG.index(b"\xff\xda")
+    pieces = [JPEG[:first], JPEG[first:size], JPEG[size:scan], JPEG[scan:]]
+    filled = (b"\xff" * fill).join(pieces)
+    assert formats.image_size(filled, "a.jpg") == FRAME.shape[:2]
+    decoded = formats.decode_frame(filled, "a.jpg", allow_trailer=allow_trailer)
+    np.testing.assert_array_equal(decoded, formats.decode_frame(JPEG, "a.jpg"))
+
+
 @pytest.mark.parametrize("jpeg", [JPEG, thumbnailed(JPEG)])
 def test_a_truncated_jpeg_is_refused_even_where_a_trailer_is_allowed(jpeg: bytes) -> None:
     for length in range(len(jpeg)):

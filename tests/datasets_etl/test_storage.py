@@ -111,7 +111,7 @@ def test_what_a_walk_cannot_list_does_not_pass_for_empty(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", refused)
-        with pytest.raises(DataError, match="Permission denied"):
+        with pytest.raises(DataError, match=f"^{tmp_path}/b: Permission denied"):
             list(store.walk())
     (tmp_path / "a" / "link").symlink_to(tmp_path / "nothing")
     with pytest.raises(DataError, match=r"a/link: a link to .*nothing, which is not there"):
@@ -202,6 +202,9 @@ def test_any_range_of_a_file_is_that_slice(tmp_path, data, cut):
         ("s3://b/c.json", "s3://b", "c.json"),
         ("file:///x/y/c.json", "file:///x/y", "c.json"),
         ("/x/c.json", "file:///x", "c.json"),
+        ("file:///x%20y/my%20weights.pth", "file:///x%20y", "my weights.pth"),
+        ("/x/a%20b", "file:///x", "a%20b"),
+        ("s3://b/a%20b", "s3://b", "a%20b"),
     ],
 )
 def test_an_objects_url_splits_into_its_store_and_its_key(url, root, key):
@@ -218,6 +221,11 @@ def test_other_urls_are_refused_with_the_way_out(url):
 @pytest.mark.parametrize("url", ["s3://bucket/a#b", "s3://bucket/a?", "file:///a?b", "file:///a/#"])
 def test_what_would_end_a_place_in_a_url_is_refused(url):
     assert url in refusal(lambda: open_store(url))
+
+
+@pytest.mark.parametrize("url", ["s3://b[1]/x", "//[x/y"])
+def test_brackets_where_a_host_would_stand_are_refused(url):
+    assert f"{url}: neither a URL nor a path" in refusal(lambda: open_store(url))
 
 
 def test_a_path_may_hold_what_a_url_may_not(tmp_path):

@@ -1,6 +1,7 @@
 """The commands as a user meets them: what they print, where, and what a wrong input gets."""
 
 import contextlib
+import errno
 import json
 import shutil
 import struct
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 
 import pipelines.curriculum
 import pipelines.etl
@@ -667,6 +670,24 @@ class TestPredict:
         code, _, err = call(*command, *frames)
         assert (code, f"argument --device: '{device}' is no device" in err) == (2, True)
 
+    def test_what_cannot_be_read_is_said_in_a_line(self, call, weights, frames, tmp_path, monkeypatch):
+        command = (pipelines.predict, "--model", weights, "--output", tmp_path / "o")
+        assert_one_line(call(*command, "x" * 300 + ".png", *frames), "File name too long")
+
+        def refused(path):  # as for a user who may not; a test may run as root
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr("pipelines.frames.file_sha256", refused)
+        assert_one_line(call(*command, *frames), f"{frames[0]}: cannot be read (Permission denied)")
+        monkeypatch.setattr(Path, "iterdir", refused)
+        assert_one_line(call(*command, tmp_path), f"{tmp_path}: cannot be read (Permission denied)")
+
+    def test_a_colon_in_a_videos_name_is_no_protocol(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        write_video(tmp_path / "12:30.avi")
+        (clip,) = find_clips(["12:30.avi"])
+        assert (clip.count(), len(list(clip.pairs()))) == (2, 2)
+
     def test_one_frame_makes_no_pair(self, call, weights, frames, tmp_path):
         result = call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", frames[0])
         assert_one_line(result, frames[0], "two frames")
@@ -852,6 +873,31 @@ def test_a_sets_own_subset_and_the_limit_hold(manifests):
     assert len(pipelines.evaluate.chosen_sets(sets[:1], None, None)["sintel/training-clean"]) == 6
 
 
+def test_a_set_that_is_given_twice_would_count_twice(manifests):
+    once = f"{manifests['sintel']}#training-clean"
+    with pytest.raises(PipelineError, match="training-clean: given twice"):
+        pipelines.evaluate.chosen_sets([once, manifests["chairs"], once], "val", None)
+
+
+def test_an_mlflow_that_is_away_is_found_before_anything_is_scored(call, weights, manifests, monkeypatch):
+    monkeypatch.setattr(pipelines.evaluate, "score_sets", lambda *_: pytest.fail("scored"))
+    command = (pipelines.evaluate, "--model", weights, "--data", manifests["chairs"], "--subset", "val")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert_one_line(call(*command, "--track", "scores"), "MLflow at http://127.0.0.1:9 does not answer")
+
+
+def test_figures_that_mlflow_does_not_take_are_printed_all_the_same(call, weights, manifests, monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise MlflowException("the disk is full")
+
+    monkeypatch.setattr(MlflowClient, "log_dict", refuse)
+    command = (pipelines.evaluate, "--model", weights, "--data", manifests["chairs"], "--subset", "val", "--limit", 1)
+    code, out, err = call(*command, "--track", "scores")
+    assert code == 2
+    assert "does not take the figures, which are complete without it: the disk is full" in " ".join(err.split())
+    assert json.loads(out.splitlines()[-1])["pairs"] == 1
+
+
 def test_occlusion_is_shown_where_it_was_asked_for(call, weights, manifests, tmp_path):
     command = (pipelines.evaluate, "--model", weights, "--data", manifests["chairs"], "--subset", "val", "--limit", 1)
     for asked in ((), ("--occlusion",)):
@@ -933,7 +979,7 @@ def test_clips_of_one_name_keep_a_video_each(frames, tmp_path):
 
 def test_truth_that_is_unknown_does_not_count(tmp_path):
     flow = np.zeros((2, 3, 2), np.float32)
-    flow[0, 0] = 1e10, 1e10
+    flow[0, 0] = 1000, 0  # from there on, as everywhere else
     flow[1, 2] = 4, -2
     (tmp_path / "a.flo").write_bytes(formats.encode_flo(flow))
     (tmp_path / "b.png").write_bytes(formats.encode_kitti_flow(flow * 0 + 1, np.eye(2, 3, dtype=np.bool_)))

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,13 @@ def scored(number: int, error: float) -> Scored:
     metrics = FlowMetrics()
     metrics.update(flow[None], truth[None], torch.from_numpy(sample.valid)[None])
     return Scored(sample, flow, torch.zeros(48, 64, dtype=torch.bool), metrics, 0.1)
+
+
+def without_truth(number: int) -> Scored:
+    """A pair of which no pixel's flow is known."""
+    pair = scored(number, 0.0)
+    assert pair.sample.valid is not None
+    return replace(pair, sample=replace(pair.sample, valid=np.zeros_like(pair.sample.valid)), metrics=FlowMetrics())
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +216,21 @@ def test_a_gallery_keeps_the_worst_and_some_spread_evenly_in_any_order_of_joinin
     rest = sorted((round(e, 2) for n, e in enumerate(errors) if n not in regular), reverse=True)
     assert [epe for epe, worst in found if worst] == rest[:4]
     assert {epe for epe, worst in found if not worst} == {round(errors[n], 2) for n in regular}
+
+
+@pytest.mark.parametrize("errors", [[np.nan, 1.0, 50.0], [np.nan, np.nan], [2.0, 2.0, 2.0]])
+def test_which_pairs_are_the_worst_does_not_depend_on_how_a_set_is_divided(errors: list[float]):
+    """Nor on a pair without a valid pixel, which has no error."""
+    whole, *parts = [Gallery("s", frozenset(), 1) for _ in range(1 + len(errors))]
+    for number, (error, part) in enumerate(zip(errors, parts, strict=True)):
+        one = without_truth(number) if np.isnan(error) else scored(number, error)
+        whole.offer(number, one)
+        part.offer(number, one)
+    for part in parts[1:]:
+        parts[0].join(part)
+    (card,), (joined,) = whole.cards(), parts[0].cards()
+    assert card.key == joined.key
+    assert card.figures["epe"] == pytest.approx(np.nanmax(errors) if np.isfinite(errors).any() else np.nan, nan_ok=True)
 
 
 def test_pictures_of_sparse_truth_keep_every_point_when_they_shrink():

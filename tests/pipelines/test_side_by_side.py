@@ -1,5 +1,7 @@
 """Videos within what MPEG-4 holds."""
 
+import resource
+import signal
 from pathlib import Path
 
 import cv2
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from gmflow import Prediction
+from pipelines.errors import PipelineError
 from pipelines.flow_files import Result
 from pipelines.frames import Pair
 from pipelines.side_by_side import SideBySideVideo
@@ -55,3 +58,24 @@ def test_pictures_have_even_sides_and_are_shrunk_where_they_are_too_large(
 ):
     found = written(tmp_path / "v.mp4", 10, height, width, with_truth=with_truth)
     assert (found.get(cv2.CAP_PROP_FRAME_HEIGHT), found.get(cv2.CAP_PROP_FRAME_WIDTH)) == size
+
+
+def test_a_video_that_was_not_written_whole_says_so(tmp_path: Path):
+    """OpenCV tells nobody of a full disk. A limit on the size of files stands in for one."""
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
+    result = Result(Pair("frame", noise, noise), Prediction(np.ones((128, 128, 2), np.float32)))
+
+    def write() -> None:
+        with SideBySideVideo(tmp_path / "v.mp4", 10, with_truth=False) as video:
+            for _ in range(40):
+                video.add(result)
+
+    write()
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, before[1]))
+    try:
+        with pytest.raises(PipelineError, match=r"v\.mp4: \d+ of 40 pictures were written"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
