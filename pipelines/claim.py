@@ -29,7 +29,7 @@ CLAIM = "driver.json"
 _FIRST_RENEWAL_S = 1.0
 _RENEWAL_S = 10.0
 _LOOK_S = 1.0
-# Several renewals, and more than storage that was away is asked again after.
+# Four renewals: longer than the longest pause between two attempts at storage that was away.
 _LOOKS = 40
 _RELEASED_S = 10.0
 _LOST = signal.SIGUSR1

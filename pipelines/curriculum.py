@@ -20,14 +20,15 @@ from rich.table import Table
 from datasets_etl.storage import waiting_for_storage
 from pipelines import report
 from pipelines.claim import claimed
+from pipelines.config_file import load_config
 from pipelines.errors import PipelineError, command
 from pipelines.training import registry, tracking
 from pipelines.training.code_version import code_version
-from pipelines.training.config import CurriculumConfig, StageConfig, load_config, shown_uri
-from pipelines.training.display import Display, output
+from pipelines.training.config import CurriculumConfig, StageConfig, shown_uri
+from pipelines.training.display import WAITING, Display, output
 from pipelines.training.dry_run import show_dry_run
 from pipelines.training.feed import Record, listening
-from pipelines.training.launch import final_weights, fit_stage, provide_initial_weights, room_lacking
+from pipelines.training.launch import final_weights, fit_stage, provide_initial_weights
 from pipelines.training.plan import FINAL_WEIGHTS, StagePlan, StageResult, plan_curriculum
 
 
@@ -128,15 +129,13 @@ def _run_stage(
 ) -> StageResult:
     """Train, keep the final weights, register them, and only then say that the stage is finished."""
     config, stage = plan.config, plan.stage
-    display.state(stage.name, "waiting for workers")
+    display.state(stage.name, WAITING)
     start = parent.weights if parent else config.init_from
     source = provide_initial_weights(plan.folder, config.model, config.seed, start, config.mlflow.tracking_uri)
     # By its folder, which its own recipe names: the run is the same whatever changes in the stages after it.
     key = hashlib.sha256(plan.folder.url.encode()).hexdigest()[:16]
-    stage_run = run.stage(stage.name, key=f"stage/{key}")
+    stage_run = run.child(stage.name, key=f"stage/{key}")
     stage_run.log_json(stage.model_dump(mode="json"), "stage.json")
-    if lacking := room_lacking(config.machine):
-        display.say(f"stage={stage.name} {lacking}")
     with run.running(stage_run.run_id):
         with listening(plan.job.feed, functools.partial(display.record, stage.name), stage_run.log):
             last = fit_stage(plan.job, plan.name)

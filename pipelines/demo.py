@@ -23,6 +23,7 @@ from datasets_etl.manifest import Manifest
 from datasets_etl.storage import open_store
 from datasets_etl.synthetic import write_dataset
 from pipelines.cluster import connected
+from pipelines.config_file import load_config
 from pipelines.curriculum import run_curriculum
 from pipelines.errors import command
 from pipelines.etl import shard_dataset
@@ -30,7 +31,7 @@ from pipelines.frames import find_clips
 from pipelines.predict import PredictionOptions, predict_clip
 from pipelines.references import resolve_model
 from pipelines.scoring import ScoringOptions, evaluate
-from pipelines.training.config import CurriculumConfig, load_config
+from pipelines.training.config import CurriculumConfig
 from pipelines.training.plan import StageResult
 from pipelines.training.registry import CHAMPION
 

@@ -25,6 +25,7 @@ from datasets_etl.manifest import Manifest
 from datasets_etl.storage import ObjectStore, file_sha256, open_store, waiting_for_storage
 from gmflow import GMFlow, load_weights, save_weights
 from pipelines.claim import claimed
+from pipelines.config_file import load_config
 from pipelines.errors import USER_ERRORS, PipelineError, command
 from pipelines.lasting import lasting_store
 from pipelines.references import check_reference, fetch_weights, stands_for, telling
@@ -41,7 +42,7 @@ from pipelines.sweeping.tuning import Listener, TrialRecord, tune_trials
 from pipelines.sweeping.view import SweepView, front_table
 from pipelines.training import registry, tracking
 from pipelines.training.code_version import code_version
-from pipelines.training.config import MachineConfig, SetConfig, load_config, shown_uri
+from pipelines.training.config import MachineConfig, SetConfig, shown_uri
 from pipelines.training.feed import Record
 from pipelines.training.plan import check_measurable
 

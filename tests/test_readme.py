@@ -19,10 +19,11 @@ import pipelines.sweep
 from datasets_etl.formats import encode_frame_png
 from gmflow import GMFlow, GMFlowConfig, save_weights
 from pipelines.cluster import slots
+from pipelines.config_file import load_config
 from pipelines.sweeping.config import SweepConfig
 from pipelines.sweeping.room import check_room
 from pipelines.training import registry, tracking
-from pipelines.training.config import CurriculumConfig, load_config
+from pipelines.training.config import CurriculumConfig
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from datasets_etl.manifest import Manifest
 from gmflow import GMFlowConfig
 from gmflow.config import GLOBAL
+from pipelines.config_file import Frozen
 from pipelines.errors import PipelineError
 from pipelines.sweeping.settings import Setting, check_crop, check_size, grid_settings
 from pipelines.training.config import (
@@ -24,11 +25,7 @@ from pipelines.training.config import (
 )
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class GridConfig(_Frozen):
+class GridConfig(Frozen):
     """Values to combine. What is left out stays as in the config's model.
 
     Attributes:
@@ -45,7 +42,7 @@ class GridConfig(_Frozen):
         return grid_settings(reference, self.attn_splits, self.corr_radius, self.prop_radius)
 
 
-class RangeConfig(_Frozen):
+class RangeConfig(Frozen):
     """A range searched on a logarithmic scale."""
 
     low: PositiveFloat
@@ -71,7 +68,7 @@ class SpaceConfig(GridConfig):
         return self.num_layers is not None or self.feature_channels is not None
 
 
-class ProbeConfig(_Frozen):
+class ProbeConfig(Frozen):
     """The weights at every setting of a grid, without training.
 
     Attributes:
@@ -92,7 +89,7 @@ class ProbeConfig(_Frozen):
         return self
 
 
-class CostConfig(_Frozen):
+class CostConfig(Frozen):
     """How latency and memory are measured: one pair at a time, settings in turn, on one process of its own.
 
     Attributes:
@@ -121,7 +118,7 @@ class CostConfig(_Frozen):
         return self.height, self.width
 
 
-class TuneConfig(_Frozen):
+class TuneConfig(Frozen):
     """Trials: stages with another config, trained as the curriculum trains its own.
 
     Attributes:
@@ -177,7 +174,7 @@ class TuneConfig(_Frozen):
         return self.grace_steps or self.stage.validate_every or self.stage.steps
 
 
-class RegistrationConfig(_Frozen):
+class RegistrationConfig(Frozen):
     """The best finished trials become model versions, the very best with the sweep's name as alias.
 
     Attributes:
@@ -187,7 +184,7 @@ class RegistrationConfig(_Frozen):
     best: PositiveInt = 1
 
 
-class SweepConfig(_Frozen):
+class SweepConfig(Frozen):
     """A whole sweep.
 
     Attributes:

@@ -45,7 +45,7 @@ class SweepRun:
         content = json.dumps(_identity(config, weights, manifests), sort_keys=True)
         key = f"sweep/{hashlib.sha256(content.encode()).hexdigest()[:16]}"
         self._name = config.name
-        self.parent = tracking.CurriculumRun(self.client, config.mlflow, config.name, key, tell)
+        self.parent = tracking.ParentRun(self.client, config.mlflow, config.name, key, tell)
         self.run_id = self.parent.run_id
         self._patience = self.parent.patience
         self._lock = threading.RLock()
@@ -61,7 +61,7 @@ class SweepRun:
         label = f"{row.phase}/{row.name}"
         with self._lock:
             if label not in self._children:
-                run = self.parent.stage(row.name, key=f"sweep/{self._name}/{row.phase}/{row.key}")
+                run = self.parent.child(row.name, key=f"sweep/{self._name}/{row.phase}/{row.key}")
                 params = [Param(name, str(value)) for name, value in {"phase": row.phase, **row.point}.items()]
                 self._patience(self.client.log_batch, run.run_id, params=params)
                 self._patience(self.client.update_run, run.run_id, status="RUNNING")

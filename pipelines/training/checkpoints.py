@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from datasets_etl.errors import DamagedError, DataError
+from datasets_etl.errors import DamagedError
 from datasets_etl.storage import ObjectStore, open_store, split_url
 from gmflow import GMFlow, load_model
 from pipelines.errors import PipelineError
@@ -31,6 +31,7 @@ INITIAL_WEIGHTS = "init.safetensors"
 """In a stage's folder, beside its checkpoints: what it starts from, with the model's configuration."""
 
 _PREFIX = "checkpoints/step_"
+_OURS = re.compile(r"checkpoints/step_(?P<step>\d{8})(\.json|-[0-9a-f]{16}\.pt)")
 _DATA = re.compile(r"step_\d{8}-(?P<sha256>[0-9a-f]{16})\.pt")
 
 
@@ -73,8 +74,12 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints there are, newest first."""
-        keys = (found.key for found in self.folder.walk(_PREFIX))
-        return sorted((_step_of(key) for key in keys if key.endswith(".json")), reverse=True)
+        return sorted((step for key, step in self._stored() if key.endswith(".json")), reverse=True)
+
+    def _stored(self) -> list[tuple[str, int]]:
+        """Keys and steps of what belongs to checkpoints; what somebody else keeps beside them is nobody's business."""
+        named = (_OURS.fullmatch(found.key) for found in self.folder.walk(_PREFIX))
+        return [(match[0], int(match["step"])) for match in named if match]
 
     def write(self, snapshot: dict[str, Any], metrics: Mapping[str, float]) -> None:
         """Store a snapshot of `TrainingState`; one of the same step is replaced."""
@@ -121,12 +126,11 @@ class CheckpointStore:
         if (best := policy.best_by) is not None:
             scored = {step: found.metrics.get(best, math.inf) for step, found in facts.items() if found is not None}
             keep.add(min(scored, key=lambda step: scored[step], default=-1))
-        for stored in list(self.folder.walk(_PREFIX)):
-            step = _step_of(stored.key)
+        for key, step in self._stored():
             found = facts[step] if step in keep else None
-            replaced = found is not None and stored.key not in (f"{_key(step)}.json", _data_key(found))
+            replaced = found is not None and key not in (f"{_key(step)}.json", _data_key(found))
             if step not in keep or replaced:
-                self.folder.delete(stored.key)
+                self.folder.delete(key)
 
     def _sound_facts(self, step: int) -> Facts | None:
         """None where they are damaged, or another version's."""
@@ -151,10 +155,6 @@ class CheckpointStore:
 
 def _key(step: int) -> str:
     return f"{_PREFIX}{step:08d}"
-
-
-def _step_of(key: str) -> int:
-    return int(re.split("[-.]", key[len(_PREFIX) :])[0])
 
 
 def _data_key(facts: Facts) -> str:
@@ -257,8 +257,11 @@ class CheckpointWriter:
     def _written(self, snapshot: dict[str, Any], metrics: Mapping[str, float]) -> Exception | None:
         try:
             self._store.write(snapshot, metrics)
-            self._store.prune(self._policy)
-        except (DataError, PipelineError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 (raised by `flush`; without this thread there would be none)
             self._warn(f"checkpoint of step {snapshot['step']} could not be written ({error}); the one before stays")
             return error
+        try:
+            self._store.prune(self._policy)
+        except Exception as error:  # noqa: BLE001 (what is stored is stored)
+            self._warn(f"checkpoints that need not be kept could not be deleted ({error})")
         return None

@@ -1,31 +1,23 @@
-"""The one config object: YAML and dotted overrides → frozen pydantic models that know no unknown key."""
+"""The curriculum's config: frozen pydantic models that know no unknown key."""
 
-import difflib
 import hashlib
 import json
 import re
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from datasets_etl.augment import AugmentConfig
 from datasets_etl.cache import SampleCache
 from gmflow import GMFlowConfig
 from gmflow.execution import ExecutionConfig, Precision
-from pipelines.errors import PipelineError
+from pipelines.config_file import Frozen
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class ModelConfig(_Frozen):
+class ModelConfig(Frozen):
     """A variant of the model; what is None is the variant's own."""
 
     variant: Literal["base", "refine"] = "base"
@@ -43,7 +35,7 @@ class ModelConfig(_Frozen):
         return GMFlowConfig.from_dict(variant.to_dict() | self.model_dump(exclude={"variant"}, exclude_none=True))
 
 
-class PartConfig(_Frozen):
+class PartConfig(Frozen):
     """A part of a stage's mixture: a subset of a dataset, how often an epoch holds it, how it is augmented.
 
     Scales are log2, as in the paper's recipe; flips are probabilities.
@@ -80,7 +72,7 @@ def _no_alias_of_the_registry(name: str) -> str:
     return name
 
 
-class SetConfig(_Frozen):
+class SetConfig(Frozen):
     """A validation set: a subset of a dataset, or its first `limit` samples."""
 
     data: str
@@ -100,7 +92,7 @@ def check_named_once(sets: Sequence[SetConfig], whose: str) -> None:
         raise ValueError(f"{whose}: validation names {twice[0]} twice; its figures would be of one of them")
 
 
-class MetricConfig(_Frozen):
+class MetricConfig(Frozen):
     """A metric of a validation set; lower is better. Not every dataset tells what is matched: Sintel and KITTI do."""
 
     data: str
@@ -123,7 +115,7 @@ class GateConfig(MetricConfig):
     below: PositiveFloat
 
 
-class StageConfig(_Frozen):
+class StageConfig(Frozen):
     """One stage of the curriculum: the recipe (which decides the weights) and what is watched on the way."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$"), pydantic.AfterValidator(_no_alias_of_the_registry)]
@@ -180,7 +172,7 @@ class StageConfig(_Frozen):
         return self.model_dump(mode="json", exclude=watched)
 
 
-class CacheConfig(_Frozen):
+class CacheConfig(Frozen):
     """A folder on each machine's own disk that keeps samples read from storage, up to a size in GiB, and for as long as
     a twentieth of the disk is free, or 2 GiB.
     """
@@ -188,11 +180,19 @@ class CacheConfig(_Frozen):
     folder: str
     gib: PositiveFloat
 
+    @pydantic.field_validator("folder")
+    @classmethod
+    def _is_the_same_for_all(cls, folder: str) -> str:
+        """Workers have working folders of their own, which are gone with Ray."""
+        if not Path(folder).expanduser().is_absolute():
+            raise ValueError(f"{folder}: give an absolute path, such as /scratch/gmflow")
+        return folder
+
     def build(self) -> SampleCache:
-        return SampleCache(Path(self.folder), int(self.gib * 2**30))
+        return SampleCache(Path(self.folder).expanduser(), int(self.gib * 2**30))
 
 
-class MachineConfig(_Frozen):
+class MachineConfig(Frozen):
     """What the machine is: changes speed and memory, never the result.
 
     Attributes:
@@ -265,15 +265,15 @@ def shown_uri(uri: str) -> str:
     return re.sub(r"(?<=://)[^/@]*@", "", uri)
 
 
-class MlflowConfig(_Frozen):
+class MlflowConfig(Frozen):
     """Where runs and models go. Without a URI: MLFLOW_TRACKING_URI, or SQLite in `runs/` of the working folder.
 
     A server that is away while a stage runs is waited for, `patience_s` at most; training goes on meanwhile.
     """
 
     tracking_uri: str | None = None
-    experiment: str = "gmflow"
-    registered_model: str = "gmflow"
+    experiment: str = Field(default="gmflow", min_length=1)
+    registered_model: str = Field(default="gmflow", pattern=r"^[^/:]+$")
     patience_s: PositiveFloat = 3600.0
 
     @pydantic.field_serializer("tracking_uri")
@@ -281,7 +281,7 @@ class MlflowConfig(_Frozen):
         return None if uri is None else shown_uri(uri)
 
 
-class CurriculumConfig(_Frozen):
+class CurriculumConfig(Frozen):
     """A whole curriculum.
 
     Attributes:
@@ -299,7 +299,7 @@ class CurriculumConfig(_Frozen):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     storage: str
-    data: dict[str, str | None]
+    data: dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], str | None]
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     model: ModelConfig = ModelConfig()
     machine: MachineConfig = MachineConfig()
@@ -368,147 +368,3 @@ class CurriculumConfig(_Frozen):
         manifests = {part.data: versions[part.data] for part in stage.mixture}
         decides = [stage.recipe(), manifests, self.model.build().to_dict(), self.seed, self.precision, parent]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
-
-
-Config = typing.TypeVar("Config", bound=BaseModel)
-
-Location = tuple[int | str, ...]
-"""Keys and positions that lead to a value of the config."""
-
-
-def load_config(kind: type[Config], path: str, overrides: Sequence[str]) -> Config:
-    """Read a YAML file (which may extend another), apply `dotted.key=value` overrides, validate.
-
-    A list element is addressed by its number or by its name: `stages.chairs.steps=100`. Values are YAML.
-    Raises PipelineError naming the key and, for a misspelt one, the nearest right one.
-    """
-    tree = _read_yaml(Path(path))
-    places = {override: _apply(tree, override) for override in overrides}
-    try:
-        return kind.model_validate(tree)
-    except pydantic.ValidationError as error:
-        raise PipelineError(f"{_source(path, places, error)}: {_explain(kind, tree, error)}") from error
-
-
-def _source(path: str, places: Mapping[str, Location], error: pydantic.ValidationError) -> str:
-    """What gave the value an error is about: the file, or the last override of it or of what holds it."""
-    where = error.errors()[0]["loc"]
-    for override, place in reversed(list(places.items())):
-        if where[: len(place)] == place:
-            return f"override {override!r}"
-    return path if where or not places else f"{path} with {' '.join(places)}"
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a file, over the one in the file beside it that `extends` names."""
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise PipelineError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise PipelineError(f"{path}: not readable as YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise PipelineError(f"{path}: a config is a mapping of keys to values")
-    base = tree.pop("extends", None)
-    tree = _unshared(tree)
-    return tree if base is None else _merge(_read_yaml(path.parent / base), tree)
-
-
-def _unshared(value: Any) -> Any:
-    """Without what an anchor in the file and its aliases share: to override one is not to override all."""
-    if isinstance(value, dict):
-        return {key: _unshared(item) for key, item in value.items()}
-    return [_unshared(item) for item in value] if isinstance(value, list) else value
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Mappings merge key by key; anything else is replaced."""
-    both = {key: _merge(base[key], over[key]) for key in base.keys() & over.keys() if _mappings(base[key], over[key])}
-    return {**base, **over, **both}
-
-
-def _mappings(*values: Any) -> bool:
-    return all(isinstance(value, dict) for value in values)
-
-
-def _apply(tree: dict[str, Any], override: str) -> Location:
-    """Set one value. Returns where."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise PipelineError(f"override {override!r}: write key=value, such as stages.chairs.steps=100")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise PipelineError(f"override {override!r}: the value is not YAML: {error}") from error
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        value = float(value)  # YAML 1.1 takes 2e-4 for a string
-    node: Any = tree
-    place: Location = ()
-    *parents, last = key.split(".")
-    for name in parents:
-        part = _part(node, name, override)
-        if isinstance(node, dict) and node.get(part) is None:
-            node[part] = {}
-        node = node[part]
-        place = (*place, part)
-    part = _part(node, last, override)
-    node[part] = value
-    return (*place, part)
-
-
-def _part(node: Any, name: str, override: str) -> int | str:
-    """A key of a section as it is; of a list's element its position, which may be given by the element's name."""
-    if isinstance(node, dict):
-        return name
-    if not isinstance(node, list):
-        raise PipelineError(f"override {override!r}: {name!r} lies below a value, not a section")
-    names = _names(node)
-    if name in names:
-        return names.index(name)
-    if name.isdigit() and int(name) < len(node):
-        return int(name)
-    raise PipelineError(f"override {override!r}: no {name!r} here; there is {', '.join(names)}")
-
-
-def _names(elements: list[Any]) -> list[str]:
-    return [str(each.get("name", n)) if isinstance(each, dict) else str(n) for n, each in enumerate(elements)]
-
-
-def _named(tree: Any, location: Location) -> str:
-    """A place in the config as overrides give it: elements of a list by their name, where they have one."""
-    told = []
-    for part in location:
-        inside = isinstance(tree, list) and isinstance(part, int) and part < len(tree)
-        told.append(_names(tree)[int(part)] if inside else str(part))
-        tree = tree[part] if inside else tree.get(part) if isinstance(tree, dict) else None
-    return ".".join(told)
-
-
-def _explain(kind: type[BaseModel], tree: dict[str, Any], error: pydantic.ValidationError) -> str:
-    """The first error in a line; for an unknown key with the nearest known one."""
-    first, *more = error.errors()
-    where = _named(tree, first["loc"])
-    if first["type"] == "extra_forbidden":
-        *parents, name = first["loc"]
-        known = sorted(_keys_at(kind, parents))
-        near = difflib.get_close_matches(str(name), known, n=1)
-        told = f"unknown key {where}; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
-    elif first["type"] == "missing":
-        told = f"{where} is missing"
-    else:
-        message = first["msg"].removeprefix("Value error, ")
-        told = f"{where}: {message}" if where else message
-        if first["type"] != "value_error":
-            told += f", not {first['input']!r}"
-    return told + (f" (and {len(more)} more)" if more else "")
-
-
-def _keys_at(kind: Any, path: Sequence[int | str]) -> set[str]:
-    """Field names of the model at a location of the config."""
-    for part in path:
-        if isinstance(part, str) and isinstance(kind, type) and issubclass(kind, BaseModel):
-            kind = kind.model_fields[part].annotation
-        if typing.get_origin(kind) in (typing.Union, types.UnionType, tuple):
-            models = [k for k in typing.get_args(kind) if isinstance(k, type) and issubclass(k, BaseModel)]
-            kind = models[0] if models else kind
-    return set(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else set()

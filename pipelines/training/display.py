@@ -15,6 +15,9 @@ from pipelines.training.feed import Record
 # A job's log has no width of its own.
 LOG_WIDTH = 160
 
+WAITING = "waiting for workers"
+"""The state of a stage whose workers have not come up."""
+
 
 def output() -> Console:
     """Standard output."""
@@ -70,9 +73,12 @@ class Display:
             row.step = row.steps
 
     def record(self, stage: str, record: Record) -> None:
-        """What a worker told."""
+        """What a worker told, or who waits for workers."""
         row = self._rows[stage]
-        row.state, row.step = "training", record.step
+        if record.waiting:
+            row.state = WAITING
+        else:
+            row.state, row.step = "training", record.step
         row.metrics |= record.metrics
         if record.line:
             self.say(record.line)

@@ -8,9 +8,9 @@ from rich.table import Table
 from pipelines.claim import standing_claims
 from pipelines.references import check_reference
 from pipelines.training.checkpoints import CheckpointStore
-from pipelines.training.config import CurriculumConfig
+from pipelines.training.config import CurriculumConfig, StageConfig
 from pipelines.training.display import output
-from pipelines.training.estimate import estimate
+from pipelines.training.estimate import TooLargeError, estimate
 from pipelines.training.launch import weights_are_pinned
 from pipelines.training.plan import StagePlan, plan_curriculum
 
@@ -34,7 +34,7 @@ def show_dry_run(config: CurriculumConfig) -> None:
         stage = plan.stage
         samples = sum(len(plan.manifests[part.data].select(part.subset)) * part.repeats for part in stage.mixture)
         print(f"stage={stage.name} measuring a step on one worker", flush=True)
-        cost = estimate(config, stage)
+        time, memory = _cost(config, stage)
         table.add_row(
             stage.name,
             _standing(plan),
@@ -44,8 +44,8 @@ def show_dry_run(config: CurriculumConfig) -> None:
             f"{stage.crop[0]}x{stage.crop[1]}",
             f"{samples:,}",
             f"{stage.steps * stage.global_batch / samples:.1f}",
-            "" if cost is None else str(timedelta(seconds=round(stage.steps * cost.step_s))),
-            "" if cost is None else f"{cost.memory_gib:.1f} GiB",
+            time,
+            memory,
         )
         start = stage.name
     output().print(table)
@@ -55,6 +55,17 @@ def show_dry_run(config: CurriculumConfig) -> None:
     )
     for name, claim in standing_claims({f"stage {plan.stage.name}": plan.folder for plan in plans}).items():
         print(f"{name}: claimed by {claim}; the same command is refused as long as that lives")
+
+
+def _cost(config: CurriculumConfig, stage: StageConfig) -> tuple[str, str]:
+    """Time of all steps and memory of a worker, for the table."""
+    try:
+        cost = estimate(config, stage)
+    except TooLargeError:
+        return "", "does not fit"
+    if cost is None:
+        return "", ""
+    return str(timedelta(seconds=round(stage.steps * cost.step_s))), f"{cost.memory_gib:.1f} GiB"
 
 
 def _standing(plan: StagePlan) -> str:

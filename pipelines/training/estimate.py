@@ -12,6 +12,7 @@ from gmflow import GMFlow
 from gmflow.execution import prepare_model
 from gmflow.loss import sequence_loss
 from gmflow.replay import WARM_UPS
+from pipelines.task_results import fetched
 from pipelines.training.config import CurriculumConfig, StageConfig
 from pipelines.training.memory import peak_bytes
 
@@ -27,11 +28,19 @@ class StepCost:
     memory_gib: float
 
 
+class TooLargeError(Exception):
+    """A micro-batch does not fit into a worker's memory."""
+
+
 def estimate(config: CurriculumConfig, stage: StageConfig) -> StepCost | None:
     """Measure forward and backward of a micro-batch on a worker of this Ray.
 
     None where it has no room for one, or where that took longer than `_PATIENCE_S`: others have what there is, or it is
     slow.
+
+    Raises:
+        TooLargeError: it does not fit into memory.
+        GMFlowError: the model cannot be run as configured.
     """
     machine = config.machine
     wanted = {"CPU": float(machine.cpus_per_worker), "GPU": float(machine.use_gpu)}
@@ -44,7 +53,14 @@ def estimate(config: CurriculumConfig, stage: StageConfig) -> StepCost | None:
     if not ready:
         ray.cancel(measuring, force=True)
         return None
-    micro_batch_s, memory_gib = ray.get(measuring)
+    try:
+        micro_batch_s, memory_gib = fetched(measuring)
+    except (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError) as error:
+        raise TooLargeError from error
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, torch.OutOfMemoryError):
+            raise TooLargeError from error
+        raise
     a_rank = math.ceil(stage.global_batch / machine.num_workers)
     return StepCost(micro_batch_s * a_rank / min(machine.micro_batch, a_rank), memory_gib)
 

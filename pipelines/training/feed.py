@@ -31,6 +31,7 @@ class Record:
         line: what a person reads of it; empty where nothing is to be shown.
         pictures: file name → PNG.
         time_ms: when it was made, milliseconds since 1970: told twice, it is the same entry.
+        waiting: told by who waits for workers, not by one of them.
     """
 
     step: int
@@ -38,6 +39,7 @@ class Record:
     line: str = ""
     pictures: dict[str, bytes] = field(default_factory=dict)
     time_ms: int = field(default_factory=lambda: int(time.time() * 1000))
+    waiting: bool = False
 
 
 @ray.remote(num_cpus=0)
@@ -45,7 +47,7 @@ class _Queue:
     def __init__(self) -> None:
         self._records: list[Record] = []
         self._gave_up_for: Exception | None = None
-        self._departures = 0
+        self._arrivals = self._departures = 0
 
     def put(self, record: Record) -> None:
         self._records.append(record)
@@ -59,6 +61,12 @@ class _Queue:
 
     def gave_up_for(self) -> Exception | None:
         return self._gave_up_for
+
+    def arrive(self) -> None:
+        self._arrivals += 1
+
+    def arrivals(self) -> int:
+        return self._arrivals
 
     def depart(self) -> None:
         self._departures += 1
@@ -85,6 +93,15 @@ class FeedWriter:
         """What somebody gave up for; None while all go on."""
         error: Exception | None = ray.get(self._queue.gave_up_for.remote())
         return error
+
+    def arrive(self) -> None:
+        """Say that workers have come up."""
+        self._queue.arrive.remote()
+
+    def arrivals(self) -> int:
+        """How often workers have come up."""
+        times: int = ray.get(self._queue.arrivals.remote())
+        return times
 
     def depart(self) -> None:
         """Say that all workers leave, because a machine of theirs is about to be taken away."""

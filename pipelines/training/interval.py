@@ -19,7 +19,7 @@ class StepTotals(NamedTuple):
 class Interval:
     """Sums over the steps since the last record. Part of a checkpoint, so that no step is missing from a curve.
 
-    Skipped steps count for the time only: one figure that is not finite would be all that is seen of the others.
+    Skipped steps count for the time only: a single NaN would make the interval's mean NaN.
     """
 
     def __init__(self) -> None:

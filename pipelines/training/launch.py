@@ -6,13 +6,15 @@ The curriculum and the sweep both train through this; there is no other loop.
 import logging
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 from ray.train import (
+    ControllerError,
     FailureConfig,
     RunConfig,
     ScalingConfig,
@@ -24,20 +26,22 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from datasets_etl.storage import ObjectStore, open_store
 from gmflow import GMFlow, load_weights, save_weights
 from pipelines.cluster import Nodes, listed, nodes, slots
-from pipelines.errors import USER_ERRORS, PipelineError
+from pipelines.errors import LASTING_ERRORS, USER_ERRORS, PipelineError
 from pipelines.references import fetch_weights, telling
 from pipelines.training import state
 from pipelines.training.checkpoints import INITIAL_WEIGHTS, CheckpointStore
 from pipelines.training.config import MachineConfig, ModelConfig
-from pipelines.training.feed import FeedWriter
+from pipelines.training.feed import FeedWriter, Record
 from pipelines.training.stage import StageJob, train_stage
 from pipelines.training.state import result_weights
 
 log = logging.getLogger(__name__)
 
 _INITIAL_SOURCE = "init.txt"
-# How much longer than the watchdog's PyTorch waits for other ranks: it would not say for what.
+# PyTorch gives up on other ranks this much later than our watchdog, which says what was waited for; PyTorch would not.
 _WATCHDOG_FIRST_S = 300
+_LOOK_S = 20.0
+_SLOW_START_S = 180.0
 
 
 def weights_are_pinned(folder: ObjectStore) -> bool:
@@ -104,9 +108,9 @@ def room_lacking(machine: MachineConfig) -> str:
 def fit_stage(job: StageJob, name: str, callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
     """Train a stage on Ray to its end, resuming what storage holds of it. Its initial weights must be in its folder.
 
-    Workers that leave a machine about to be taken away end early; they are started again, elsewhere, also where they
-    had come to nothing new yet. So are those that failed, `machine.max_failures` times without a new checkpoint in
-    between.
+    Workers end early when Ray says that their machine will be taken; they are started again elsewhere, even if they had
+    made no progress. Workers that fail are started again until `machine.max_failures` failures pass without a new
+    checkpoint. While none come up, the feed is told why.
 
     Args:
         job: what the workers are told.
@@ -128,7 +132,7 @@ def fit_stage(job: StageJob, name: str, callbacks: Sequence[UserCallback] = ()) 
         if failure is None and feed.departures() > departures:
             continue
         if failure is not None:
-            raise _failed_too_often(job, failure) from failure
+            raise _user_error(failure) or _failed_too_often(job, failure) from failure
         raise PipelineError(f"stage {job.stage.name}: ended without a new checkpoint; see Ray's logs")
     return newest
 
@@ -140,7 +144,9 @@ def _progress(snapshot: dict[str, Any] | None) -> tuple[int, int]:
 def _failed_too_often(job: StageJob, failure: TrainingFailedError) -> PipelineError:
     reason = (str(failure).strip().splitlines() or [type(failure).__name__])[-1][:300]
     allowed = job.machine.max_failures
-    if allowed:
+    if isinstance(failure, ControllerError):  # which Ray does not try again
+        told = f"the workers could not be started, or not be connected: {reason}"
+    elif allowed:
         told = f"workers failed {allowed + 1} times without a new checkpoint, the last: {reason}"
     else:
         told = f"a worker failed: {reason}"
@@ -151,10 +157,32 @@ def _failed_too_often(job: StageJob, failure: TrainingFailedError) -> PipelineEr
 
 
 def _fit(job: StageJob, name: str, callbacks: Sequence[UserCallback]) -> TrainingFailedError | None:
-    """One run of Ray Train; returns what its workers failed of, if they failed too often. Raises errors of ours."""
+    """One run of Ray Train; returns what its workers failed of, if they failed too often. Raises errors of ours that
+    trying again would meet again.
+    """
+    feed = FeedWriter(job.feed)
+    with tempfile.TemporaryDirectory(prefix="gmflow-ray-train-") as scratch:
+        try:
+            _train_interruptibly(_trainer(job, name, callbacks, scratch), _Wait(job, feed).look)
+        except TrainingFailedError as error:
+            if isinstance(mine := _user_error(error), LASTING_ERRORS):
+                raise mine from error
+            log.warning("stage %s: %s", job.stage.name, error)
+            return error
+    if (end := feed.gave_up_for()) is not None:
+        raise end
+    return None
+
+
+def _trainer(job: StageJob, name: str, callbacks: Sequence[UserCallback], scratch: str) -> TorchTrainer:
+    """Ray Train around a stage.
+
+    Its own storage is a folder of the driver's machine, on which its controller runs too: what counts is ours to keep,
+    and Ray would not wait for storage that is away.
+    """
     machine = job.machine
     fewest = machine.min_workers or machine.num_workers
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_stage,
         train_loop_config={"job": job},
         torch_config=TorchConfig(timeout_s=int(machine.hang_timeout_s) + _WATCHDOG_FIRST_S),
@@ -167,25 +195,39 @@ def _fit(job: StageJob, name: str, callbacks: Sequence[UserCallback]) -> Trainin
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=job.folder.rpartition("/")[0],
+            storage_path=scratch,
             failure_config=FailureConfig(max_failures=machine.max_failures),
             callbacks=list(callbacks),
         ),
     )
-    try:
-        _train_interruptibly(trainer)
-    except TrainingFailedError as error:
-        if (mine := _user_error(error)) is not None:
-            raise mine from error
-        log.warning("stage %s: %s", job.stage.name, error)
-        return error
-    if (end := FeedWriter(job.feed).gave_up_for()) is not None:
-        raise end
-    return None
 
 
-def _train_interruptibly(trainer: TorchTrainer) -> None:
-    """`trainer.fit()` with Ctrl-C as a KeyboardInterrupt at once, as everywhere.
+class _Wait:
+    """Says what workers wait for that do not come up, each time that changes."""
+
+    def __init__(self, job: StageJob, feed: FeedWriter) -> None:
+        self._job, self._feed = job, feed
+        self._since, self._arrivals = time.monotonic(), feed.arrivals()
+        self._told = ""
+
+    def look(self) -> None:
+        news = room_lacking(self._job.machine) or self._slow_start()
+        if news and news != self._told:
+            self._feed.send(Record(0, line=f"stage={self._job.stage.name} {news}", waiting=True))
+        self._told = news
+
+    def _slow_start(self) -> str:
+        """Ray starts workers that die before they have begun again and again, and says so in its logs alone."""
+        if time.monotonic() - self._since < _SLOW_START_S or self._feed.arrivals() > self._arrivals:
+            return ""
+        return (
+            f"waits for workers: there is room, and none has come up for {_SLOW_START_S:.0f} s; Ray's logs on their "
+            "nodes say why (session_latest/logs)"
+        )
+
+
+def _train_interruptibly(trainer: TorchTrainer, look: Callable[[], None]) -> None:
+    """`trainer.fit()` with Ctrl-C as a KeyboardInterrupt at once, as everywhere; `look` is called now and then.
 
     In the main thread Ray Train takes it for itself: it does nothing about it as long as workers wait for room, and
     exits without a word when they have ended. Here who connected to Ray ends them, by leaving it.
@@ -201,6 +243,9 @@ def _train_interruptibly(trainer: TorchTrainer) -> None:
             ended.set_result(None)
 
     threading.Thread(target=train, name="ray-train", daemon=True).start()
+    while not ended.done():
+        look()
+        wait([ended], timeout=_LOOK_S)
     ended.result()
 
 
@@ -229,7 +274,4 @@ def final_weights(last: dict[str, Any], model: ModelConfig, path: Path) -> dict[
     final = GMFlow(model.build())
     final.load_state_dict(result_weights(last))
     save_weights(final, path)
-    newest = {name: value for _, metrics in last["records"] for name, value in metrics.items()}
-    measured = {name for step, metrics in last["records"] if step == last["step"] for name in metrics}
-    # What an earlier validation found is not of these weights.
-    return {name: value for name, value in newest.items() if name in measured or not name.startswith("val/")}
+    return state.newest_metrics(last["records"], last["step"])

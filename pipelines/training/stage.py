@@ -16,6 +16,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from datasets_etl.errors import DataError
 from datasets_etl.loader import EvaluationSet, FlowBatch, MixturePart, PositionDataset, TrainingStream
 from datasets_etl.manifest import Manifest
 from datasets_etl.storage import PATIENCE_VARIABLE, open_store
@@ -30,7 +31,7 @@ from pipelines.training.feed import FeedWriter, Record
 from pipelines.training.interval import StepTotals
 from pipelines.training.memory import peak_bytes
 from pipelines.training.pictures import comparison_png
-from pipelines.training.state import TrainingState
+from pipelines.training.state import TrainingState, newest_metrics
 from pipelines.training.validation import validate
 from pipelines.training.watchdog import Watchdog
 
@@ -75,6 +76,8 @@ def train_stage(config: dict[str, Any]) -> None:
     if feed.gave_up_for() is not None:
         return
     rank = ray.train.get_context().get_world_rank()
+    if rank == 0:
+        feed.arrive()
 
     def tell(step: int, text: str) -> None:
         feed.send(Record(step, line=_line(job, step, rank, text)))
@@ -161,12 +164,19 @@ class _Worker:
             self._say(f"starts: {self._sizes()}")
             return
         self.watchdog.progress("reading the checkpoint", step)
-        self.state.restore(saved or self.checkpoints.read(step))
+        self.state.restore(saved or self._read_by_others(step))
         self.checkpointed = self.state.step, self.state.validated
         if self.rank == 0:
             for told, metrics in self.state.records:
                 self.feed.send(Record(told, metrics))
         self._say(f"resumes: {self._sizes()}")
+
+    def _read_by_others(self, step: int) -> dict[str, Any]:
+        """What rank 0 has read whole. Where it is not so here, rank 0 is to look again, once all are started again."""
+        try:
+            return self.checkpoints.read(step)
+        except PipelineError as error:
+            raise DataError(str(error)) from error
 
     def stream(self) -> Iterator[tuple[int, Iterator[FlowBatch]]]:
         """Every step still to run with this rank's micro-batches."""
@@ -359,8 +369,7 @@ class _Worker:
 
     def _report(self) -> None:
         """All ranks tell Ray, which is what Ray Tune decides by."""
-        latest = {name: value for _, metrics in self.state.records for name, value in metrics.items()}
-        ray.train.report(latest | {"step": self.state.step})
+        ray.train.report(newest_metrics(self.state.records, self.state.step) | {"step": self.state.step})
         self.state.interval.restart_clock()
 
     def must_leave(self) -> bool:

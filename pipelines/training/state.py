@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,3 +162,10 @@ def one_cycle(step: int, total: int, warmup: float) -> float:
 
 def _cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+
+
+def newest_metrics(records: Sequence[tuple[int, Mapping[str, float]]], step: int) -> dict[str, float]:
+    """The newest value of every metric; of validations only what was found at `step`: another's is of other weights."""
+    newest = {name: value for _, metrics in records for name, value in metrics.items()}
+    measured = {name for told, metrics in records if told == step for name in metrics}
+    return {name: value for name, value in newest.items() if name in measured or not name.startswith("val/")}

@@ -25,6 +25,7 @@ from mlflow.tracking import MlflowClient
 
 from datasets_etl import storage
 from datasets_etl.manifest import Manifest
+from pipelines.cluster import nodes
 from pipelines.errors import PipelineError
 from pipelines.lasting import is_uploaded
 from pipelines.training.code_version import code_version
@@ -56,7 +57,7 @@ def connect(configured: str | None) -> MlflowClient:
     """A client whose server answered. Raises PipelineError where there is none."""
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # not every table it makes is news
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # nor every file it fetches
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # patience is `patiently`'s, and is told
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # waiting is `Patience`'s, which says so
     uri = tracking_uri(configured)
     if (folder := _embedded_folder(uri)) is not None:
         if is_uploaded(folder.as_posix()):
@@ -109,8 +110,8 @@ class Patience:
         self._patience_s, self.tell = patience_s, tell
 
     def __call__(self, work: Callable[..., _Result], *arguments: Any, **named: Any) -> _Result:
-        """Raises PipelineError where it took longer than the patience, and at once what waiting would not mend, as
-        RefusedError where no answer of MLflow's own says so.
+        """Raises PipelineError where it took longer than the patience; at once RefusedError where waiting would mend
+        nothing, and MLflow's own error where it says that something is not there.
         """
         trying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(may_pass),
@@ -122,7 +123,7 @@ class Patience:
         try:
             return trying(work, *arguments, **named)
         except Exception as error:
-            if isinstance(error, TRANSPORT_ERRORS) and not may_pass(error):
+            if not may_pass(error) and _refuses(error):
                 raise RefusedError(
                     f"MLflow's server or its storage of artifacts refuses: {reason(error)}; once that is mended, the "
                     "same command goes on"
@@ -138,6 +139,13 @@ class Patience:
         if state.attempt_number == 1 and state.outcome is not None:
             why = reason(state.outcome.exception())
             self.tell(f"MLflow is away ({why}); what it should know is kept and sent when it answers")
+
+
+def _refuses(error: BaseException) -> bool:
+    """Whether it is MLflow's, or its storage's, and not an answer: that something is not there is one."""
+    if isinstance(error, MlflowException):
+        return error.get_http_status_code() != HTTPStatus.NOT_FOUND
+    return isinstance(error, TRANSPORT_ERRORS)
 
 
 def reason(error: BaseException | None) -> str:
@@ -212,14 +220,14 @@ class TrackedRun:
         self._patience(self.client.log_dict, self.run_id, dict(content), name)
 
 
-class CurriculumRun:
-    """The parent run.
+class ParentRun:
+    """The run of a whole curriculum or sweep, with those of its stages, or settings and trials, as children.
 
     Args:
         client: of `connect`.
         config: experiment and names.
-        name: of the curriculum.
-        key: names the resolved config; the same key finds the same run.
+        name: of the curriculum or sweep.
+        key: what the run is of; the same key finds the same run.
         tell: called with a line when MLflow is waited for.
     """
 
@@ -230,11 +238,11 @@ class CurriculumRun:
         self.patience = Patience(config.patience_s, tell)
         self.experiment_id = self.patience(_experiment, client, config.experiment)
         own = self.patience(_find_or_create, client, self.experiment_id, name, key, {})
-        self._own = TrackedRun(client, own, self.patience)
-        self.run_id = self._own.run_id
+        self.own = TrackedRun(client, own, self.patience)
+        self.run_id = self.own.run_id
 
-    def stage(self, name: str, key: str) -> TrackedRun:
-        """The child run of a stage; one that another parent began and did not end becomes this one's."""
+    def child(self, name: str, key: str) -> TrackedRun:
+        """The run of a stage, setting or trial; one that another parent began and did not end becomes this one's."""
         tags = {PARENT_TAG: self.run_id, "stage": name}
         run = self.patience(_find_or_create, self.client, self.experiment_id, name, key, tags)
         before = run.data.tags.get(PARENT_TAG)
@@ -248,11 +256,17 @@ class CurriculumRun:
         """Whether this MLflow has a run: another one has neither the curves nor the models of what was trained."""
         try:
             self.patience(self.client.get_run, run_id)
-        except MlflowException as error:
-            if error.get_http_status_code() != HTTPStatus.NOT_FOUND:
-                raise
+        except MlflowException:  # the one answer that is no refusal
             return False
         return True
+
+    def running(self, run_id: str) -> contextlib.AbstractContextManager[None]:
+        """`run_status` of this run or a child of it, which waits for a server that is away."""
+        return run_status(self.client, run_id, self.patience)
+
+
+class CurriculumRun(ParentRun):
+    """The run of a curriculum."""
 
     def name_stage(self, name: str, run_id: str) -> None:
         """Say which run holds a stage's curves: a stage that was finished earlier is another parent's child."""
@@ -260,30 +274,31 @@ class CurriculumRun:
 
     def log_setup(self, config: CurriculumConfig, manifests: Mapping[str, Manifest]) -> None:
         """The resolved config, the manifests the run reads, and what it runs on."""
-        self._own.log_json(config.model_dump(mode="json"), "config.yaml")
-        self._own.log_json(environment(), "environment.json")
+        self.own.log_json(config.model_dump(mode="json"), "config.yaml")
+        self.own.log_json({**environment(), "cluster": machines()}, "environment.json")
         facts = {
             name: {"url": manifest.url, "version": manifest.version, "subsets": manifest.subsets}
             for name, manifest in manifests.items()
         }
-        self._own.log_json(facts, "manifests.json")
+        self.own.log_json(facts, "manifests.json")
         for name, manifest in manifests.items():
             self.patience(self.client.set_tag, self.run_id, f"manifest.{name}", manifest.url)
 
     def log_stage(self, number: int, metrics: Mapping[str, float]) -> None:
         """A finished stage's validation, against the number of the stage."""
-        self._own.log(Record(number, {name: value for name, value in metrics.items() if name.startswith("val/")}))
-
-    def running(self, run_id: str) -> contextlib.AbstractContextManager[None]:
-        """`run_status` of a run of this curriculum, which waits for a server that is away."""
-        return run_status(self.client, run_id, self.patience)
+        self.own.log(Record(number, {name: value for name, value in metrics.items() if name.startswith("val/")}))
 
 
 def run_link(uri: str, experiment: str, run_id: str) -> str:
     """Where to look at a run: its page where MLflow is a server, else its id."""
     if not uri.startswith(("http://", "https://")):
         return f"run {run_id}"
-    found = MlflowClient(uri).get_experiment_by_name(experiment)
+    try:
+        found = MlflowClient(uri).get_experiment_by_name(experiment)
+    except MlflowException:  # of what is done only the address is missing
+        found = None
+    if found is None:
+        return f"run {run_id}"
     return f"{shown_uri(uri).rstrip('/')}/#/experiments/{found.experiment_id}/runs/{run_id}"
 
 
@@ -297,6 +312,11 @@ def environment() -> dict[str, Any]:
         "code": code_version(),
         "packages": {found.name: found.version for found in importlib.metadata.distributions()},
     }
+
+
+def machines() -> list[dict[str, float]]:
+    """What each machine of the connected cluster has: the driver's own may have no GPU."""
+    return [{name: n for name, n in found.items() if not name.startswith("node:")} for found in nodes()]
 
 
 @contextlib.contextmanager

@@ -45,7 +45,9 @@ class Watchdog:
         while not ended.wait(min(1.0, self._limit_s / 4)):
             since, doing, step = self._now
             if time.monotonic() - since > self._limit_s:
-                self._tell(step, f"hangs: no progress for {self._limit_s:.0f} s while {doing}; ended, to resume")
-                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-                time.sleep(1.0)  # for the line to leave this process
-                os._exit(_EXIT_CODE)  # a hanging collective cannot be interrupted
+                try:
+                    self._tell(step, f"hangs: no progress for {self._limit_s:.0f} s while {doing}; ended, to resume")
+                    faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+                    time.sleep(1.0)  # for the line to leave this process
+                finally:  # also where there is nobody to tell
+                    os._exit(_EXIT_CODE)  # a hanging collective cannot be interrupted

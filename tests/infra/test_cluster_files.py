@@ -32,7 +32,8 @@ from ray.train.v2._internal.constants import PREEMPTION_POLL_INTERVAL_S_ENV_VAR
 import pipelines.curriculum
 import pipelines.preemption
 from infra.local_stack.settings import BUCKETS
-from pipelines.training.config import CurriculumConfig, load_config
+from pipelines.config_file import load_config
+from pipelines.training.config import CurriculumConfig
 from tests.conftest import ROOT
 
 INFRA = ROOT / "infra"

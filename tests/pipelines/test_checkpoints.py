@@ -300,3 +300,41 @@ def test_the_writer_deletes_what_is_not_to_be_kept(tmp_path: Path):
         writer.flush()
     writer.close()
     assert kept(store) == [3]
+
+
+def test_what_somebody_else_keeps_beside_them_is_left_alone(store: CheckpointStore):
+    others = ["checkpoints/step_best.pt", "checkpoints/step_00000005-copy.pt", "checkpoints/step_x.json"]
+    for key in others:
+        store.folder.write(key, b"mine")
+    writer = CheckpointWriter(store, KeepPolicy(last=1), pytest.fail)
+    for step in (5, 10):
+        writer.submit(snapshot(step), {})
+        writer.flush()
+    writer.close()
+    assert store.steps() == [10]
+    assert {found.key for found in store.folder.walk()} >= set(others)
+
+
+@pytest.mark.parametrize(("broken", "lost"), [("write", True), ("prune", False)])
+def test_whatever_a_write_meets_is_told_and_the_writer_goes_on(tmp_path: Path, monkeypatch, broken: str, lost: bool):
+    """A checkpoint that is stored is none that could not be written, though an old one cannot be deleted."""
+    store, told = CheckpointStore(FileStore(tmp_path)), []
+    writer = CheckpointWriter(store, KeepPolicy(last=1), told.append)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("nobody thought of it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, broken, fail)
+        writer.submit(snapshot(5), {})
+        if lost:
+            with pytest.raises(RuntimeError, match="nobody thought of it"):
+                writer.flush()
+        else:
+            writer.flush()
+    assert len(told) == 1
+    assert ("could not be written" if lost else "could not be deleted") in told[0]
+    writer.submit(snapshot(10), {})
+    writer.flush()
+    writer.close()
+    assert store.steps() == [10]

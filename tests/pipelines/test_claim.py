@@ -17,10 +17,10 @@ import pytest
 from datasets_etl.storage import PATIENCE_VARIABLE, ObjectStore, open_store
 from pipelines import claim
 from pipelines.claim import CLAIM, Claim, claimed
+from pipelines.config_file import load_config
 from pipelines.errors import PipelineError
 from pipelines.sweep import prepare, run_sweep
 from pipelines.sweeping.config import SweepConfig
-from pipelines.training.config import load_config
 from tests.conftest import ROOT
 from tests.pipelines.conftest import Workplace
 from tests.seaweedfs import running

@@ -7,11 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
 import yaml
 
+from gmflow import GMFlowError
+from pipelines.config_file import load_config
 from pipelines.errors import PipelineError
+from pipelines.training import dry_run
 from pipelines.training import estimate as estimating
-from pipelines.training.config import CurriculumConfig, load_config
+from pipelines.training.config import CurriculumConfig
 from tests.conftest import ROOT
 
 CONFIGS = ROOT / "pipelines" / "configs"
@@ -168,6 +172,10 @@ def test_what_a_worker_imports_at_its_start_leaves_torch_alone():
         ("stages.chairs.name=champion", "'champion' means something else in the model registry"),
         ("stages.chairs.name=v1", "'v1' means something else in the model registry"),
         ("only=[]", "only: .*at least 1"),
+        ("mlflow.registered_model=team/gmflow", r"mlflow\.registered_model: .*not 'team/gmflow'"),
+        ("mlflow.experiment=''", r"mlflow\.experiment: .*not ''"),
+        ("data={chairs: URL, 'sintel+hd1k': URL}", r"sintel\+hd1k.*not 'sintel\+hd1k'"),
+        ("machine.cache={folder: cache, gib: 1}", r"machine\.cache\.folder: cache: give an absolute path"),
     ],
 )
 def test_what_would_show_after_weeks_is_said_at_once(small, load, override, message):
@@ -179,6 +187,34 @@ def test_a_stage_runs_alone(small, load):
     second = {**small["stages"][0], "name": "kitti"}
     config = load({**small, "stages": [small["stages"][0], second]}, "only=[kitti]")
     assert [stage.name for stage in config.selected_stages] == ["kitti"]
+
+
+def test_a_range_of_stages_is_the_same_as_in_the_whole(small, load):
+    names = ["chairs", "things", "sintel", "kitti"]
+    stages = [{**small["stages"][0], "name": name} for name in names]
+    whole, part = load({**small, "stages": stages}), load({**small, "stages": stages}, "only=[things, sintel]")
+    assert [stage.name for stage in part.selected_stages] == ["things", "sintel"]
+    assert [stage.name for stage in part.chain] == ["chairs", "things", "sintel"], "and what it starts from"
+
+    def hashes(config: CurriculumConfig) -> dict[str, str]:
+        parent, found = "random", {}
+        for stage in config.chain:
+            parent = found[stage.name] = config.stage_hash(stage, {"chairs": "v1"}, parent)
+        return found
+
+    assert hashes(part).items() < hashes(whole).items()
+
+
+def test_a_file_that_extends_itself_or_several_says_so(tmp_path):
+    for name, base in (("a", "b.yaml"), ("b", "a.yaml"), ("c", "c.yaml"), ("d", "[a.yaml]")):
+        (tmp_path / f"{name}.yaml").write_text(f"extends: {base}\n")
+    for name, told in (
+        ("a", "a.yaml: extends itself, by way of"),
+        ("c", "extends itself"),
+        ("d", "extends: the name of"),
+    ):
+        with pytest.raises(PipelineError, match=told):
+            load_config(CurriculumConfig, str(tmp_path / f"{name}.yaml"), [])
 
 
 @pytest.mark.parametrize(
@@ -207,3 +243,32 @@ def test_an_estimate_counts_every_micro_batch_of_a_worker(small, load, monkeypat
         return found.step_s
 
     assert [told(1, 1), told(2, 2), told(2, 99), told(1, 8)] == [16.0, 4.0, 2.0, 2.0]
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), estimating.TooLargeError),
+        (GMFlowError("no compiler here"), GMFlowError),
+    ],
+    ids=["too large", "no compiler"],
+)
+def test_a_step_that_cannot_be_measured_says_why(small, load, monkeypatch, error, told):
+    @ray.remote
+    def measure(config: CurriculumConfig, stage: object) -> None:
+        raise error
+
+    monkeypatch.setattr(estimating, "_measure", measure)
+    config = load(small)
+    with pytest.raises(told):
+        estimating.estimate(config, config.stages[0])
+
+
+def test_a_dry_run_shows_what_does_not_fit(small, load, monkeypatch):
+    def too_large(*_: object) -> None:
+        raise estimating.TooLargeError
+
+    monkeypatch.setattr(dry_run, "estimate", too_large)
+    config = load(small)
+    assert dry_run._cost(config, config.stages[0]) == ("", "does not fit")

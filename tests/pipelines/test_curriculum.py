@@ -18,19 +18,22 @@ import pytest
 import torch
 import yaml
 from mlflow.tracking import MlflowClient
-from ray.train import ControllerError, TrainingFailedError
+from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
 from safetensors.torch import load_file
 
 import pipelines.curriculum
+from datasets_etl.errors import DamagedError, DataError
 from datasets_etl.storage import PATIENCE_VARIABLE, open_store
 from pipelines import report
 from pipelines.claim import CLAIM, claimed
+from pipelines.config_file import load_config
 from pipelines.curriculum import run_curriculum
 from pipelines.errors import PipelineError
 from pipelines.references import resolve_model
 from pipelines.training import launch, tracking
-from pipelines.training.config import CurriculumConfig, MachineConfig, ModelConfig, load_config
+from pipelines.training.config import CurriculumConfig, MachineConfig, ModelConfig
 from pipelines.training.dry_run import show_dry_run
+from pipelines.training.feed import Record
 from pipelines.training.launch import provide_initial_weights
 from pipelines.training.plan import StagePlan, plan_curriculum
 from pipelines.training.stage import StageJob
@@ -366,15 +369,77 @@ def test_weights_are_named_by_what_they_were(undisturbed: Workplace, tmp_path: P
     assert named == f"{path} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]})"
 
 
+@pytest.mark.parametrize(
+    ("error", "is_lasting"),
+    [(DataError("storage is away"), False), (DamagedError("a flipped bit"), True), (PipelineError("a gate"), True)],
+    ids=str,
+)
+def test_only_what_lasts_ends_a_stage_at_once(error, is_lasting, workplace, tmp_path, monkeypatch):
+    """Storage that was away after three crashes within weeks is a failure like any other."""
+    job = StageJob(resolved(workplace).stages[0], MachineConfig(), {}, str(tmp_path), "feed", 0, "fp32")
+    failure = WorkerGroupError("workers failed", {1: error})
+
+    def train(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(launch, "FeedWriter", lambda name: _Queue())
+    monkeypatch.setattr(launch, "_train_interruptibly", train)
+    monkeypatch.setattr(launch, "TorchTrainer", lambda *_, **__: None)
+    if is_lasting:
+        with pytest.raises(type(error), match=str(error)):
+            launch._fit(job, "name", [])
+    else:
+        assert launch._fit(job, "name", []) is failure
+    monkeypatch.setattr(launch.CheckpointStore, "newest", lambda store, warn: None)
+    with pytest.raises(type(error), match=str(error)):
+        launch.fit_stage(job, "name")
+
+
+def test_workers_that_could_not_be_connected_did_not_fail_four_times(workplace, tmp_path, monkeypatch):
+    job = StageJob(resolved(workplace).stages[0], MachineConfig(), {}, str(tmp_path), "feed", 0, "fp32")
+    told = str(launch._failed_too_often(job, ControllerError(RuntimeError("connection refused"))))
+    assert "stage chairs: the workers could not be started, or not be connected: " in told
+    assert "times" not in told
+
+
+def test_what_workers_wait_for_is_told_each_time_it_changes(workplace, tmp_path, monkeypatch):
+    job = StageJob(resolved(workplace).stages[0], MachineConfig(), {}, str(tmp_path), "feed", 0, "fp32")
+    queue, now, lacking = _Queue(), [0.0], [""]
+    monkeypatch.setattr(launch, "room_lacking", lambda machine: lacking[0])
+    monkeypatch.setattr(launch.time, "monotonic", lambda: now[0])
+    waiting = launch._Wait(job, queue)
+    for seconds, lacks in ((1, "waits for room"), (20, "waits for room"), (40, ""), (300, ""), (320, "")):
+        now[0], lacking[0] = seconds, lacks
+        waiting.look()
+    queue.arrived += 1
+    waiting.look()
+    lacking[0] = "waits for room"  # a machine is lost
+    waiting.look()
+    assert all(record.waiting and not record.metrics for record in queue.records)
+    first, second, third = [record.line for record in queue.records]
+    assert first == third == "stage=chairs waits for room"
+    assert "there is room, and none has come up" in second
+
+
 def snapshot(step: int, validated: int = 0) -> dict[str, int]:
     return {"step": step, "validated": validated}
 
 
 class _Queue:
-    """The feed, as a driver asks it how often workers have left."""
+    """The feed, as a driver asks it how often workers have come and left, and tells it what they wait for."""
 
     def __init__(self) -> None:
-        self.left = 0
+        self.left = self.arrived = 0
+        self.records: list[Record] = []
+
+    def arrivals(self) -> int:
+        return self.arrived
+
+    def send(self, record: Record) -> None:
+        self.records.append(record)
+
+    def gave_up_for(self) -> None:
+        return None
 
     def departures(self) -> int:
         return self.left

@@ -26,8 +26,9 @@ from datasets_etl.loader import MixturePart, PositionDataset, collate
 from datasets_etl.manifest import Manifest
 from datasets_etl.synthetic import write_dataset
 from gmflow import load_model
+from pipelines.config_file import load_config
 from pipelines.curriculum import run_curriculum
-from pipelines.training.config import CurriculumConfig, load_config
+from pipelines.training.config import CurriculumConfig
 from tests.mlflow_server import mlflow_running
 from tests.pipelines.conftest import Workplace, train_workers, workplace_in
 from tests.seaweedfs import S3Server, running

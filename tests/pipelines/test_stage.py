@@ -18,9 +18,10 @@ from datasets_etl.manifest import Manifest
 from gmflow import load_model
 from gmflow.execution import ExecutionConfig
 from gmflow.metrics import ErrorMetrics
+from pipelines.config_file import load_config
 from pipelines.scoring import evaluate
 from pipelines.training import interval, launch, stage
-from pipelines.training.config import CurriculumConfig, MachineConfig, PartConfig, load_config
+from pipelines.training.config import CurriculumConfig, MachineConfig, PartConfig
 from pipelines.training.feed import Record
 from pipelines.training.plan import plan_curriculum
 from pipelines.training.watchdog import Watchdog

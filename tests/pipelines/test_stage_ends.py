@@ -15,10 +15,11 @@ from safetensors.torch import load, load_file
 import pipelines.curriculum
 from datasets_etl.storage import open_store
 from gmflow import GMFlow, save_weights
+from pipelines.config_file import load_config
 from pipelines.curriculum import run_curriculum
 from pipelines.errors import PipelineError
 from pipelines.training import registry
-from pipelines.training.config import CurriculumConfig, ModelConfig, load_config
+from pipelines.training.config import CurriculumConfig, ModelConfig
 from pipelines.training.launch import final_weights, provide_initial_weights
 from pipelines.training.plan import StageResult
 from pipelines.training.stage import StageJob
@@ -61,7 +62,6 @@ def driver(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> Driver:
     driver = Driver(workplace)
     monkeypatch.setattr(pipelines.curriculum, "fit_stage", driver.fit)
     monkeypatch.setattr(pipelines.curriculum, "listening", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(pipelines.curriculum, "room_lacking", lambda machine: "")
     monkeypatch.setattr(pipelines.curriculum.registry, "register", driver.register)
     monkeypatch.setattr(pipelines.curriculum.report, "log_curriculum_report", lambda client, run_id: None)
     return driver

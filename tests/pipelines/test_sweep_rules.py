@@ -26,6 +26,7 @@ from gmflow import GMFlow, GMFlowConfig, execution, save_weights
 from gmflow.errors import GMFlowError
 from gmflow.execution import ExecutionConfig, Precision, prepare_model, runs_in
 from gmflow.predict import padded_flow
+from pipelines.config_file import load_config
 from pipelines.errors import PipelineError
 from pipelines.sweep import Sweep, keep_weights, plan_trials, prepare, register_best
 from pipelines.sweeping import cost, plots, tuning
@@ -50,7 +51,7 @@ from pipelines.sweeping.trials import (
 from pipelines.sweeping.tuning import DistinctOptuna
 from pipelines.sweeping.view import SweepView
 from pipelines.training import registry, tracking
-from pipelines.training.config import SetConfig, load_config
+from pipelines.training.config import SetConfig
 from tests.conftest import ROOT
 
 REFINE = GMFlowConfig.refine()

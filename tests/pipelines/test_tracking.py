@@ -14,7 +14,12 @@ import torch
 from boto3.exceptions import S3UploadFailedError
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, TEMPORARILY_UNAVAILABLE
+from mlflow.protos.databricks_pb2 import (
+    INVALID_PARAMETER_VALUE,
+    PERMISSION_DENIED,
+    RESOURCE_DOES_NOT_EXIST,
+    TEMPORARILY_UNAVAILABLE,
+)
 
 from gmflow import GMFlow, GMFlowConfig, predict_flow, save_weights
 from pipelines import references
@@ -55,7 +60,7 @@ def curriculum_run(
 
 @pytest.fixture
 def stage_run(server: str, request: pytest.FixtureRequest) -> tracking.TrackedRun:
-    return curriculum_run(server, request.node.name).stage("chairs", key=f"{request.node.name}/chairs")
+    return curriculum_run(server, request.node.name).child("chairs", key=f"{request.node.name}/chairs")
 
 
 def lineage(stage: str, config_hash: str, epe: float) -> registry.Lineage:
@@ -68,7 +73,7 @@ def history(run: tracking.TrackedRun, metric: str) -> list[tuple[int, float]]:
 
 def test_a_second_attempt_finds_the_same_runs(server, stage_run, request):
     again = curriculum_run(server, request.node.name)
-    assert again.stage("chairs", key=f"{request.node.name}/chairs").run_id == stage_run.run_id
+    assert again.child("chairs", key=f"{request.node.name}/chairs").run_id == stage_run.run_id
     other = curriculum_run(server, "another config")
     assert other.run_id != again.run_id
 
@@ -76,7 +81,7 @@ def test_a_second_attempt_finds_the_same_runs(server, stage_run, request):
 def test_steps_told_again_after_a_resume_are_not_told_twice(server, stage_run, request):
     for step in (2, 4, 6):
         stage_run.log(Record(step, {"train/loss": step / 10}))
-    resumed = curriculum_run(server, request.node.name).stage("chairs", key=f"{request.node.name}/chairs")
+    resumed = curriculum_run(server, request.node.name).child("chairs", key=f"{request.node.name}/chairs")
     for step in (4, 6, 8):
         resumed.log(Record(step, {"train/loss": step / 10, "val/epe": 1.0}))
     assert history(stage_run, "train/loss") == [(2, 0.2), (4, 0.4), (6, 0.6), (8, 0.8)]
@@ -191,7 +196,7 @@ def test_a_missing_model_names_those_there_are(server, stage_run, tmp_path: Path
 
 def test_a_server_that_is_away_for_a_while_gets_everything_in_order_and_once(mlflow_server, server):
     told: list[str] = []
-    run = curriculum_run(server, "away", told.append).stage("chairs", key="away/chairs")
+    run = curriculum_run(server, "away", told.append).child("chairs", key="away/chairs")
     run.log(Record(2, {"train/loss": 2.0}))
     mlflow_server.kill()
     back = threading.Timer(4, mlflow_server.start)
@@ -212,12 +217,12 @@ def test_a_run_is_asked_for_the_history_only_of_what_it_was_told(server):
         def histories() -> int:
             return sum("get-history" in path for _, path, _ in proxy.seen)
 
-        run = curriculum_run(proxy.endpoint, "fresh", tell=lambda line: None).stage("chairs", key="fresh")
+        run = curriculum_run(proxy.endpoint, "fresh", tell=lambda line: None).child("chairs", key="fresh")
         for step in (2, 4):
             run.log(Record(step, {f"train/{number}": 1.0 for number in range(20)}))
         assert proxy.seen
         assert histories() == 0
-        resumed = curriculum_run(proxy.endpoint, "fresh", tell=lambda line: None).stage("chairs", key="fresh")
+        resumed = curriculum_run(proxy.endpoint, "fresh", tell=lambda line: None).child("chairs", key="fresh")
         resumed.log(Record(4, {"train/0": 1.0, "val/epe": 1.0}))
         assert histories() == 20
         assert history(run, "train/0") == [(2, 1.0), (4, 1.0)]
@@ -227,7 +232,7 @@ def test_a_run_is_asked_for_the_history_only_of_what_it_was_told(server):
 def test_what_was_heard_but_not_answered_is_not_told_twice(server):
     with faulty_proxy(server) as proxy:
         proxy.applies = lambda method, path: path.endswith("log-batch")
-        run = curriculum_run(proxy.endpoint, "unanswered", tell=lambda line: None).stage("chairs", key="unanswered")
+        run = curriculum_run(proxy.endpoint, "unanswered", tell=lambda line: None).child("chairs", key="unanswered")
         proxy.faults = ["cut"]
         run.log(Record(2, {"train/loss": 2.0}))
         proxy.faults += ["cut", "503", "drop"]
@@ -240,7 +245,7 @@ def test_what_was_heard_but_not_answered_is_not_told_twice(server):
 def test_patience_ends(server):
     with faulty_proxy(server) as proxy:
         run = curriculum_run(proxy.endpoint, "impatient", tell=lambda line: None, patience_s=2.0)
-        stage = run.stage("chairs", key="impatient/chairs")
+        stage = run.child("chairs", key="impatient/chairs")
         proxy.applies = lambda method, path: path.endswith("log-batch")
         proxy.faults = ["503"] * 1000
         with pytest.raises(PipelineError, match=r"longer than mlflow\.patience_s 2 .*the same command goes on"):
@@ -271,6 +276,8 @@ def failed_upload(status: int) -> S3UploadFailedError:
         (NoCredentialsError(), False),
         (MlflowException("busy", error_code=TEMPORARILY_UNAVAILABLE), True),
         (MlflowException("no", error_code=PERMISSION_DENIED), False),
+        (MlflowException("no such name", error_code=INVALID_PARAMETER_VALUE), False),
+        (MlflowException("no such run", error_code=RESOURCE_DOES_NOT_EXIST), False),
     ],
     ids=str,
 )
@@ -288,7 +295,8 @@ def test_only_what_may_pass_is_waited_for(error: Exception, passes: bool):
     if passes:
         assert patience(work) == "done"
     else:
-        with pytest.raises(MlflowException if isinstance(error, MlflowException) else PipelineError) as told:
+        is_an_answer = "no such run" in str(error)
+        with pytest.raises(MlflowException if is_an_answer else tracking.RefusedError) as told:
             patience(work)
         assert str(error) in str(told.value)
         assert len(attempts) == 1
@@ -304,13 +312,13 @@ def test_a_server_that_refuses_to_answer_does_not_hold_nothing(server, monkeypat
         raise MlflowException("not yours", error_code=PERMISSION_DENIED)
 
     monkeypatch.setattr(curriculum.client, "get_run", refuse)
-    with pytest.raises(MlflowException, match="not yours"):
+    with pytest.raises(tracking.RefusedError, match="not yours"):
         curriculum.holds(curriculum.run_id)
 
 
 def test_a_picture_that_is_refused_keeps_no_metric_back(server, monkeypatch):
     told: list[str] = []
-    run = curriculum_run(server, "picture", told.append).stage("chairs", key="picture/chairs")
+    run = curriculum_run(server, "picture", told.append).child("chairs", key="picture/chairs")
 
     def refuse(*_: object) -> None:
         raise refused(413)
@@ -328,9 +336,9 @@ def test_a_stage_that_was_interrupted_is_one_run_whatever_changed_after_it(serve
     """A later stage's config decides the curriculum's run, not the run of the stage before it."""
     first = curriculum_run(server, f"{request.node.name}, later stage long")
     first.client.update_run(first.run_id, status="RUNNING")
-    begun = first.stage("chairs", key="file:///storage/chairs-1")
+    begun = first.child("chairs", key="file:///storage/chairs-1")
     second = curriculum_run(server, f"{request.node.name}, later stage short")
-    gone_on = second.stage("chairs", key="file:///storage/chairs-1")
+    gone_on = second.child("chairs", key="file:///storage/chairs-1")
     assert gone_on.run_id == begun.run_id
     assert second.client.get_run(begun.run_id).data.tags["mlflow.parentRunId"] == second.run_id
     assert second.client.get_run(first.run_id).info.status == "KILLED", "nobody would ever end it"
@@ -449,3 +457,17 @@ def test_a_queue_whose_process_is_killed_is_there_again():
         wait_until(lambda: not queue.is_running())
         writer.send(Record(2))
         wait_until(lambda: told == [1, 2])
+
+
+def test_a_link_that_cannot_be_looked_up_is_the_runs_id(server, monkeypatch):
+    """At the end of a command whose work is done and registered."""
+    run = curriculum_run(server, "linked")
+    page = f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+    assert tracking.run_link(server, "gmflow", run.run_id) == page
+    assert tracking.run_link(server, "no such experiment", run.run_id) == f"run {run.run_id}"
+
+    def away(*_: object) -> None:
+        raise MlflowException("away")
+
+    monkeypatch.setattr(tracking.MlflowClient, "get_experiment_by_name", away)
+    assert tracking.run_link(server, "gmflow", run.run_id) == f"run {run.run_id}"

@@ -14,6 +14,8 @@ import sys, threading, time
 from pipelines.training.watchdog import Watchdog
 
 def tell(step, text):
+    if sys.argv[1] == "hangs, with nobody to tell":
+        raise RuntimeError("Ray is gone")
     print(step, text, flush=True)
 
 watchdog = Watchdog(2.0, tell)
@@ -23,7 +25,7 @@ with watchdog.watching():
     for step in range(5):
         watchdog.progress("computing", step)
         time.sleep(0.5)
-    if sys.argv[1] == "hangs":
+    if sys.argv[1].startswith("hangs"):
         watchdog.progress("waiting for the other workers", 5)
         threading.Event().wait()
 print("done")
@@ -53,6 +55,10 @@ def test_a_hang_ends_the_process_and_says_where(case: str, step: int, doing: str
     assert ended.returncode == 70
     assert ended.stdout == f"{step} hangs: no progress for 2 s while {doing}; ended, to resume\n"
     assert "script.py" in ended.stderr, "the stacks of all threads"
+
+
+def test_a_hang_ends_the_process_though_nobody_can_be_told(tmp_path: Path):
+    assert run("hangs, with nobody to tell", tmp_path).returncode == 70
 
 
 def test_progress_keeps_a_process_alive(tmp_path: Path):

@@ -1,0 +1,174 @@
+"""A config file: YAML and dotted overrides → a frozen pydantic model, with errors that name the key."""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from pipelines.errors import PipelineError
+
+
+class Frozen(BaseModel):
+    """A section of a config: unknown keys are errors, and so are numbers that are none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Config = typing.TypeVar("Config", bound=BaseModel)
+
+Location = tuple[int | str, ...]
+"""Keys and positions that lead to a value of the config."""
+
+
+def load_config(kind: type[Config], path: str, overrides: Sequence[str]) -> Config:
+    """Read a YAML file (which may extend another), apply `dotted.key=value` overrides, validate.
+
+    A list element is addressed by its number or by its name: `stages.chairs.steps=100`. Values are YAML.
+    Raises PipelineError naming the key and, for a misspelt one, the nearest right one.
+    """
+    tree = _read_yaml(Path(path), ())
+    places = {override: _apply(tree, override) for override in overrides}
+    try:
+        return kind.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise PipelineError(f"{_source(path, places, error)}: {_explain(kind, tree, error)}") from error
+
+
+def _source(path: str, places: Mapping[str, Location], error: pydantic.ValidationError) -> str:
+    """What gave the value an error is about: the file, or the last override of it or of what holds it."""
+    where = error.errors()[0]["loc"]
+    for override, place in reversed(list(places.items())):
+        if where[: len(place)] == place:
+            return f"override {override!r}"
+    return path if where or not places else f"{path} with {' '.join(places)}"
+
+
+def _read_yaml(path: Path, over: tuple[Path, ...]) -> dict[str, Any]:
+    """The mapping in a file, over the one in the file beside it that `extends` names.
+
+    Args:
+        path: of the file.
+        over: the files that extend it.
+    """
+    if path.absolute() in over:
+        raise PipelineError(f"{over[0]}: extends itself, by way of {path}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise PipelineError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PipelineError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise PipelineError(f"{path}: a config is a mapping of keys to values")
+    base = tree.pop("extends", None)
+    if not isinstance(base, str | None):
+        raise PipelineError(f"{path}: extends: the name of one file beside this one, not {base!r}")
+    tree = _unshared(tree)
+    return tree if base is None else _merge(_read_yaml(path.parent / base, (*over, path.absolute())), tree)
+
+
+def _unshared(value: Any) -> Any:
+    """Without what an anchor in the file and its aliases share: to override one is not to override all."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key; anything else is replaced."""
+    both = {key: _merge(base[key], over[key]) for key in base.keys() & over.keys() if _mappings(base[key], over[key])}
+    return {**base, **over, **both}
+
+
+def _mappings(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
+def _apply(tree: dict[str, Any], override: str) -> Location:
+    """Set one value. Returns where."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise PipelineError(f"override {override!r}: write key=value, such as stages.chairs.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PipelineError(f"override {override!r}: the value is not YAML: {error}") from error
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        value = float(value)  # YAML 1.1 takes 2e-4 for a string
+    node: Any = tree
+    place: Location = ()
+    *parents, last = key.split(".")
+    for name in parents:
+        part = _part(node, name, override)
+        if isinstance(node, dict) and node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        place = (*place, part)
+    part = _part(node, last, override)
+    node[part] = value
+    return (*place, part)
+
+
+def _part(node: Any, name: str, override: str) -> int | str:
+    """A key of a section as it is; of a list's element its position, which may be given by the element's name."""
+    if isinstance(node, dict):
+        return name
+    if not isinstance(node, list):
+        raise PipelineError(f"override {override!r}: {name!r} lies below a value, not a section")
+    names = _names(node)
+    if name in names:
+        return names.index(name)
+    if name.isdigit() and int(name) < len(node):
+        return int(name)
+    raise PipelineError(f"override {override!r}: no {name!r} here; there is {', '.join(names)}")
+
+
+def _names(elements: list[Any]) -> list[str]:
+    return [str(each.get("name", n)) if isinstance(each, dict) else str(n) for n, each in enumerate(elements)]
+
+
+def _named(tree: Any, location: Location) -> str:
+    """A place in the config as overrides give it: elements of a list by their name, where they have one."""
+    told = []
+    for part in location:
+        inside = isinstance(tree, list) and isinstance(part, int) and part < len(tree)
+        told.append(_names(tree)[int(part)] if inside else str(part))
+        tree = tree[part] if inside else tree.get(part) if isinstance(tree, dict) else None
+    return ".".join(told)
+
+
+def _explain(kind: type[BaseModel], tree: dict[str, Any], error: pydantic.ValidationError) -> str:
+    """The first error in a line; for an unknown key with the nearest known one."""
+    first, *more = error.errors()
+    where = _named(tree, first["loc"])
+    if first["type"] == "extra_forbidden":
+        *parents, name = first["loc"]
+        known = sorted(_keys_at(kind, parents))
+        near = difflib.get_close_matches(str(name), known, n=1)
+        told = f"unknown key {where}; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
+    elif first["type"] == "missing":
+        told = f"{where} is missing"
+    else:
+        message = first["msg"].removeprefix("Value error, ")
+        told = f"{where}: {message}" if where else message
+        if first["type"] != "value_error":
+            told += f", not {first['input']!r}"
+    return told + (f" (and {len(more)} more)" if more else "")
+
+
+def _keys_at(kind: Any, path: Sequence[int | str]) -> set[str]:
+    """Field names of the model at a location of the config."""
+    for part in path:
+        if isinstance(part, str) and isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = kind.model_fields[part].annotation
+        if typing.get_origin(kind) in (typing.Union, types.UnionType, tuple):
+            models = [k for k in typing.get_args(kind) if isinstance(k, type) and issubclass(k, BaseModel)]
+            kind = models[0] if models else kind
+    return set(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else set()
