@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -38,13 +39,13 @@ from datasets_etl.etl import run_etl
 from datasets_etl.loader import MixturePart, PositionDataset, TrainingStream, collate, read_sample, to_tensors
 from datasets_etl.manifest import Manifest
 from datasets_etl.order import Order, rank_positions, sample_generator
-from datasets_etl.samples import FlowSample, encode_sample
+from datasets_etl.samples import FlowSample, dense_valid, encode_sample
 from datasets_etl.shards import raw_files
 from datasets_etl.sources import SOURCES, SampleRef, SourceTree, is_sparse
 from datasets_etl.storage import open_store
 from pipelines.arguments import positive
 
-Array = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+Array = npt.NDArray[Any]  # uint8 frames, float32 flow
 console = Console(width=130)
 
 # Crops and scales of the paper's recipes, and samples a second of the reference loader with the factor to reach.
@@ -126,7 +127,7 @@ def _webp(method: int, quality: int) -> Code:
 
 
 def _decode_image(data: bytes, shape: tuple[int, int]) -> Array:
-    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    return np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB))
 
 
 def _zstd(data: bytes) -> bytes:
@@ -263,7 +264,7 @@ def _raw_flow(tree: SourceTree, ref: SampleRef) -> tuple[npt.NDArray[np.float32]
     if is_sparse(ref.dataset):
         return formats.decode_kitti_flow(data, ref.flow)
     flow = formats.decode_pfm(data, ref.flow) if ref.flow.endswith(".pfm") else formats.decode_flo(data, ref.flow)
-    return flow, (np.abs(flow) < 1000).all(axis=2)
+    return flow, dense_valid(flow)
 
 
 # -------------------------------------------------------------------------------------------------------------- loading

@@ -33,7 +33,8 @@ from datasets_etl.sources import EXPECTED_COUNTS, SOURCES, SourceTree
 from datasets_etl.storage import open_store
 from gmflow import GMFlow
 from pipelines.arguments import positive
-from pipelines.training.config import CurriculumConfig, SetConfig, StageConfig, load_config
+from pipelines.config_file import load_config
+from pipelines.training.config import CurriculumConfig, SetConfig, StageConfig
 from pipelines.training.state import TrainingState, to_bytes
 
 console = Console(width=140)
@@ -138,9 +139,9 @@ def measure_samples() -> dict[str, float]:
             found[dataset] = _sharded_bytes(dataset, root)
     root = Path(os.environ.get("GMFLOW_FORMAT_SAMPLES", "/nowhere"))
     for dataset in ("things", "hd1k"):
-        for folder in sorted(root.iterdir()) if root.exists() else []:
-            if dataset in folder.name.lower().replace("flyingthings3d", "things"):
-                found[dataset] = _sharded_bytes(dataset, folder)
+        for sample in sorted(root.iterdir()) if root.exists() else []:
+            if dataset in sample.name.lower().replace("flyingthings3d", "things"):
+                found[dataset] = _sharded_bytes(dataset, sample)
     return found
 
 
