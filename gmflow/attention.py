@@ -1,6 +1,6 @@
-"""Three ranges of one operation, softmax(q·k / √C) · v: windows, the whole map, a neighbourhood.
+"""softmax(q·k / √C) · v over three ranges: the whole map, a neighbourhood, and what attention in windows is made of.
 
-None of them stores a score matrix of the whole map.
+None of them stores the scores of a whole map at once.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ from gmflow.eager import outside_graphs
 from gmflow.scratch import Scratch
 
 EXCLUDED = -1e9
-"""Score of a pair that must not match. Finite, so that a query without any partner stays free of NaN."""
+"""Score of a pair that must not match. It is finite, so that a query without any partner gives no NaN."""
 
 TILE = 8
 """Side of the query tiles of `neighbourhood_attention`."""
-
 
 STRIP = 1 << 22
 """Scores of `neighbourhood_attention` computed at a time, which bounds its memory at any image size."""
 
 SCORES = 1 << 21
-"""Scores computed at a time on a CPU: 8 MiB of float32, which stay in the cache (docs/performance.md)."""
+"""Scores that a CPU computes at a time: 8 MiB of float32, which stay in its cache (docs/performance.md)."""
 
 ACCELERATOR_SCORES = 1 << 26
-"""The same elsewhere, where there are only gradients to compute: large enough to fill the device."""
+"""Scores that an accelerator computes at a time, in the backward pass alone: enough to keep it busy."""
 
 ROWS = 1 << 9
-"""Queries attended at a time where a map is so large that fewer would fit: of fewer, a product is slow."""
+"""Where `SCORES` allow fewer queries than this, a CPU attends this many at a time: products of few rows are slow."""
 
 TOKENS = 1 << 11
-"""Queries of several windows attended at a time on a CPU: their projections stay in the cache beside the scores."""
+"""Queries of several windows that a CPU attends at a time at most.
+
+Their projections then stay in the cache beside the scores.
+"""
 
 ALL = slice(None)
 """Every row."""
@@ -48,10 +50,11 @@ CROSSING_PENALTY = -100.0
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Every query attends to every key.
 
-    On accelerators this is the fused kernel. That of the CPU takes a cheaper exponential and other partial sums:
-    up to 0.004 px off the reference. There the scores are computed chunk by chunk, in the reference's order of
-    operations. In the backward pass they are everywhere: the fused kernel's gradients in float32 differ from time to
-    time, and take as long or, made to add up in one order, many times as long (docs/performance.md).
+    On accelerators the forward pass is PyTorch's fused operation. On a CPU that operation takes a cheaper exponential
+    and other partial sums, which puts the flow up to 0.004 px off the reference; so there the scores are computed chunk
+    by chunk, in the reference's order of operations. The backward pass goes chunk by chunk on every device: in float32
+    the gradients of the fused operation differ from run to run and take as long, or, when it is made to add up in one
+    order, many times as long (docs/performance.md).
 
     Args:
         query: `[N, L, C]`.
@@ -68,44 +71,45 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """The same as one operation. It takes no mask: one of `[L, M]` is what the fused kernels are there to avoid.
+    """`attention` as PyTorch's fused operation, without a mask: storing `[L, M]` is what it is there to avoid.
 
-    `scale` is that of the scores, 1 / √C where it is left out.
+    `scale` is the factor of the scores, 1 / √C where it is left out.
     """
     narrower = query.shape[-1] - value.shape[-1]
-    wide = F.pad(value, (0, narrower)) if narrower else value  # the fused kernels want values as wide as keys
+    wide = F.pad(value, (0, narrower)) if narrower else value  # the fused kernels need values as wide as keys
     # One head: with three dimensions PyTorch takes none of its fused kernels.
     heads = query.unsqueeze(1), key.unsqueeze(1), wide.unsqueeze(1)
     one_head = F.scaled_dot_product_attention(*heads, scale=scale).squeeze(1)
     return one_head[..., : value.shape[-1]] if narrower else one_head
 
 
-def computes_in_chunks(device: torch.device) -> bool:
-    """Whether attention is computed chunk by chunk there, in the reference's order of operations: on a CPU.
+def runs_eagerly_on_cpu(device: torch.device) -> bool:
+    """Whether this runs on a CPU and is not being exported.
 
-    An exported program is one graph for all sizes: it takes the fused operation, not the loop over chunks.
+    Attention then goes chunk by chunk, in the reference's order of sums where that is asked for.
     """
     return device.type == "cpu" and not torch.compiler.is_exporting()
 
 
 def cuts_windows(device: torch.device, *, any_order: bool) -> bool:
-    """Whether windows around the border are cut up there, so that none needs a mask.
+    """Whether windows that wrap around the border are cut into their regions, so that no window needs a mask.
 
-    They are not in float32 on a CPU, unless sums may be in `any_order`, not the reference's. Elsewhere there are fewer
-    scores, and attention can be the fused operation, which takes no mask and in 16 bits, where it rounds no scores, is
-    more exact (docs/performance.md). Those of an exported program stay whole.
+    Cut windows have fewer scores, and their attention can be PyTorch's fused operation. That takes no mask, and in 16
+    bits it is more exact, because it does not round the scores (docs/performance.md). Windows stay whole in two cases:
+    in float32 on a CPU where sums must be in the reference's order (not `any_order`), and when exporting.
     """
-    return not computes_in_chunks(device) or any_order or torch.is_autocast_enabled("cpu")
+    whole = runs_eagerly_on_cpu(device) and not any_order and not torch.is_autocast_enabled("cpu")
+    return not (whole or torch.compiler.is_exporting())
 
 
 def chunk_size(queries: int, keys: int, device: torch.device) -> tuple[int, int]:
-    """How many windows, and how many queries of each, are attended at a time.
+    """How many windows, and how many queries of each window, are attended at a time.
 
-    On a CPU those are at most `SCORES` scores or `ROWS` rows. Whole windows are as many as the threads can share
-    evenly: a product of five takes two threads as long as of six. Parts of a window are of one size, as far as they
-    go, rather than full ones and a rest.
+    On a CPU these have at most `SCORES` scores, or are at most `ROWS` queries. The number of whole windows is one that
+    the threads of the moment can share evenly: a product of five windows takes two threads as long as one of six. A
+    window that is divided is divided into parts of nearly one size, not into full parts and a small rest.
     """
-    if not computes_in_chunks(device):
+    if not runs_eagerly_on_cpu(device):
         return max(1, ACCELERATOR_SCORES // (queries * keys)), min(queries, max(1, ACCELERATOR_SCORES // keys))
     many = min(SCORES // (queries * keys), max(1, TOKENS // queries))
     if many > 1:
@@ -116,7 +120,7 @@ def chunk_size(queries: int, keys: int, device: torch.device) -> tuple[int, int]
 
 
 def row_slices(queries: int, rows: int) -> list[slice]:
-    """The queries of a window in parts of `rows`."""
+    """The queries of a window, in slices of `rows`."""
     return [slice(row, min(row + rows, queries)) for row in range(0, queries, rows)]
 
 
@@ -129,12 +133,12 @@ def _chunks(windows: int, queries: int, keys: int, device: torch.device) -> Iter
 
 
 class Crossing(NamedTuple):
-    """The penalties of windows that the border runs through."""
+    """The mask of windows that wrap around the border: penalties for pairs of tokens from different regions."""
 
     regions: Tensor
-    """Of the tokens: `[L]`."""
+    """Region of each token, `[L]`."""
     penalties: Tensor
-    """What a query of each region adds to its scores with every key: `[4, L]`."""
+    """What is added to the scores of a query with every key, by the query's region: `[4, L]`."""
 
     @classmethod
     def of(cls, regions: Tensor) -> Crossing:
@@ -155,12 +159,16 @@ def softmax_weights(
 
 
 class _Attention(torch.autograd.Function):
-    """Fused or chunk by chunk on the way there, chunk by chunk on the way back."""
+    """The forward pass is fused or goes chunk by chunk (see `attention`); the backward pass goes chunk by chunk.
+
+    The backward pass computes the scores again. So nothing depends on whether its chunks are those of the forward pass,
+    which they need not be: their size depends on the number of threads.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        if not computes_in_chunks(query.device):
+        if not runs_eagerly_on_cpu(query.device):
             return fused_attention(query, key, value)
         out = value.new_empty(*query.shape[:2], value.shape[-1])
         scratch = Scratch(query)
@@ -193,7 +201,7 @@ class _Attention(torch.autograd.Function):
 
 
 def softmax_backward(to_weights: Tensor, weights: Tensor) -> Tensor:
-    """Gradient of the scores from that of their softmax `weights`, in the memory of that."""
+    """From the gradient of softmax `weights` to that of their scores, in place: in the memory of `to_weights`."""
     found: Tensor = torch._softmax_backward_data(to_weights, weights, -1, weights.dtype, grad_input=to_weights)
     return found
 
@@ -247,7 +255,7 @@ def neighbourhood_attention(query: Tensor, key: Tensor, value: Tensor, radius: i
 
 
 def _strips(rows: int, longest: int) -> list[tuple[int, int]]:
-    """First row and length of strips of tiles; an exported program, one graph for all sizes, takes all in one."""
+    """First row and length of strips of tiles. When exporting there is one strip: the graph must fit every size."""
     if torch.compiler.is_exporting():
         return [(0, rows)]
     return [(start, min(longest, rows - start)) for start in range(0, rows, longest)]

@@ -7,17 +7,17 @@ from torch import Tensor, nn
 
 from gmflow.config import GMFlowConfig
 from gmflow.instance_norm import instance_norm
-from gmflow.order import Order
+from gmflow.summation import SummationOrder
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Backbone(nn.Module):
-    """A small residual network; with two scales one shared 3×3 convolution reads its map at both strides.
+    """A small residual network. With two scales, one shared 3×3 convolution is applied to its map at both strides.
 
     Attributes:
-        order: of its sums.
+        summation: in which order it adds up; see `SummationOrder`.
     """
 
     mean: Tensor
@@ -25,7 +25,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: GMFlowConfig) -> None:
         super().__init__()
-        self.order = Order.REFERENCE
+        self.summation = SummationOrder.REFERENCE
         stem, *_, last = config.backbone_channels
         strides = (1, 2, 2 if config.num_scales == 1 else 1)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
@@ -49,10 +49,10 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images `[N, 3, H, W]` in 0..255 → features `[N, C, H/stride, W/stride]`, coarse to fine."""
-        # Always in float32: the 8 bits of a bfloat16 lose what tells neighbouring shades apart (docs/performance.md).
+        # Always in float32: with the 8 bits of bfloat16, neighbouring shades become one (docs/performance.md).
         x = (images.float() / 255.0 - self.mean) / self.std
-        # A CPU convolves channels-last maps faster, in 16 bits several times, and sums in another order.
-        channels_last = x.is_cpu and (self.order.is_free(x.device) or torch.is_autocast_enabled("cpu"))
+        # A CPU convolves channels-last maps faster (in 16 bits several times as fast), and adds up in another order.
+        channels_last = x.is_cpu and (self.summation.is_free(x.device) or torch.is_autocast_enabled("cpu"))
         x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         with torch.autocast(x.device.type, enabled=False):
             x = instance_norm(self.stem(x)).relu_()  # [N, stem, H/2, W/2]
@@ -60,7 +60,7 @@ class Backbone(nn.Module):
         if self.shared is None:
             return [x]
         fine = self.shared(x)
-        return [fine[:, :, ::2, ::2], fine]  # with stride 2 the convolution gives every second of the same values
+        return [fine[:, :, ::2, ::2], fine]  # a convolution with stride 2 gives every second value of the fine map
 
 
 class ResidualBlock(nn.Module):

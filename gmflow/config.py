@@ -1,4 +1,4 @@
-"""What tells one GMFlow from another, validated once, where it is built."""
+"""The configuration of a GMFlow, validated once, when it is built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the gradients of a convolution come about, while what it computes stays the same."""
+"""Other backward passes of convolutions; their forward pass stays the same."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _BLOCK = 16
-"""Channels that a CPU computes at a time, at most."""
+"""Channels that oneDNN computes at a time, at most; with fewer input channels it has the fault described below."""
 
 
-def mend_way_back(convolution: nn.Conv2d) -> None:
-    """Keep a 1×1 convolution of channels-last maps from what a CPU makes of its gradients; changes it in place.
+def mend_backward(convolution: nn.Conv2d) -> None:
+    """Avoid two faults of PyTorch's CPU backward pass of 1x1 convolutions on channels-last maps; in place.
 
-    The weight's has its strides then. It would lie the same, told of by others, which DDP takes for a mismatch. And a
-    strided one reads places that are cut out beforehand: from maps of few channels, oneDNN writes past its memory on
-    the way back, which ends in wrong numbers, a hang or a crash (https://github.com/uxlfoundation/oneDNN/issues/6035).
+    First, the weight's gradient gets channels-last strides. For a 1x1 kernel the memory is the same, but DDP compares
+    strides and warns, so the weight is passed as a view that has no such strides. Second, for strided convolutions of
+    few input channels oneDNN writes past its buffer, which gives wrong numbers, a hang or a crash
+    (https://github.com/uxlfoundation/oneDNN/issues/6035), so the pixels that are read are sliced out first.
     """
     convolution.forward = partial(_mended, convolution)  # type: ignore[method-assign]
 
 
-def narrow_way_back(convolution: nn.Conv2d, dtype: torch.dtype) -> None:
-    """Let the gradients of a convolution (ungrouped, zero padding) be products of `dtype`; changes it in place.
+def narrow_backward(convolution: nn.Conv2d, dtype: torch.dtype) -> None:
+    """Compute the backward pass of a convolution (ungrouped, padded with zeros) in `dtype`; in place.
 
-    What it computes stays the same, and its gradients keep the type of what they are gradients of. A 1×1 convolution is
-    mended, too.
+    The forward pass stays the same, and so do the types of the gradients. A 1x1 convolution gets `mend_backward`, too.
     """
     convolution.forward = partial(_narrowed, convolution, dtype)  # type: ignore[method-assign]
 
 
 def _factors(convolution: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Maps, weight and stride that a convolution is computed of."""
+    """The maps, weight and stride to compute the convolution with: see `mend_backward`."""
     weight, stride = convolution.weight, convolution.stride
     if convolution.kernel_size != (1, 1) or not (x.is_cpu and torch.is_grad_enabled()):
         return x, weight, stride

@@ -1,24 +1,27 @@
 """Pictures that need drawing and resampling: flow as arrows, a frame moved along its flow.
 
-Apart from `visualize`, because OpenCV takes a while to load and the model does without it.
+Not in `visualize`, because OpenCV takes a while to load and the model does without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
 from gmflow.errors import GMFlowError
-from gmflow.visualize import UNKNOWN
+from gmflow.visualize import known_flow
+
+MILLISECONDS = 60
+"""Time for which an animation shows each picture."""
 
 
 def draw_arrows(
     frame: npt.NDArray[np.uint8], flow: npt.NDArray[np.floating], *, spacing: int = 24
 ) -> npt.NDArray[np.uint8]:
-    """A frame with an arrow from every `spacing`-th pixel to where it goes; unknown flow gets none.
+    """A frame with an arrow from every `spacing`-th pixel to where it moves; where flow is unknown there is none.
 
     Args:
         frame: RGB, uint8 `[H, W, 3]`.
@@ -36,7 +39,7 @@ def draw_arrows(
         raise GMFlowError(f"spacing must be at least 1, not {spacing}")
     picture = np.ascontiguousarray(frame).copy()
     height, width = flow.shape[:2]
-    known = (np.abs(flow) <= UNKNOWN).all(axis=2)  # false for NaN
+    known = known_flow(flow)
     for y in range(spacing // 2, height, spacing):
         for x in range(spacing // 2, width, spacing):
             if known[y, x]:
@@ -73,7 +76,7 @@ def warp_frame(
 
     Args:
         frame1: RGB, uint8 `[H, W, 3]`.
-        flow: from frame 0 to frame 1, `[H, W, 2]`, pixels; unknown flow counts as none.
+        flow: from frame 0 to frame 1, `[H, W, 2]`, pixels; unknown flow counts as no motion.
         amount: 0 leaves the frame as it is.
 
     Returns:
@@ -84,8 +87,7 @@ def warp_frame(
     """
     _check_sizes(frame1, flow)
     height, width = flow.shape[:2]
-    known = (np.abs(flow) <= UNKNOWN).all(axis=2, keepdims=True)
-    moved = np.where(known, flow, 0).astype(np.float32) * np.float32(amount)
+    moved = np.where(known_flow(flow)[..., None], flow, 0).astype(np.float32) * np.float32(amount)
     x = np.arange(width, dtype=np.float32) + moved[..., 0]
     y = np.arange(height, dtype=np.float32)[:, None] + moved[..., 1]
     warped: npt.NDArray[np.uint8] = cv2.remap(frame1, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
@@ -94,7 +96,7 @@ def warp_frame(
 
 def warp_animation(
     frame1: npt.NDArray[np.uint8], flow: npt.NDArray[np.floating], *, steps: int = 12
-) -> Iterator[npt.NDArray[np.uint8]]:
+) -> list[npt.NDArray[np.uint8]]:
     """Frame 1 pulled back to frame 0 along the flow, and on to frame 1 again, as a loop of 2 · `steps` pictures.
 
     Only what moves should be seen to move: tears and smears show where the flow is wrong.
@@ -104,16 +106,15 @@ def warp_animation(
     """
     if steps < 1:
         raise GMFlowError(f"steps must be at least 1, not {steps}")
-    for step in range(2 * steps):
-        phase = np.pi * step / steps
-        yield warp_frame(frame1, flow, (1 + float(np.cos(phase))) / 2)  # slow at both ends
+    phases = [np.pi * step / steps for step in range(2 * steps)]
+    return [warp_frame(frame1, flow, (1 + float(np.cos(phase))) / 2) for phase in phases]  # slow at both ends
 
 
-def encode_animation(pictures: Sequence[npt.NDArray[np.uint8]], *, milliseconds: int = 60) -> bytes:
+def encode_animation(pictures: Sequence[npt.NDArray[np.uint8]]) -> bytes:
     """RGB pictures, uint8 `[H, W, 3]` of one size, as an animated WebP that runs for ever."""
     animation = cv2.Animation()
     animation.frames = [cv2.cvtColor(picture, cv2.COLOR_RGB2BGR) for picture in pictures]
-    animation.durations = [milliseconds] * len(animation.frames)
+    animation.durations = [MILLISECONDS] * len(animation.frames)
     animation.loop_count = 0
     done, data = cv2.imencodeanimation(".webp", animation, [cv2.IMWRITE_WEBP_QUALITY, 90])
     if not done:

@@ -14,17 +14,17 @@ R = TypeVar("R")
 
 
 def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
-    """For functions that loop over chunks: a compiler would unroll them, for minutes.
+    """Decorator for functions that loop over chunks: a compiler would take minutes to unroll the loops.
 
-    `torch.compiler.disable` does the same, but loads the compiler at once, which takes as long as loading PyTorch;
-    here it is loaded by who compiles.
+    `torch.compiler.disable` does the same, but loads the compiler at once, which takes as long as loading PyTorch. With
+    this decorator it is loaded only when something is compiled.
     """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         return function(*args, **kwargs)
 
-    # A graph ends before it; its frame, and all below it, are run as they are.
+    # The graph ends before a call of it. Its frame, and all frames below, run without being compiled.
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     skip = frames._FrameAction.SKIP
     code: CodeType = call.__code__  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """How a finished model is run: precision, activation checkpointing, compilation, data parallelism.
 
-The model says what is computed and knows none of this; here is the one place that applies it.
+The model says what is computed and knows nothing of this. It is applied here and nowhere else.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from gmflow.backbone import Backbone, ResidualBlock
-from gmflow.convolution import mend_way_back, narrow_way_back
+from gmflow.convolution import mend_backward, narrow_backward
 from gmflow.errors import GMFlowError
 from gmflow.model import FlowOutput, GMFlow
-from gmflow.order import Order
 from gmflow.process import allow_tf32, flush_denormals, keep_freed_memory_for_reuse, sum_in_order
 from gmflow.replay import replay_passes
+from gmflow.summation import SummationOrder
 from gmflow.transformer import AttentionLayer, FeatureTransformer, FeedForward, TransformerBlock
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -36,7 +36,7 @@ _RECOMPUTED: dict[str, tuple[type[nn.Module], ...]] = {
     "selective": (FeedForward, ResidualBlock),
     "full": (TransformerBlock, ResidualBlock),
 }
-# Where a model keeps how it was prepared: its copies carry it with them.
+# The attribute in which a model keeps how it was prepared; its copies have it too.
 _PREPARED_FOR = "_prepared_for"
 
 
@@ -45,25 +45,27 @@ class ExecutionConfig:
     """How to run a model.
 
     Attributes:
-        precision: "fp32", on a CPU in the reference's order of operations, or the flow would be more than 0.001 px off,
-            but where gradients are wanted, behind the backbone, in the fastest; "tf32" is float32 that rounds otherwise
-            and takes less time: products on NVIDIA GPUs round their factors to 10 bits, a CPU adds up all of it in the
-            fastest order (docs/performance.md);
-            "bf16" or "fp16" compute convolutions, attention and feed-forward in that type, while parameters, residual
-            stream, matching, propagation and flow stay in float32; so do, where gradients are wanted, the backbone, the
-            feed-forward and on a CPU attention, but for their way back. Products that stay in float32 round as those of
-            "tf32": in training they are a quarter of all, which would take most of the time, and beside
-            rounding to 16 bits it was not seen to matter (docs/performance.md). Attention within windows is float16 on
-            a GPU in all three, but for its way back: it rounds to 10 bits as "tf32" does. "fp16" needs a gradient
-            scaler in training.
+        precision: what products are computed in. Parameters, the residual stream, matching, propagation and flow are
+            float32 in all four.
+            "fp32": float32. On a CPU, inference adds up in the reference's order; another order moves the flow by more
+            than 0.001 px. Training keeps that order in the backbone alone and takes the fastest elsewhere.
+            "tf32": float32 that rounds differently and takes less time. NVIDIA GPUs round the factors of products to 10
+            bits; a CPU adds up in the fastest order.
+            "bf16", "fp16": convolutions, attention and feed-forward in 16 bits. Where gradients are wanted, the
+            backbone, the feed-forward and (on a CPU) attention stay in float32 in the forward pass; only their
+            backward pass is in 16 bits. Products that stay in float32 round as with "tf32". "fp16" needs a gradient
+            scaler.
+            On a GPU, attention within windows is float16 in the forward pass of all but "fp32". See
+            docs/performance.md.
         checkpointing: what is recomputed in the backward pass instead of kept. "selective": the feed-forward's hidden
             layer and the residual blocks; "full": whole transformer blocks and the residual blocks.
-        compile: run through `torch.compile`, which needs a compiler of C++ (CPU) or C (NVIDIA GPU) on this machine.
+        compile: run through `torch.compile`, which needs a C++ compiler (CPU) or a C compiler (NVIDIA GPU) on this
+            machine.
         ddp: wrap into DistributedDataParallel over the default process group.
         replay: on an NVIDIA GPU, record the operations of a pass once for each shape of images and replay them
-            (`gmflow/replay.py`): the same numbers, without the time that asking for each of them takes.
-        same_bits: on an NVIDIA GPU, sum in the same order every time, so that a step repeated is the same to the last
-            bit; on a CPU it is anyway. A setting of the process.
+            (`gmflow/replay.py`): the same numbers, without the time that launching each operation takes.
+        same_bits: on an NVIDIA GPU, add up in the same order every time, so that a repeated step is the same to the
+            last bit; on a CPU it is anyway. It holds for the whole process and is never taken back.
 
     Raises:
         GMFlowError: an unknown value, or `replay` of a compiled model.
@@ -80,7 +82,7 @@ class ExecutionConfig:
         _check_choice("precision", self.precision, get_args(Precision))
         _check_choice("checkpointing", self.checkpointing, get_args(Checkpointing))
         if self.compile and self.replay:
-            raise GMFlowError("replay records what runs as it is; choose it or compile")
+            raise GMFlowError("replay does not work on a compiled model; choose it or compile")
 
 
 def prepare_model(
@@ -93,21 +95,25 @@ def prepare_model(
     """Make a model run as configured.
 
     The model is changed in place (its parameters and their names are not) and returned, in a
-    `DistributedDataParallel` where that was asked for: its `.module` is the model. On a CPU the thread that calls this
-    takes numbers below 1e-38 for zero from then on, and so do those that it computes with: run the model in it.
+    `DistributedDataParallel` where that was asked for: its `.module` is the model.
+
+    Some settings hold for more than the model. On a CPU, the calling thread and the threads that compute for it take
+    numbers below 1e-38 for zero from then on: run the model in that thread. On an NVIDIA GPU, whether float32 products
+    round is a setting of the process, and the model prepared last decides: models prepared for "fp32" and for another
+    precision must not be used in one process. `same_bits` stays on for the process, too.
 
     Args:
         model: freshly built or loaded; not prepared before.
         config: see `ExecutionConfig`.
-        device: moved there first; where it is left out, the model stays where it is.
-        keep_freed_memory: on a CPU, let the process keep what is freed, which is faster (docs/performance.md). Not
-            where its memory is measured, or needed by what runs in it afterwards.
+        device: where to move the model first; left out, it stays where it is.
+        keep_freed_memory: on a CPU, let the process keep freed memory, which is faster (docs/performance.md). Turn it
+            off where the process's memory is measured, or where other work in the process needs that memory.
 
     Raises:
         GMFlowError: DDP without an initialised process group, `compile` without a compiler, or a model that was
-            prepared before; it is left as it was.
+            prepared before. The model is then unchanged.
     """
-    if _prepared_for(model) is not None:
+    if prepared_for(model) is not None:
         raise GMFlowError("this model has been prepared already; build it afresh to run it differently")
     if config.ddp and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise GMFlowError("ddp needs an initialised process group (torch.distributed.init_process_group)")
@@ -137,24 +143,26 @@ def prepare_model(
         device_ids=[place] if place.type == "cuda" else None,
         forward_sync_buffers=False,  # they are constants
         gradient_as_bucket_view=True,
-        # All are used, but else DDP would arrange the gradients anew after its first step, in the order in which they
-        # come. Three and more ranks add up an element in an order that depends on its place: the first step of a
-        # process that resumes would have other bits than the same step of one that went on.
+        # All parameters are used. But without this, DDP rearranges the gradients after its first step, in the order in
+        # which they become ready, and with three or more ranks the order in which an element is added up depends on its
+        # place. The first step of a resumed process would then have other bits than the same step of one that went on.
         find_unused_parameters=True,
     )
 
 
 def runs_in(model: nn.Module, precision: Precision | None) -> Precision:
-    """The precision in which a model runs where `precision` is asked for, or none in particular.
+    """The precision in which a model runs if `precision` is asked for; None asks for none in particular.
 
     Raises:
         GMFlowError: an unknown precision, or one that this model does not run in.
     """
     if precision is not None:
         _check_choice("precision", precision, get_args(Precision))
-    prepared = _prepared_for(model)
+    prepared = prepared_for(model)
     if prepared is None and precision == "tf32":
-        raise GMFlowError('tf32 takes a prepared model: prepare_model(model, ExecutionConfig(precision="tf32"))')
+        raise GMFlowError(
+            'tf32 takes a prepared model: gmflow.execution.prepare_model(model, ExecutionConfig(precision="tf32"))'
+        )
     if prepared is not None and precision not in (None, prepared.precision):
         raise GMFlowError(
             f"this model was prepared for {prepared.precision} and does not run in {precision}; "
@@ -164,11 +172,14 @@ def runs_in(model: nn.Module, precision: Precision | None) -> Precision:
 
 
 def _require_compiler(device: torch.device) -> None:
-    """As PyTorch's compiler looks for one on a CPU, and Triton on a GPU: they would end the first pass with a trace."""
+    """Look for a compiler as PyTorch's compiler does on a CPU, and Triton on a GPU.
+
+    Without this check, a missing one would end the first forward pass with a traceback.
+    """
     if sys.platform != "linux" or device.type not in ("cpu", "cuda"):
-        return  # other compilers, of other names
+        return  # there, compilers have other names
     if device.type == "cpu" and os.environ.get("TORCH_INDUCTOR_INSTALL_GXX"):
-        return  # PyTorch gets one itself
+        return  # PyTorch then installs one itself
     variable, usual = ("CXX", ("g++",)) if device.type == "cpu" else ("CC", ("gcc", "clang"))
     named = os.environ.get(variable)
     if not any(shutil.which(name) for name in (usual if named is None else (named,))):
@@ -179,25 +190,26 @@ def _require_compiler(device: torch.device) -> None:
         )
 
 
-def _prepared_for(model: nn.Module) -> ExecutionConfig | None:
+def prepared_for(model: nn.Module) -> ExecutionConfig | None:
+    """How `prepare_model` prepared this model; None if it did not."""
     return vars(model).get(_PREPARED_FOR)
 
 
 def _wrap_parts(model: GMFlow, config: ExecutionConfig) -> None:
-    """All wrappers are partials of functions: so a copy of the model calls its own forward passes, and can be pickled.
+    """Replace forward passes by partials of functions, so that copies of the model call their own, and can be pickled.
 
-    A closure over a forward pass would call that of the model it was copied from.
+    A closure would still call the forward pass of the model that was copied.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
-            mend_way_back(module)
+            mend_backward(module)
     for module in model.modules():
         if isinstance(module, (Backbone, FeatureTransformer, AttentionLayer, FeedForward)):
-            module.order = Order.FREE if config.precision != "fp32" else _order_in_fp32(module)
+            module.summation = SummationOrder.FREE if config.precision != "fp32" else _summation_in_fp32(module)
         if config.precision in _DTYPES and isinstance(module, Backbone):
             module.forward = partial(_wide_in_training, module.forward)  # type: ignore[method-assign]
             for convolution in (part for part in module.modules() if isinstance(part, nn.Conv2d)):
-                narrow_way_back(convolution, _DTYPES[config.precision])
+                narrow_backward(convolution, _DTYPES[config.precision])
         if isinstance(module, _RECOMPUTED[config.checkpointing]):
             # No random numbers are drawn in the model, so there is no generator state to bring back.
             module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
@@ -205,12 +217,14 @@ def _wrap_parts(model: GMFlow, config: ExecutionConfig) -> None:
         model.forward = partial(_in_16_bits, model.forward, _DTYPES[config.precision])  # type: ignore[method-assign]
 
 
-def _order_in_fp32(module: nn.Module) -> Order:
-    """Training magnifies what the backbone rounds otherwise ten times as much as what the rest does, and gains little.
+def _summation_in_fp32(module: nn.Module) -> SummationOrder:
+    """The backbone keeps the reference's order also in training.
 
-    So twenty steps stay within a thousandth of those in the reference's order (docs/performance.md).
+    Training magnifies a different rounding of the backbone ten times as much as one of the rest, and another order
+    saves little time there. This way, twenty steps stay within a thousandth of those in the reference's order
+    (docs/performance.md).
     """
-    return Order.REFERENCE if isinstance(module, Backbone) else Order.FREE_TO_LEARN
+    return SummationOrder.REFERENCE if isinstance(module, Backbone) else SummationOrder.FREE_TO_LEARN
 
 
 def _in_16_bits(
@@ -226,7 +240,7 @@ def _in_16_bits(
 
 
 def _wide_in_training(forward: Callable[..., Any], *tensors: Tensor) -> Any:
-    """Rounding on the way to the loss turns gradients out of proportion (docs/performance.md)."""
+    """In float32 where gradients are wanted: rounding a forward pass changes them too much (docs/performance.md)."""
     if not torch.is_grad_enabled():
         return forward(*tensors)
     with torch.autocast(tensors[0].device.type, enabled=False):

@@ -1,8 +1,8 @@
 """The model as a program without this library: `torch.export` and ONNX, one graph for all batch and image sizes.
 
 Both take `image0` and `image1`, float32 `[B, 3, H, W]`, RGB in 0..255, and return `flow`, float32 `[B, 2, H, W]` in
-pixels. H and W are multiples of `size_multiple` and at least `minimum_size`, both of which stand in the file; padding
-to that is the caller's, as it is the model's.
+pixels. H and W are multiples of `size_multiple`, at least `minimum_size` and at most 32768; B is at most 1024. Both
+`size_multiple` and `minimum_size` stand in the file. The program does not pad images: that is the caller's task.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gmflow.errors import GMFlowError
+from gmflow.execution import prepared_for
 from gmflow.model import GMFlow
 from gmflow.predict import evaluating
 from gmflow.weights import CONFIG_KEY, replace_file
@@ -46,7 +47,7 @@ class _ImagesToFlow(nn.Module):
 def minimum_size(model: GMFlow) -> int:
     """The smallest height and width an exported program takes: its windows must have at least two features a side.
 
-    One of a single feature is another graph.
+    Windows of a single feature would trace to a different graph.
     """
     config = model.config
     needed = max(2 * stride * splits for stride, splits in zip(config.strides, config.attn_splits, strict=True))
@@ -55,7 +56,7 @@ def minimum_size(model: GMFlow) -> int:
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A model's graph, for every batch and image size from `minimum_size` on, ready to be written.
+    """A model's graph, for every batch and every image size from `minimum_size` on, ready to be written.
 
     Attributes:
         program: (image0, image1) → flow.
@@ -105,8 +106,18 @@ class ExportedModel:
 def export_model(model: GMFlow) -> ExportedModel:
     """Trace a forward pass on the model's device.
 
-    Attention is the fused operation, so its flow differs from the model's on a CPU as that on an accelerator does.
+    Args:
+        model: freshly built or loaded, not prepared by `gmflow.execution.prepare_model`.
+
+    Returns:
+        The program is tied to the model's device. Attention is PyTorch's fused operation, so on a CPU its flow differs
+        slightly from the model's (docs/inference.md).
+
+    Raises:
+        GMFlowError: the model was prepared.
     """
+    if prepared_for(model) is not None:
+        raise GMFlowError("a model that was prepared cannot be exported; build or load it afresh")
     multiple, smallest = model.size_multiple, minimum_size(model)
     device = next(model.parameters()).device
     example = torch.zeros(2, 3, smallest + multiple, smallest + 2 * multiple, device=device)
@@ -140,7 +151,7 @@ def _checked(path: str | Path, suffix: str) -> Path:
 
 
 def check_onnx(path: str | Path) -> None:
-    """That what writes `.onnx` is installed, which would show after the tracing only. Raises GMFlowError."""
+    """Raise GMFlowError if `onnx` or `onnxscript` is missing, before minutes are spent on tracing."""
     if any(importlib.util.find_spec(package) is None for package in ("onnx", "onnxscript")):
         raise _no_onnx(path)
 
@@ -151,7 +162,7 @@ def _no_onnx(path: str | Path) -> GMFlowError:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The converter tells of operators it knows nothing of (torchvision's), its progress, and types it guesses."""
+    """Silence the converter: it reports operators it does not know (torchvision's), its progress, and guessed types."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
     before = [logger.level for logger in loggers]
     for logger in loggers:

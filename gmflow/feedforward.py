@@ -1,8 +1,8 @@
 """source + LayerNorm(W2 · GELU(W1 · [source, message])) over chunks of tokens.
 
-The hidden layer is eight times as wide as a token. A chunk of it stays in the processor's cache; as one tensor it is
-what would dominate time (memory traffic) and memory. For the backward pass its values before the GELU, the updates
-before the LayerNorm and their statistics are kept.
+The hidden layer is eight times as wide as a token. A chunk of it stays in the processor's cache. As one tensor it would
+take most of the time (memory traffic) and most of the memory. For the backward pass are kept the hidden values before
+the GELU, the updates before the LayerNorm, and the LayerNorm's statistics.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from gmflow.layer_norm import Statistics, layer_norm, layer_norm_backward
 from gmflow.scratch import Matrix, Scratch, add_product
 
 CPU_CHUNK = 1 << 21
-"""Hidden values computed at a time on a CPU: 8 MiB of float32, measured best (docs/performance.md)."""
+"""Hidden values that a CPU computes at a time: 8 MiB of float32, measured best (docs/performance.md)."""
 
 ACCELERATOR_CHUNK = 1 << 27
-"""Elsewhere: large enough to fill the device, small enough to bound memory at any image size."""
+"""Hidden values that an accelerator computes at a time: enough to keep it busy, in bounded memory at any image size."""
 
 
 @outside_graphs
@@ -44,21 +44,21 @@ def feed_forward(
         message: `[T, C]`.
         expand: W1, `[H, 2C]`.
         contract: W2, `[C, H]`.
-        scale: of the LayerNorm, `[C]`.
-        shift: of the LayerNorm, `[C]`.
-        any_order: sums on the way to the loss may be in another order than the reference's. On the way back they are
+        scale: scale of the LayerNorm, `[C]`.
+        shift: shift of the LayerNorm, `[C]`.
+        any_order: sums of the forward pass may be in another order than the reference's. Those of the backward pass are
             in whatever order is the fastest.
     """
-    if torch.compiler.is_exporting():  # one graph for all sizes holds no loop over chunks
+    if torch.compiler.is_exporting():  # one graph for all sizes cannot hold a loop over chunks
         update = F.linear(F.gelu(F.linear(torch.cat([source, message], dim=1), expand)), contract)
         return source + F.layer_norm(update, scale.shape, scale, shift)
     device = source.device.type
     narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else source.dtype
-    # What a step learns from is where it stands: rounding on the way there turns gradients, rounding on the way back
-    # hardly does (docs/performance.md).
+    # Rounding in the forward pass changes the direction of the gradients; rounding in the backward pass hardly does
+    # (docs/performance.md). So in training only the backward pass is in 16 bits.
     dtype = source.dtype if torch.is_grad_enabled() else narrow
-    kept = narrow if torch.is_grad_enabled() else None
-    out: Tensor = _FeedForward.apply(source, message.to(dtype), expand, contract, scale, shift, kept, any_order)  # type: ignore[no-untyped-call]
+    back = narrow if torch.is_grad_enabled() else None
+    out: Tensor = _FeedForward.apply(source, message.to(dtype), expand, contract, scale, shift, back, any_order)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -68,7 +68,10 @@ def _chunks(source: Tensor, hidden: int) -> list[slice]:
 
 
 class _FeedForward(torch.autograd.Function):
-    """Multiplies in the type of `message`, on the way back in `narrow`; sums and normalises in that of `source`."""
+    """The forward pass multiplies in the type of `message`, the backward pass in `back`.
+
+    Both normalise and add to `source` in the type of `source`. Where `back` is None there is no backward pass.
+    """
 
     @staticmethod
     def forward(
@@ -79,7 +82,7 @@ class _FeedForward(torch.autograd.Function):
         contract: Tensor,
         scale: Tensor,
         shift: Tensor,
-        narrow: torch.dtype | None,
+        back: torch.dtype | None,
         any_order: bool,
     ) -> Tensor:
         dtype = message.dtype
@@ -89,14 +92,16 @@ class _FeedForward(torch.autograd.Function):
         kept: list[Tensor] = []
         for chunk in _chunks(source, len(expand)):
             pair = _pair(source[chunk], message[chunk], pairs)
-            before = _times(pair, factors[0], None if narrow == dtype else hidden, any_order)
-            after = _times(_gelu(before, activated), factors[1], None if narrow is not None else update, any_order)
+            # The next chunk overwrites scratch memory, so what is kept for the backward pass must have its own: the
+            # updates, and the hidden values unless they are converted to another type, which copies them.
+            before = _times(pair, factors[0], None if back == dtype else hidden, any_order)
+            after = _times(_gelu(before, activated), factors[1], None if back is not None else update, any_order)
             normalised, statistics = layer_norm(after.to(scale.dtype), scale, shift)
             torch.add(source[chunk], normalised, out=out[chunk])
-            if narrow is not None:
-                kept += before.to(narrow), after, *statistics
-        if narrow is not None:
-            ctx.narrow = narrow
+            if back is not None:
+                kept += before.to(back), after, *statistics
+        if back is not None:
+            ctx.back = back
             ctx.save_for_backward(source, message, expand, contract, scale, shift, *kept)
         return out
 
@@ -104,7 +109,7 @@ class _FeedForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         source, message, expand, contract, scale, shift, *kept = ctx.saved_tensors
-        chunks, dtype = _chunks(source, len(expand)), ctx.narrow
+        chunks, dtype = _chunks(source, len(expand)), ctx.back
         of_chunks = zip(kept[::4], kept[1::4], map(Statistics, kept[2::4], kept[3::4]), strict=True)
         to_source, to_message = torch.empty_like(source), torch.empty_like(message)
         to_expand, to_contract, to_scale, to_shift = map(torch.zeros_like, (expand, contract, scale, shift))
@@ -126,12 +131,12 @@ class _FeedForward(torch.autograd.Function):
 
 
 def _times(tokens: Tensor, matrix: Matrix, scratch: Scratch | None, any_order: bool) -> Tensor:
-    """`[n, K]` times `[K, M]`, as the matrix is forth, → `[n, M]`, in memory of its own where there is no scratch.
+    """`[n, K]` times `matrix.forth` `[K, M]` → `[n, M]`, in `scratch` or, where that is None, in fresh memory.
 
-    A CPU multiplies in float32 with MKL. As a convolution of 1×1, the same product is oneDNN's, which is faster on
-    AMD's (docs/performance.md), and sums in another order; it has memory of its own.
+    In float32 a CPU multiplies with MKL. In `any_order` the product is computed as a 1×1 convolution by oneDNN, always
+    into fresh memory. oneDNN adds up in another order, and is faster on AMD's processors (docs/performance.md).
     """
-    with torch.autocast(tokens.device.type, enabled=False):  # the types are chosen
+    with torch.autocast(tokens.device.type, enabled=False):  # the types were chosen before
         if any_order and _may_be_convolved(tokens):
             product = F.conv2d(_pixels(tokens), matrix.back[..., None, None])  # [1, M, 1, n], channels-last
             return product.permute(0, 2, 3, 1).view(len(tokens), len(matrix.back))
@@ -140,7 +145,10 @@ def _times(tokens: Tensor, matrix: Matrix, scratch: Scratch | None, any_order: b
 
 
 def _add_gradient(total: Tensor, gradient: Tensor, tokens: Tensor) -> None:
-    """Add that of a matrix `[M, K]`, from the gradient `[n, M]` of its products with tokens `[n, K]`, in any order."""
+    """Add the gradient of a matrix `[M, K]` to `total`.
+
+    `gradient` `[n, M]` is that of its products with `tokens` `[n, K]`. Sums in any order.
+    """
     if not _may_be_convolved(tokens):
         add_product(total, gradient.T, tokens)
         return

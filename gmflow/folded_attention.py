@@ -1,11 +1,12 @@
-"""An attention layer inside windows with its matrices multiplied beforehand: sums in any order.
+"""An attention layer inside windows with its matrices multiplied beforehand: sums in another order.
 
-There is one head without bias, so scores are x Wq' (y Wk')' and messages softmax(…) y Wv'Wm'. Of the four matrices
-each two that meet become one, and keys and values are the target's tokens as they are: half of the products with
-matrices on the way to the loss, and less than half on the way back, where no keys and values are computed again.
+There is one head without bias, so scores are x Wq' (y Wk')' and messages softmax(…) y Wv'Wm'. Each two matrices that
+meet are multiplied beforehand, which leaves two of four, and keys and values are the target's tokens as they are. That
+is half of the products with matrices in the forward pass, and less than half in the backward pass, which need not
+compute keys and values again.
 
-Gradients may come in fewer bits than what they are gradients of: rounding on the way to the loss turns them, rounding
-on the way back hardly does (docs/performance.md).
+The backward pass may be in fewer bits than the forward pass: rounding in the forward pass changes the direction of the
+gradients, rounding in the backward pass hardly does (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gmflow.attention import computes_in_chunks, fused_attention
+from gmflow.attention import fused_attention, runs_eagerly_on_cpu
 from gmflow.eager import outside_graphs
+from gmflow.layer_norm import Statistics
 from gmflow.scratch import Matrix, Scratch, add_product, put_product
 from gmflow.window_chunks import (
     AttentionWeights,
@@ -31,7 +33,7 @@ from gmflow.window_chunks import (
 )
 
 FUSED_LENGTH = 1 << 9
-"""Tokens of a window from which on the fused operation takes a CPU less time than products (docs/performance.md)."""
+"""From this many tokens in a window on, PyTorch's fused attention is faster on a CPU (docs/performance.md)."""
 
 
 def folded_window_attention(
@@ -46,11 +48,11 @@ def folded_window_attention(
 ) -> Tensor:
     """`window_attention` of windows without regions.
 
-    Products are in the type `forth` on the way to the loss and `back` on the way back; what is normalised and added up
-    is in that of `source`.
+    Products are in the type `forth` in the forward pass and `back` in the backward pass; LayerNorm and residual are in
+    that of `source`.
     """
     with torch.autocast(source.device.type, enabled=False):
-        to_meet = weights.to_key.T @ weights.to_query * source.shape[1] ** -0.5  # scores: queries that meet tokens
+        to_meet = weights.to_key.T @ weights.to_query * source.shape[1] ** -0.5  # scores are (x to_meet') y'
         parameters = to_meet, weights.merge @ weights.to_value, weights.scale, weights.shift
         types = forth, back if torch.is_grad_enabled() else None
         out: Tensor = _in_chunks(source, target, *parameters, pairings, onto_source, *types)
@@ -72,20 +74,20 @@ class _FoldedAttention(torch.autograd.Function):
         forth: torch.dtype,
         back: torch.dtype | None,
     ) -> Tensor:
-        to_query, out, learns = Matrix.of(to_meet.to(forth)), torch.empty_like(source), back is not None
+        to_query, out, with_gradients = Matrix.of(to_meet.to(forth)), torch.empty_like(source), back is not None
         attending = source.to(forth)
         others = attending if target is source else target.to(forth)
-        queries, attended = (rows_of_chunks(source, forth, kept=learns) for _ in range(2))
+        queries, attended = (rows_of_chunks(source, forth, kept=with_gradients) for _ in range(2))
         messages = Messages(Matrix.of(to_message.to(forth)), scale, shift, onto_source=onto_source)
-        scores, on_cpu = Scratch(attending), computes_in_chunks(source.device)
-        for chunk in chunks(pairings, source.device, fused=not on_cpu):
+        scores, eagerly_on_cpu = Scratch(attending), runs_eagerly_on_cpu(source.device)
+        for chunk in chunks(pairings, source.device, fused=not eagerly_on_cpu):
             query = torch.mm(attending[chunk.tokens], to_query.forth, out=queries(chunk.tokens))
             values = attended(chunk.tokens)
             for windows in chunk.windows:
                 own, shape = chunk.place(windows), (windows.number, -1, source.shape[1])
                 other = others[windows.target].view(shape)
                 meeting = Meeting(query[own].view(shape), other, other, 1.0)
-                if not on_cpu or meeting.query.shape[1] >= FUSED_LENGTH:
+                if not eagerly_on_cpu or meeting.query.shape[1] >= FUSED_LENGTH:
                     values[own].view(shape).copy_(fused_attention(*meeting))
                 else:
                     meeting.attend(windows, scores, values[own].view(shape))
@@ -95,7 +97,7 @@ class _FoldedAttention(torch.autograd.Function):
             rows = (queries(everything), attended(everything))
             kept = (one if one.itemsize <= back.itemsize else one.to(back) for one in rows)
             ctx.save_for_backward(source, target, to_meet, to_message, scale, shift, *kept, *messages.statistics)
-            ctx.pairings, ctx.onto_source, ctx.back = pairings, onto_source, back
+            ctx.chunks, ctx.onto_source, ctx.back = list(chunks(pairings, source.device)), onto_source, back
             ctx.to_itself = target is source and attend_to_themselves(pairings)
         return out
 
@@ -106,13 +108,13 @@ class _FoldedAttention(torch.autograd.Function):
         queries, attended, *statistics = kept
         queries, attended = queries.to(ctx.back), attended.to(ctx.back)
         to_query = Matrix.of(to_meet.to(ctx.back))
-        gradients = MessageGradients(Matrix.of(to_message.to(ctx.back)), scale, shift, statistics)
+        gradients = MessageGradients(Matrix.of(to_message.to(ctx.back)), scale, shift, Statistics(*statistics))
         for_to_meet, for_queries, others = torch.zeros_like(to_meet), Scratch(queries), _centred(target, ctx.back)
         for_source = torch.empty_like(source)
         for_target = for_source if ctx.to_itself else torch.empty_like(target)
-        for chunk in chunks(ctx.pairings, source.device):
+        for chunk in ctx.chunks:
             for_messages = gradient[chunk.tokens]
-            for_attended = gradients.of_attended(for_messages, attended[chunk.tokens])
+            for_attended = gradients.of_attended(for_messages, attended[chunk.tokens], chunk.tokens)
             for_query = for_queries.view(*for_messages.shape)
             for windows in chunk.windows:
                 own, shape = chunk.place(windows), (windows.number, -1, source.shape[1])
@@ -133,10 +135,10 @@ _in_chunks = outside_graphs(_FoldedAttention.apply)
 
 
 def _centred(tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """Tokens `[T, C]`, in 16 bits less their mean.
+    """Tokens `[T, C]` in `dtype`, in 16 bits less their mean.
 
-    To a softmax, what all of a query's scores have in common is nothing, nor is what all of their gradients have in
-    common: it would only be rounded.
+    Adding the same number to all scores of a query does not change their softmax, so the tokens' mean can be
+    subtracted; left in, it would only cost bits.
     """
     if dtype == tokens.dtype:
         return tokens

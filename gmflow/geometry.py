@@ -9,6 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+OCCLUSION_ALPHA = 0.01
+"""Tolerance of the forward-backward check in pixels per pixel of motion."""
+
+OCCLUSION_BETA = 0.5
+"""Tolerance of the forward-backward check in pixels."""
+
 
 def pixel_grid(height: int, width: int, device: torch.device | None = None) -> Tensor:
     """Coordinates (x, y) of every pixel: float32 `[height, width, 2]`, built on `device`."""
@@ -31,7 +37,7 @@ def backward_warp(image: Tensor, flow: Tensor) -> Tensor:
     target = pixel_grid(height, width, image.device) + flow.permute(0, 2, 3, 1)  # [B, H, W, 2]
     extent = torch.stack([target.new_full((), max(size - 1, 1)) for size in (width, height)])
     grid = 2 * target / extent - 1
-    # PyTorch's gradient of the image is a sum in one order on a CPU, and in whatever order comes on a GPU.
+    # PyTorch adds up the image's gradient in a fixed order on a CPU, and in one that varies on a GPU.
     if image.is_cpu or flow.requires_grad or not (torch.is_grad_enabled() and image.requires_grad):
         return _sample(image, grid)
     warped: Tensor = _OrderedSample.apply(image.to(grid.dtype), grid)  # type: ignore[no-untyped-call]
@@ -43,7 +49,7 @@ def _sample(image: Tensor, grid: Tensor) -> Tensor:
 
 
 class _OrderedSample(torch.autograd.Function):
-    """`_sample` whose gradient has the same bits every time; none of the grid."""
+    """`_sample` whose image gradient has the same bits every time; the grid gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, grid: Tensor) -> Tensor:
@@ -66,13 +72,13 @@ class _OrderedSample(torch.autograd.Function):
             inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
             weight = torch.where(inside, (1 - (x - column).abs()) * (1 - (y - row).abs()), 0.0)
             place = first + row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
-            # Sorted by place before they are added up.
+            # PyTorch sorts the rows by place before it adds them up.
             total.index_put_((place.flatten(),), rows * weight.view(-1, 1), accumulate=True)
         return total.view(batch, height, width, channels).permute(0, 3, 1, 2), None
 
 
 def _cells(grid: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Positions -1..1 along an axis → coordinates in pixels, at most two outside, and the pixels before them."""
+    """Positions -1..1 along an axis → coordinates in pixels, at most two outside the image, and their floors."""
     coordinate = torch.nan_to_num((grid + 1) / 2 * (size - 1), nan=-2.0).clamp(-2, size + 1)
     return coordinate, coordinate.floor()
 
@@ -88,7 +94,7 @@ def upsample_flow(flow: Tensor, factor: int) -> Tensor:
 
 
 class _OrderedUpsample(torch.autograd.Function):
-    """Bilinear interpolation, corners aligned, whose gradient is the same to the last bit every time."""
+    """Bilinear interpolation, corners aligned, whose gradient has the same bits every time."""
 
     @staticmethod
     def forward(ctx: Any, flow: Tensor, factor: int) -> Tensor:
@@ -100,35 +106,32 @@ class _OrderedUpsample(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         rows, columns = (_interpolation(size, ctx.factor, gradient.device) for size in ctx.extent)
-        # In float64, which no setting of the process rounds on its way through the tensor cores.
+        # In float64, because float32 products are rounded if the process allows TF32.
         return (rows.T @ gradient.double() @ columns).to(gradient.dtype), None
 
 
 def _interpolation(size: int, factor: int, device: torch.device) -> Tensor:
-    """What each of `factor·size` values takes of each of `size` along an axis: float64 `[factor*size, size]`."""
+    """Weight of each of `size` coarse values in each of `factor·size` fine ones: float64 `[factor*size, size]`."""
     fine = torch.arange(factor * size, dtype=torch.float64, device=device) * ((size - 1) / max(factor * size - 1, 1))
     apart = fine[:, None] - torch.arange(size, dtype=torch.float64, device=device)
     return (1 - apart.abs()).clamp(min=0)
 
 
-def forward_backward_occlusion(
-    forward_flow: Tensor, backward_flow: Tensor, *, alpha: float = 0.01, beta: float = 0.5
-) -> tuple[Tensor, Tensor]:
+def forward_backward_occlusion(forward_flow: Tensor, backward_flow: Tensor) -> tuple[Tensor, Tensor]:
     """Pixels whose flow is not undone by the flow in the other direction.
 
     A pixel p is occluded where |f(p) + g(p + f(p))| > alpha · (|f(p)| + |g(p)|) + beta, with f the flow of its own
-    image and g that of the other one.
+    image and g that of the other one. The tolerances are those of UnFlow (Meister et al., AAAI 2018), alpha = 0.01 and
+    beta = 0.5 px.
 
     Args:
         forward_flow: `[B, 2, H, W]`, pixels of image 0 to image 1.
         backward_flow: `[B, 2, H, W]`, pixels of image 1 to image 0.
-        alpha: tolerance in pixels per pixel of motion.
-        beta: tolerance in pixels.
 
     Returns:
         Two bool `[B, H, W]`, true = occluded: for image 0 and for image 1.
     """
-    tolerance = alpha * (vector_length(forward_flow) + vector_length(backward_flow)) + beta
+    tolerance = OCCLUSION_ALPHA * (vector_length(forward_flow) + vector_length(backward_flow)) + OCCLUSION_BETA
     forward_gap = vector_length(forward_flow + backward_warp(backward_flow, forward_flow))
     backward_gap = vector_length(backward_flow + backward_warp(forward_flow, backward_flow))
     return forward_gap > tolerance, backward_gap > tolerance

@@ -1,4 +1,4 @@
-"""Instance normalisation that leaves the layout of maps as it is."""
+"""Instance normalisation that keeps the memory layout of maps."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ _EPS = 1e-5  # PyTorch's default, which `F.instance_norm` takes as well
 
 
 def instance_norm(maps: Tensor) -> Tensor:
-    """`F.instance_norm` of `[N, C, H, W]`, which would make channels-last maps contiguous first.
+    """`F.instance_norm` of `[N, C, H, W]`.
 
-    Those are normalised one by one instead, as batches of one: the same numbers but for rounding.
+    That function would first make channels-last maps contiguous. Here they are normalised one by one instead, as
+    batches of one, which gives the same numbers except for rounding.
     """
     if maps.is_contiguous() or not maps.is_contiguous(memory_format=torch.channels_last):
         return F.instance_norm(maps, eps=_EPS)

@@ -1,4 +1,4 @@
-"""LayerNorm for functions that work on chunks of tokens and keep no more than its statistics for the way back."""
+"""LayerNorm for functions that work on chunks of tokens and keep only its statistics for the backward pass."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _EPS = 1e-5  # PyTorch's default, which `F.layer_norm` takes as well
 
 
 class Statistics(NamedTuple):
-    """Of each token's channels: `[T, 1]` each."""
+    """Over each token's channels: `[T, 1]` each."""
 
     mean: Tensor
     reciprocal_std: Tensor
 
 
 def layer_norm(tokens: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Statistics]:
-    """`F.layer_norm` of `[T, C]` over the channels, and what its way back takes besides the tokens."""
+    """`F.layer_norm` of `[T, C]` over the channels, and what its backward pass needs besides the tokens."""
     out, *statistics = torch.native_layer_norm(tokens, list(scale.shape), scale, shift, _EPS)
     return out, Statistics(*statistics)
 
@@ -29,9 +29,9 @@ def layer_norm_backward(
     """Gradients of `layer_norm(tokens, scale, shift)`: of the tokens, the scale and the shift.
 
     Args:
-        gradient: `[T, C]`, of the output.
-        tokens: `[T, C]`, the input.
-        statistics: that `layer_norm` told.
+        gradient: gradient of the output, `[T, C]`.
+        tokens: the input, `[T, C]`.
+        statistics: as `layer_norm` returned them.
         scale: `[C]`.
         shift: `[C]`.
     """

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gmflow.errors import GMFlowError
 from gmflow.geometry import vector_length
 
 LARGEST_COMPONENT = 1000.0
@@ -36,7 +37,11 @@ def sequence_loss(
 
     Returns:
         A scalar, float32.
+
+    Raises:
+        GMFlowError: the shapes do not fit together.
     """
+    _check_shapes(predictions, flow, valid)
     batch = flow.shape[0] if normalizer is None else normalizer
     divisor = batch * flow[0].numel()
     supervised = valid_pixels(flow, valid, max_flow=max_flow).unsqueeze(1)  # [B, 1, H, W]
@@ -47,6 +52,14 @@ def sequence_loss(
         error = torch.where(supervised, prediction.float() - target, 0.0).abs().sum()
         total = total + gamma ** (len(predictions) - 1 - index) * error / divisor
     return total
+
+
+def _check_shapes(predictions: Sequence[Tensor], flow: Tensor, valid: Tensor) -> None:
+    pixels = (*flow.shape[:1], *flow.shape[2:])
+    fit = all(prediction.shape == flow.shape for prediction in predictions) and valid.shape == pixels
+    if flow.dim() != 4 or flow.shape[1] != 2 or not fit:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in (*predictions, flow, valid))
+        raise GMFlowError(f"a loss needs predictions and flow [B, 2, H, W] and valid [B, H, W], not {shapes}")
 
 
 def valid_pixels(flow: Tensor, valid: Tensor, *, max_flow: float = 400.0) -> Tensor:

@@ -13,7 +13,7 @@ from gmflow.geometry import pixel_grid
 def match(feature0: Tensor, feature1: Tensor, radius: int) -> Tensor:
     """Flow from softmax(⟨f0, f1⟩ / √C) over positions of image 1.
 
-    Always in float32: positions have to be exact to a fraction of a pixel over hundreds of pixels.
+    Always in float32: positions of hundreds of pixels must be exact to a fraction of a pixel.
 
     Args:
         feature0: `[B, h, w, C]`.

@@ -11,11 +11,14 @@ from gmflow.errors import GMFlowError
 from gmflow.geometry import vector_length
 
 _WAUC_THRESHOLDS = 100
-"""Of the weighted area under the curve (VIPER, Spring): every 0.05 px up to 5 px, weighted 1, 0.99, … 0.01."""
+"""Number of thresholds of the weighted area under the curve (VIPER, Spring).
+
+They are at every 0.05 px up to 5 px and have the weights 1, 0.99, … 0.01.
+"""
 
 
 class ErrorMetrics:
-    """End-point error and outliers, as sums that add up over batches and ranks: what is worth its time in training.
+    """End-point error and outliers, as sums that add up over batches and ranks: cheap enough for every training step.
 
     ```python
     metrics = ErrorMetrics()
@@ -75,7 +78,8 @@ class ErrorMetrics:
 
         Returns:
             `epe`: mean end-point error in pixels; `px1`, `px3`, `px5`: **percent** of pixels with an error over 1, 3
-            and 5 px. A figure without a single pixel is NaN; so is an `epe` of flow that is not a number somewhere.
+            and 5 px. A figure without a single pixel is NaN. A prediction that is not finite makes the means that it
+            belongs to NaN or inf, and counts as an outlier.
         """
         sums = self._named()
         figures = {"epe": _ratio(sums["epe"], sums["pixels"])}
@@ -114,15 +118,18 @@ class FlowMetrics(ErrorMetrics):
         speed = vector_length(target)
         flat = error.flatten()
 
+        sums = _error_sums(error, valid)
+        finite = bool(sums[1].isfinite())
+
         def count_and_total(where: Tensor) -> list[Tensor]:
             mask = where.flatten().double()
-            return [mask.sum(), torch.dot(mask, flat)]
+            # The product is faster, but 0 · NaN is NaN: of an error that is not finite it would pass into every sum.
+            return [mask.sum(), torch.dot(mask, flat) if finite else error[where].sum()]
 
         pixels = valid.flatten(1).sum(dim=1)  # [B]
         per_image = error.flatten(1).sum(dim=1) / pixels.clamp(min=1)
         nothing = flat.new_zeros(())
         slow, fast = valid & (speed < 10), speed > 40
-        sums = _error_sums(error, valid)
         sums += [(_over(error, 3) & _over(error, 0.05 * speed)).sum().double()]
         for where in (slow, valid & ~slow & ~fast, fast):
             sums += count_and_total(where)
@@ -134,7 +141,7 @@ class FlowMetrics(ErrorMetrics):
         sums += [(pixels > 0).sum().double(), per_image.sum()]
         sums += [
             nothing if occluded is None else nothing + len(flow),
-            torch.dot(valid.flatten().double(), _passed_weight(flat)),
+            torch.dot(valid.flatten().double(), _passed_weight(flat if finite else flat.nan_to_num(nan=torch.inf))),
         ]
         self._add(sums)
 
@@ -147,7 +154,9 @@ class FlowMetrics(ErrorMetrics):
             `wauc`: **percent**, 100 is perfect: the shares of pixels with an error of at most 0.05, 0.10, … 5 px,
             averaged with weights 1, 0.99, … 0.01 (VIPER, Spring);
             `epe_per_image`: the mean of the images' EPEs; and, if any image came with its occlusion, `matched` and
-            `unmatched`: EPE of pixels visible and not visible in image 1. A figure without a single pixel is NaN.
+            `unmatched`: EPE of pixels visible and not visible in image 1. A figure without a single pixel is NaN. A
+            prediction that is not finite makes the means that it belongs to NaN or inf, and counts as an outlier and,
+            in `wauc`, as an error over 5 px.
         """
         sums = self._named()
         figures = super().compute() | {"f1_all": 100 * _ratio(sums["f1_all"], sums["pixels"])}
@@ -162,9 +171,9 @@ class FlowMetrics(ErrorMetrics):
 
 
 def _errors(flow: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """End-point errors, 0 where there is no truth, so that no sum need ask for valid pixels; and where there is one.
+    """End-point errors, 0 where there is no ground truth (so sums need no mask), float64 `[B, H, W]`.
 
-    float64 `[B, H, W]` and bool `[B, H, W]`.
+    And where there is ground truth, bool `[B, H, W]`.
     """
     x, y = target.unbind(1)
     valid = valid.bool() & (x.isfinite() & y.isfinite())
@@ -172,12 +181,12 @@ def _errors(flow: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor
 
 
 def _error_sums(error: Tensor, valid: Tensor) -> list[Tensor]:
-    """In the order of `ErrorMetrics.SUMS`."""
+    """The sums of `ErrorMetrics.SUMS`, in that order."""
     return [valid.sum().double(), error.sum(), *(_over(error, limit).sum().double() for limit in (1, 3, 5))]
 
 
 def _over(error: Tensor, limit: float | Tensor) -> Tensor:
-    """Errors over a limit: those that are no number too, for a flow that is none is right nowhere."""
+    """Where errors are over a limit, or NaN: a prediction that is not a number is wrong."""
     return ~(error <= limit)
 
 
@@ -186,7 +195,7 @@ def _ratio(total: float, count: float) -> float:
 
 
 def _passed_weight(error: Tensor) -> Tensor:
-    """Of every pixel, the summed weights of the WAUC thresholds its error passes, in hundredths: whole numbers."""
+    """For each error, the sum of the weights of the WAUC thresholds that it passes, in hundredths: whole numbers."""
     missed = (20 * error).ceil_().sub_(1).clamp_(0, _WAUC_THRESHOLDS)  # thresholds below the error
     passed = _WAUC_THRESHOLDS - missed
     return passed * (passed + 1) / 2

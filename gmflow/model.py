@@ -1,4 +1,4 @@
-"""GMFlow, top to bottom as the paper has it. How it is run (precision, checkpointing, DDP) is `execution`'s."""
+"""GMFlow, top to bottom as in the paper. How it is run (precision, checkpointing, DDP) is up to `execution`."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class GMFlow(nn.Module):
         if dtype != torch.float32:
             raise GMFlowError(
                 f"the model's parameters are {dtype}, they must be float32: cast it back with .float(); "
-                'to compute in 16 bits, prepare_model(model, ExecutionConfig(precision="bf16"))'
+                'to compute in 16 bits, gmflow.execution.prepare_model(model, ExecutionConfig(precision="bf16"))'
             )
         if self.config.num_scales == 1 and shape[2:] == (8, 8):
             raise GMFlowError("images of 8×8 are a single feature pixel, which has no statistics to normalise it by")

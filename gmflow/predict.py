@@ -1,4 +1,4 @@
-"""Flow for images of any size: padded as the benchmarks do it, computed, cropped."""
+"""Flow for images of any size: they are padded as the benchmarks do it, and the flow is cropped."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Padding:
     """How many pixels to repeat at each border so that an image divides evenly.
 
     Args:
-        height: of the images, pixels.
-        width: of the images, pixels.
-        multiple: what the padded height and width are divisible by.
+        height: height of the images, pixels.
+        width: width of the images, pixels.
+        multiple: number that the padded height and width must be divisible by.
         mode: "sintel" splits the rows and columns to add evenly (the extra one at the bottom and right); "kitti" adds
             all rows at the bottom.
 
@@ -105,21 +105,22 @@ def predict_flow(
     """Flow between two frames, on the model's device.
 
     Args:
-        model: in whatever mode; it is evaluated and left as it was.
+        model: in training or evaluation mode; it runs in evaluation mode and is then set back.
         frame0: RGB, uint8 `[H, W, 3]`, of any size.
         frame1: RGB, uint8 `[H, W, 3]`, the same size.
         padding: "sintel" or "kitti", see `Padding`.
-        precision: "fp32", "bf16" or "fp16", of a model that `prepare_model` has not prepared, "fp32" where it is left
-            out; a prepared model runs as it was prepared, and another precision is refused. On an NVIDIA GPU, the
-            "fp32" of an unprepared model rounds as PyTorch is set, by default the factors of convolutions to 10 bits.
-        tiling: cut frames that are larger than its tiles, see `gmflow.tiling`.
+        precision: of a model that `gmflow.execution.prepare_model` has not prepared, "fp32" (also if left out), "bf16"
+            or "fp16". A prepared model runs as it was prepared, and another precision is refused. On an NVIDIA GPU, the
+            "fp32" of an unprepared model rounds as PyTorch is set: by default it rounds the factors of convolutions to
+            10 bits.
+        tiling: cut frames that are larger than a tile, see `gmflow.tiling`.
 
     Returns:
         float32 `[H, W, 2]`, pixels: pixel (x, y) of frame 0 is at (x, y) + flow[y, x] in frame 1.
 
     Raises:
         GMFlowError: frames that are no RGB images or differ in size, an unknown padding or precision, or a precision
-            that only `prepare_model` can give this model.
+            that this model does not run in.
     """
     (prediction,) = predict_batch(model, [(frame0, frame1)], padding=padding, precision=precision, tiling=tiling)
     return prediction.flow
@@ -134,11 +135,11 @@ def predict_batch(
     bidirectional: bool = False,
     tiling: Tiling | None = None,
 ) -> list[Prediction]:
-    """Flow of several pairs of one size at once; arguments and errors as of `predict_flow`.
+    """Flow of several pairs of one size at once; other arguments and errors as of `predict_flow`.
 
     Args:
-        pairs: (frame 0, frame 1), all of one size; of none, the result is empty.
-        bidirectional: also the flow from frame 1 to frame 0, and what is occluded in either.
+        pairs: (frame 0, frame 1), all of one size; may be empty.
+        bidirectional: also compute the flow from frame 1 to frame 0, and the occlusion masks of both frames.
     """
     precision = runs_in(model, precision)
     if not pairs:
@@ -147,7 +148,7 @@ def predict_batch(
     firsts = [_image("frame0", frame) for frame, _ in pairs]
     seconds = [_image("frame1", frame) for _, frame in pairs]
     if len({image.shape for image in (*firsts, *seconds)}) > 1:
-        sizes = ", ".join("x".join(map(str, image.shape[2:])) for image in (*firsts, *seconds))
+        sizes = ", ".join(dict.fromkeys("x".join(map(str, image.shape[2:])) for image in (*firsts, *seconds)))
         raise GMFlowError(f"frames of a batch must have one size, not {sizes} (height x width)")
     image0, image1 = torch.cat(firsts), torch.cat(seconds)  # [B, 3, H, W]
     _check_images(image0, image1)
@@ -157,7 +158,7 @@ def predict_batch(
             def compute(one: Tensor, other: Tensor) -> Tensor:
                 return padded_flow(model, one.to(device), other.to(device), padding=padding).float().cpu()
 
-            # One by one: who tiles has no memory for batches.
+            # One by one: whoever needs tiles has no memory for batches.
             both = list(zip(image0.unsqueeze(1), image1.unsqueeze(1), strict=True))
             flow = torch.cat([tiled_flow(compute, one, other, tiling) for one, other in both])
             backward = (
@@ -203,4 +204,5 @@ def _image(name: str, frame: npt.NDArray[np.uint8]) -> Tensor:
     if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         what = f"{frame.dtype} {list(frame.shape)}" if isinstance(frame, np.ndarray) else type(frame).__name__
         raise GMFlowError(f"{name} must be an RGB image, uint8 [H, W, 3], not {what}")
-    return torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1).unsqueeze(0).float()
+    # A copy, because PyTorch warns of arrays that are read-only.
+    return torch.from_numpy(np.array(frame, np.float32, order="C")).permute(2, 0, 1).unsqueeze(0)

@@ -1,7 +1,7 @@
 """A model's passes on an NVIDIA GPU, recorded once for a shape of images and replayed from then on (CUDA graphs).
 
-A pass is some thousand small operations. For a few images at a time a GPU is done with them long before the processor
-has asked for the next; a recording asks for all of them at once. The operations are the same, so the numbers are.
+A pass is some thousand small operations. With few images a GPU finishes each of them long before the processor has
+launched the next; a recording launches all of them at once. The operations are the same, and so are the numbers.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from gmflow.errors import GMFlowError
 from gmflow.model import FlowOutput, GMFlow
 
 KEPT = 4
-"""Recordings: each holds the memory of its pass."""
+"""Recordings that a model keeps at most: each holds the memory of its pass."""
 
 WARM_UPS = 2
-"""Passes of a shape that take longer than those to come: one as it is, and one that is recorded."""
+"""Passes of a shape that take longer than later ones: one that runs normally, and one that is recorded."""
 
 Forward = Callable[..., FlowOutput]
 
@@ -36,12 +36,14 @@ class _Recording(Protocol):
 
 
 def replay_passes(model: GMFlow) -> None:
-    """Record the passes of a model on a GPU and replay them; changes it in place.
+    """Record the passes of a model on a GPU and replay them; in place.
 
-    The first pass of a shape and mode runs as it is, which also warms up what must not be recorded, the second one is
-    recorded. In training a backward pass must follow its forward pass before the next one. Passes whose gradients are
-    asked for of images or of both directions always run as they are. Where the GPU's memory does not suffice for a
-    forward pass, all models' recordings go, and what they were of runs as it is from then on.
+    The first pass of a shape and mode runs normally and warms up; the second is recorded; later ones are replayed. In
+    training, call backward before the next forward pass. Passes that need gradients for the images, or gradients in
+    both directions, are never recorded. If a forward pass runs out of GPU memory, all recordings in this process are
+    dropped, the pass runs normally, and neither it nor what was dropped is recorded again.
+
+    Do not call the model from two threads at once: replays of one recording share its memory.
     """
     model.forward = partial(_forward, Recordings(), model, model.forward)  # type: ignore[method-assign]
 
@@ -55,35 +57,37 @@ def _forward(
     *,
     bidirectional: bool = False,
 ) -> FlowOutput:
-    as_it_is = partial(forward, image0, image1, bidirectional=bidirectional)
-    learns = torch.is_grad_enabled()
-    if learns and (bidirectional or image0.requires_grad or image1.requires_grad):
-        return as_it_is()
+    run_normally = partial(forward, image0, image1, bidirectional=bidirectional)
+    with_gradients = torch.is_grad_enabled()
+    if with_gradients and (bidirectional or image0.requires_grad or image1.requires_grad):
+        return run_normally()
     of_images = tuple((image.shape, image.dtype, image.device) for image in (image0, image1))
-    modes = model.training, learns, torch.is_inference_mode_enabled(), bidirectional
+    modes = model.training, with_gradients, torch.is_inference_mode_enabled(), bidirectional
+    device = image0.device.type
+    autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     # A model that was moved has its parameters elsewhere in memory.
-    key = of_images, modes, next(model.parameters()).data_ptr()
-    record = partial(_record, model, forward, image0, image1, bidirectional, learns)
+    key = of_images, modes, autocast, next(model.parameters()).data_ptr()
+    record = partial(_record, model, forward, image0, image1, bidirectional, with_gradients)
     with contextlib.suppress(torch.cuda.OutOfMemoryError):
-        return _replayed(recordings, key, record, as_it_is, image0, image1)
-    # Here, where the error no longer holds the tensors of the pass that failed.
+        return _replayed(recordings, key, record, run_normally, image0, image1)
+    # Out of memory. Outside the block above, where the error no longer holds the tensors of the pass that failed.
     recordings.give_up(key)
     torch.cuda.empty_cache()
-    return as_it_is()
+    return run_normally()
 
 
 def _replayed(
     recordings: Recordings,
     key: Any,
     record: Callable[[], _Recording],
-    as_it_is: Callable[[], FlowOutput],
+    run_normally: Callable[[], FlowOutput],
     image0: Tensor,
     image1: Tensor,
 ) -> FlowOutput:
     recording = recordings.of(key, record)
     if recording is not None:
         return recording(image0, image1)
-    out = as_it_is()
+    out = run_normally()
     recordings.saw(key)
     return out
 
@@ -92,7 +96,10 @@ _of_this_process: weakref.WeakSet[Recordings] = weakref.WeakSet()
 
 
 class Recordings:
-    """By what they are of; those used last are kept. A copy has none: they are of the original's memory."""
+    """The recordings of one model, by key (shape, type, mode, autocast); the `KEPT` used last are kept.
+
+    A copy starts empty, because recordings point into the original's memory.
+    """
 
     def __init__(self) -> None:
         _of_this_process.add(self)
@@ -101,7 +108,7 @@ class Recordings:
         self._kept: OrderedDict[Any, _Recording] = OrderedDict()
 
     def of(self, key: Any, record: Callable[[], _Recording]) -> _Recording | None:
-        """The recording of this key, made now where it was seen before; otherwise None."""
+        """The recording of this key. If there is none, it is made now if the key was seen before; otherwise None."""
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
@@ -113,12 +120,13 @@ class Recordings:
         return self._kept[key]
 
     def saw(self, key: Any) -> None:
-        """A pass of this key went well as it is."""
+        """Note that a pass of this key ran normally, without an error: the next one may be recorded."""
         self._seen.add(key)
 
     def give_up(self, key: Any) -> None:
-        """Memory ran out in a pass of this key: drop all recordings of this process, and make none of it, or of what
-        they were of, again.
+        """Memory ran out in a pass of this key: drop all recordings of this process.
+
+        Never record this key, or those dropped, again.
         """
         self._given_up.add(key)
         for each in _of_this_process:
@@ -130,11 +138,11 @@ class Recordings:
 
 
 def _record(
-    model: GMFlow, forward: Forward, image0: Tensor, image1: Tensor, bidirectional: bool, learns: bool
+    model: GMFlow, forward: Forward, image0: Tensor, image1: Tensor, bidirectional: bool, with_gradients: bool
 ) -> _Recording:
     images = [image0.detach().clone(), image1.detach().clone()]
     compute = partial(forward, *images, bidirectional=bidirectional)
-    if not learns:
+    if not with_gradients:
         return _InferencePass(images, compute)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with _aliases(model) as aliases:
@@ -143,10 +151,10 @@ def _record(
 
 @contextlib.contextmanager
 def _aliases(model: nn.Module) -> Iterator[dict[nn.Parameter, Tensor]]:
-    """Within the block the model computes with tensors of the same memory as its parameters; by parameter.
+    """Within the block the model computes with other tensors in the memory of its parameters; yields them by parameter.
 
-    A parameter whose gradients somebody waits for, such as DistributedDataParallel, ties what is recorded to the stream
-    on which that began, which must not be.
+    With the parameters themselves, a recording would depend on the stream on which somebody began to wait for their
+    gradients, as DistributedDataParallel does. It must not.
     """
     places = [(module._parameters, name) for module in model.modules() for name in module._parameters]
     own = [parameters[name] for parameters, name in places]
@@ -161,13 +169,13 @@ def _aliases(model: nn.Module) -> Iterator[dict[nn.Parameter, Tensor]]:
 
 
 class _Graph:
-    """Operations on a GPU that can be asked for all at once; so far asked for once, to be recorded."""
+    """A CUDA graph: operations on a GPU, recorded once, that can then be launched all at once."""
 
     def __init__(self, pool: Any, device: torch.device) -> None:
         self._graph, self._pool, self._device = torch.cuda.CUDAGraph(), pool, device
 
     def record(self, compute: Callable[[], Any]) -> Any:
-        # Of this thread: what others do meanwhile, such as pinning the next batch, is none of the recording's business.
+        # Record this thread alone: what others do meanwhile, such as pinning the next batch, must not disturb it.
         recording = torch.cuda.graph(
             self._graph, pool=self._pool, stream=_stream(self._device), capture_error_mode="thread_local"
         )
@@ -181,7 +189,7 @@ class _Graph:
 
 @contextlib.contextmanager
 def _no_garbage_collected() -> Iterator[None]:
-    """Before the block it is, not within: a model that is given up frees its recordings, which ends one under way."""
+    """Collect garbage before the block, and not within it: freeing another model's recordings would break this one."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -194,7 +202,7 @@ def _no_garbage_collected() -> Iterator[None]:
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """On which a GPU's passes are recorded: one for all, because cuBLAS keeps a workspace for each that it meets."""
+    """The stream on which a GPU's passes are recorded: one for all, because cuBLAS keeps a workspace for each."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
@@ -212,7 +220,7 @@ class _InferencePass:
 
 
 class _TrainingPass:
-    """Forward and backward pass, and between them what a loss says of the predictions."""
+    """A recorded forward pass and a recorded backward pass; between them, the loss's gradients are copied in."""
 
     def __init__(
         self,

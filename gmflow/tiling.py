@@ -1,8 +1,8 @@
 """Flow of frames that are too large for the memory: computed tile by tile, blended without seams.
 
-A tile sees less than the frame, so two things are done for it. Its window in image 1 is moved by what a small version
-of the whole frame says of its motion, so that matches far away are inside it. And it overlaps its neighbours: where
-they meet, the weights go smoothly from one to the other.
+A tile sees less than the frame, so two things are done. First, a small version of the whole frame gives a rough flow,
+and the tile's window in image 1 is moved by it, so that matches far away are inside the window. Second, tiles overlap,
+and in the overlap their weights go smoothly from one to the other.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Tiling:
     """How to cut a frame.
 
     Attributes:
-        height: of a tile, pixels.
-        width: of a tile, pixels.
-        overlap: pixels that neighbours share at least.
+        height: height of a tile, pixels, at least 16.
+        width: width of a tile, pixels, at least 16.
+        overlap: pixels that neighbouring tiles share at least; at most half a side.
 
     Raises:
-        GMFlowError: tiles without extent, or an overlap that leaves nothing of them.
+        GMFlowError: a value is out of range.
     """
 
     height: int
@@ -91,10 +91,15 @@ def _starts(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def _coarse_flow(compute: ComputeFlow, image0: Tensor, image1: Tensor, pixels: int) -> Tensor:
-    """Flow `[2, H, W]` of the frame made as small as a tile; only the rough motion is taken from it."""
+    """Rough flow `[2, H, W]` of the whole frame, computed on a version of it with at most `pixels` pixels."""
     height, width = image0.shape[2:]
     scale = min(1.0, (pixels / (height * width)) ** 0.5)
-    size = (max(16, int(height * scale)), max(16, int(width * scale)))
+    least = (min(16, height), min(16, width))
+    # Of a very long frame, one side would be less than that. Then the other side is bounded by the pixels left for it.
+    size = (
+        min(max(least[0], int(height * scale)), pixels // least[1]),
+        min(max(least[1], int(width * scale)), pixels // least[0]),
+    )
     small0, small1 = (
         F.interpolate(image, size, mode="bilinear", antialias=True, align_corners=False) for image in (image0, image1)
     )
@@ -105,9 +110,13 @@ def _coarse_flow(compute: ComputeFlow, image0: Tensor, image1: Tensor, pixels: i
 def _window_in_image1(
     coarse: Tensor, corner: tuple[int, int], frame: tuple[int, int]
 ) -> tuple[tuple[slice, slice], Tensor]:
-    """The tile's window moved by its median motion, inside the frame; and by how much, `[2, 1, 1]`."""
+    """The tile's window moved by its median rough motion, inside the frame; and by how much, `[2, 1, 1]`.
+
+    Flow that is not finite counts as no motion.
+    """
     tall, wide = coarse.shape[1:]
-    x, y = (round(float(component.median())) for component in coarse)
+    finite = coarse.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    x, y = (round(float(component.median())) for component in finite)
     top = min(max(corner[0] + y, 0), frame[0] - tall)
     left = min(max(corner[1] + x, 0), frame[1] - wide)
     shift = coarse.new_tensor([left - corner[1], top - corner[0]]).view(2, 1, 1)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from gmflow.attention import cuts_windows
 from gmflow.config import GMFlowConfig
 from gmflow.feedforward import feed_forward
-from gmflow.order import Order
 from gmflow.position import position_encoding
+from gmflow.summation import SummationOrder
 from gmflow.window_attention import window_attention
 from gmflow.window_chunks import AttentionWeights, Pairing
 from gmflow.windows import WindowGrid, WindowGroup, permute_tokens, window_grid
@@ -22,12 +22,12 @@ class FeatureTransformer(nn.Module):
     """Blocks of self- and cross-attention with feed-forward, shared by all scales.
 
     Attributes:
-        order: of its sums.
+        summation: in which order it adds up; see `SummationOrder`.
     """
 
     def __init__(self, config: GMFlowConfig) -> None:
         super().__init__()
-        self.order = Order.REFERENCE
+        self.summation = SummationOrder.REFERENCE
         self.blocks = nn.ModuleList(
             TransformerBlock(config.feature_channels, config.ffn_expansion) for _ in range(config.num_layers)
         )
@@ -46,7 +46,7 @@ class FeatureTransformer(nn.Module):
             -1, channels
         )
 
-        cut = cuts_windows(tokens.device, any_order=self.order.is_free(tokens.device))
+        cut = cuts_windows(tokens.device, any_order=self.summation.is_free(tokens.device))
         grids = [
             window_grid(2 * batch, height, width, splits, shifted=shifted, cut=cut, device=tokens.device)
             for shifted in ((False, True) if splits > 1 else (False,))
@@ -89,12 +89,12 @@ class AttentionLayer(nn.Module):
     """LayerNorm(merge(single-head attention)) inside windows.
 
     Attributes:
-        order: of its sums.
+        summation: in which order it adds up; see `SummationOrder`.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.order = Order.REFERENCE
+        self.summation = SummationOrder.REFERENCE
         self.query = nn.Linear(channels, channels, bias=False)
         self.key = nn.Linear(channels, channels, bias=False)
         self.value = nn.Linear(channels, channels, bias=False)
@@ -118,7 +118,7 @@ class AttentionLayer(nn.Module):
             weights,
             _pairings(groups, cross=cross),
             onto_source=onto_source,
-            any_order=self.order.is_free(source.device),
+            any_order=self.summation.is_free(source.device),
         )
 
 
@@ -142,12 +142,12 @@ class FeedForward(nn.Module):
     """source + LayerNorm(W2 · GELU(W1 · [source, message])).
 
     Attributes:
-        order: of its sums.
+        summation: in which order it adds up; see `SummationOrder`.
     """
 
     def __init__(self, channels: int, expansion: int) -> None:
         super().__init__()
-        self.order = Order.REFERENCE
+        self.summation = SummationOrder.REFERENCE
         self.expand = nn.Linear(2 * channels, 2 * channels * expansion, bias=False)
         self.contract = nn.Linear(2 * channels * expansion, channels, bias=False)
         self.norm = nn.LayerNorm(channels)
@@ -155,7 +155,7 @@ class FeedForward(nn.Module):
 
     def forward(self, source: Tensor, message: Tensor) -> Tensor:
         weights = self.expand.weight, self.contract.weight, self.norm.weight, self.norm.bias
-        return feed_forward(source, message, *weights, any_order=self.order.is_free(source.device))
+        return feed_forward(source, message, *weights, any_order=self.summation.is_free(source.device))
 
 
 def _xavier(module: nn.Module) -> None:

@@ -31,7 +31,7 @@ def convex_upsample(flow: Tensor, logits: Tensor, factor: int) -> Tensor:
     order, of fine pixel (y, x). Neighbours outside the map are zero.
     """
     batch, _, height, width = flow.shape
-    # Sub-pixels beside channels, both last: the sum over neighbours then runs over contiguous rows.
+    # Sub-pixels in a dimension of their own before h and w, so that the sum over neighbours runs over contiguous rows.
     weights = logits.view(batch, 9, factor**2, height, width).softmax(dim=1)  # [B, 9, s², h, w]
     padded = F.pad(factor * flow, (1, 1, 1, 1))
     neighbours = [padded[:, :, y : y + height, x : x + width] for y in range(3) for x in range(3)]

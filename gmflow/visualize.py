@@ -10,7 +10,7 @@ from gmflow.errors import GMFlowError
 UNKNOWN = 1e9
 """Middlebury: a component beyond this marks an unknown pixel."""
 
-_STRIP_PIXELS = 1 << 15  # coloured at a time: what is in between stays in the cache
+_STRIP_PIXELS = 1 << 15  # coloured at a time: intermediate results stay in the cache
 
 
 def color_wheel() -> npt.NDArray[np.float64]:
@@ -34,8 +34,14 @@ def color_wheel() -> npt.NDArray[np.float64]:
     return np.concatenate(parts)
 
 
+def known_flow(flow: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
+    """Where flow `[H, W, 2]` is known: bool `[H, W]`, false where a component is NaN or beyond `UNKNOWN`."""
+    known: npt.NDArray[np.bool_] = (np.abs(flow) <= UNKNOWN).all(axis=2)
+    return known
+
+
 def flow_to_image(flow: npt.NDArray[np.floating], max_flow: float | None = None) -> npt.NDArray[np.uint8]:
-    """Hue is the direction, saturation the speed.
+    """Flow as a picture: hue is the direction, saturation the speed.
 
     Args:
         flow: `[H, W, 2]`, pixels. Unknown pixels (NaN, inf, or beyond 1e9) are black.
@@ -54,7 +60,7 @@ def flow_to_image(flow: npt.NDArray[np.floating], max_flow: float | None = None)
     if max_flow is not None and not max_flow > 0:
         raise GMFlowError(f"max_flow must be positive, not {max_flow}")
     flow = flow.astype(np.promote_types(flow.dtype, np.float32), copy=False)  # 16 bits do not hold 1e9
-    known = (np.abs(flow) <= UNKNOWN).all(axis=2)  # false for NaN
+    known = known_flow(flow)
     flow = np.where(known[..., None], flow, 0)
     height, width = known.shape
     rows = max(1, _STRIP_PIXELS // max(1, width))
@@ -69,7 +75,7 @@ def flow_to_image(flow: npt.NDArray[np.floating], max_flow: float | None = None)
 
 
 def _paint(image: npt.NDArray[np.uint8], flow: npt.NDArray[np.floating], saturation: npt.NDArray[np.float64]) -> None:
-    """Known flow [h, w, 2] in colours into an image [h, w, 3]; saturation [h, w] is full at 1."""
+    """Write the colours of known flow `[h, w, 2]` into `image` `[h, w, 3]`; saturation `[h, w]` is full at 1."""
     u, v = np.moveaxis(flow.astype(np.float64), 2, 0)
     wheel = color_wheel() / 255
     angle = np.arctan2(-v, -u) / np.pi  # -1..1
@@ -78,7 +84,7 @@ def _paint(image: npt.NDArray[np.uint8], flow: npt.NDArray[np.floating], saturat
     upper = (lower + 1) % len(wheel)
     fraction = position - lower
     rest = 1 - fraction
-    for channel, hues in enumerate(wheel.T):  # one by one: NumPy is slow where rows are of three values
+    for channel, hues in enumerate(wheel.T):  # one by one: NumPy is slow on rows of three values
         hue = rest * hues[lower] + fraction * hues[upper]
         color = np.where(saturation <= 1, 1 - saturation * (1 - hue), 0.75 * hue)
         image[..., channel] = np.floor(255 * color)
@@ -98,14 +104,14 @@ KITTI_BANDS = (
 )
 """KITTI's logarithmic colour scale (Menze & Geiger, CVPR 2015, development kit): upper limit of a band, its colour.
 
-A value of 1 is just an outlier: 3 px and 5 % of the speed.
+The scale's value 1 is the limit of an outlier, 3 px and 5 % of the speed.
 """
 
 
 def error_to_image(
     flow: npt.NDArray[np.floating], target: npt.NDArray[np.floating], valid: npt.NDArray[np.bool_] | None = None
 ) -> npt.NDArray[np.uint8]:
-    """End-point errors on KITTI's scale: blue is right, red an outlier (over 3 px and over 5 % of the speed).
+    """End-point errors on KITTI's scale: blue is a small error, red an outlier (over 3 px and over 5 % of the speed).
 
     Args:
         flow: prediction `[H, W, 2]`, pixels.

@@ -6,6 +6,7 @@ Both load strictly, and neither runs code from the file.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -139,15 +140,26 @@ def decode_weights(content: bytes) -> GMFlow:
 def save_published(model: GMFlow, path: str | Path) -> None:
     """Write the weights in the published layout: a `.pth` of `{"model": state dict}` under the published names.
 
+    A file of that name is replaced whole or not at all.
+
     Raises:
-        GMFlowError: the folder of `path` does not exist, or it cannot be written.
+        GMFlowError: `path` ends in `.safetensors`, its folder does not exist, or it cannot be written.
     """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        raise GMFlowError(f"{path}: the published layout is saved as .pth (save_weights writes a .safetensors)")
     tensors = {published_name(name): tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    replace_file(Path(path), lambda beside: torch.save({"model": tensors}, beside))
+    content = io.BytesIO()  # torch.save to a path would hide in a RuntimeError that the disk is full
+    torch.save({"model": tensors}, content)
+    replace_file(path, lambda beside: Path(beside).write_bytes(content.getvalue()))
 
 
 def replace_file(path: Path, write: Callable[[str], object]) -> None:
-    """Write beside `path`, then rename: nobody ever sees half a file. Raises GMFlowError where that cannot be."""
+    """Let `write` write a file beside `path`, then rename it: nobody ever sees half a file.
+
+    Raises:
+        GMFlowError: the folder of `path` does not exist, or the file cannot be written.
+    """
     if not path.parent.is_dir():
         raise GMFlowError(f"{path}: the folder {path.parent} does not exist")
     try:
@@ -162,7 +174,7 @@ def _replace(path: Path, write: Callable[[str], object]) -> None:
     try:
         write(beside)
         with open(beside, "rb") as written:  # noqa: PTH123 (a name of tempfile's)
-            os.fsync(written.fileno())  # before it is named: a machine that loses power must not leave an empty file
+            os.fsync(written.fileno())  # before renaming, or a power cut may leave an empty file
         # mkstemp makes a private file; weights are shared like any other.
         umask = os.umask(0)
         os.umask(umask)
@@ -203,10 +215,12 @@ def _read_published(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise GMFlowError(f"{path}: damaged, or holds more than tensors; nothing but weights is loaded") from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # PyTorch's unpickler fails on foreign bytes in many ways
         raise GMFlowError(f"{path}: damaged, or no PyTorch checkpoint ({type(error).__name__})") from error
     state = content.get("model", content) if isinstance(content, Mapping) else content
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
         raise GMFlowError(f'{path}: neither a state dict nor {{"model": state dict}}')
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 

@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gmflow.attention import CROSSING_PENALTY, attention, computes_in_chunks, fused_attention
+from gmflow.attention import CROSSING_PENALTY, attention, fused_attention, runs_eagerly_on_cpu
 from gmflow.folded_attention import folded_window_attention
 from gmflow.projected_attention import projected_window_attention
 from gmflow.window_chunks import AttentionWeights, Pairing
 
 ACCELERATOR_DTYPE = torch.float16
-"""What accelerators attend in where sums may be in any order: it rounds as TF32 does, to 10 bits, in half the bytes.
+"""Type of attention on accelerators where sums may be in any order: float16.
 
-The range of bfloat16 and float32 is wider, which sums of normalised messages have no need of; but the one rounds more,
-and with the fused operation of the other a pass takes half as long again (docs/performance.md).
+It rounds to 10 bits, as TF32 does, at half the bytes. Its narrower range suffices for sums of normalised messages.
+bfloat16 would round more; fused attention in float32 would make a pass half as long again (docs/performance.md).
 """
 
 
@@ -31,37 +31,37 @@ def window_attention(
     """LayerNorm(merge · softmax(query · key / √C) · value) within windows.
 
     Args:
-        source: tokens that attend, `[T, C]` in window order; queries are of them.
-        target: tokens that are attended to, `[T, C]` in window order; keys and values are of them.
-        weights: of the layer.
+        source: tokens that attend, `[T, C]` in window order; queries are computed from them.
+        target: tokens that are attended to, `[T, C]` in window order; keys and values are computed from them.
+        weights: the layer's parameters.
         pairings: every window once as a source, in order, and once as a target.
         onto_source: add the result to the source.
-        any_order: sums may be in another order than the reference's; in 16 bits they are anyway.
+        any_order: sums may be in another order than the reference's. In 16 bits they always may.
 
     Returns:
         `[T, C]`.
     """
     device, wide = source.device, source.dtype
     narrow = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else wide
-    any_order, on_cpu = any_order or narrow != wide, computes_in_chunks(device)
-    if torch.compiler.is_exporting() or not (on_cpu or any_order):
+    any_order, eagerly_on_cpu = any_order or narrow != wide, runs_eagerly_on_cpu(device)
+    if torch.compiler.is_exporting() or not (eagerly_on_cpu or any_order):
         return _step_by_step(source, target, weights, pairings, onto_source)
-    if on_cpu and (not any_order or (narrow != wide and not torch.is_grad_enabled())):
+    if eagerly_on_cpu and (not any_order or (narrow != wide and not torch.is_grad_enabled())):
         return projected_window_attention(source, target, weights, pairings, onto_source=onto_source, dtype=narrow)
-    # What learns computes in more bits than what comes back (docs/performance.md).
-    forth = wide if on_cpu else ACCELERATOR_DTYPE
+    # The forward pass is in more bits than the backward pass (docs/performance.md).
+    forth = wide if eagerly_on_cpu else ACCELERATOR_DTYPE
     return folded_window_attention(source, target, weights, pairings, onto_source=onto_source, forth=forth, back=narrow)
 
 
 def _step_by_step(
     source: Tensor, target: Tensor, weights: AttentionWeights, pairings: list[Pairing], onto_source: bool
 ) -> Tensor:
-    """In the reference's order: for accelerators, and for an exported program, whose windows may have regions.
+    """In the reference's order: for float32 on accelerators, and for an exported program, whose windows have regions.
 
-    The gradients of attention in float32 come from chunks of it (`attention`).
+    The backward pass of attention goes chunk by chunk (see `attention`).
     """
     query, key, value = _projected(source, target, weights)
-    # Split, not sliced one by one: the gradient of a slice is a tensor of the whole, to be zeroed and added up.
+    # Split, not sliced one by one: the gradient of each slice would be a zeroed tensor of the whole size.
     sizes = [pairing.windows * pairing.length for pairing in pairings]
     queries, keys, values = (torch.split(one, sizes) for one in (query, key, value))
     parts: list[Tensor] = []
@@ -79,10 +79,10 @@ def _step_by_step(
 
 
 def _attended_within(regions: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention within the regions of windows, without a mask, which would be of the size of all scores.
+    """Attention within the regions of windows, without a mask, which would be as large as all scores.
 
-    Four channels more of queries and keys tell the regions apart: the scores of pairs of one region have
-    `-CROSSING_PENALTY` more than others', as in the reference, where those of different regions have as much less.
+    Four more channels of queries and keys mark the regions: they add `-CROSSING_PENALTY` to the scores of pairs of the
+    same region. The reference subtracts as much from the others, which gives the same softmax.
     """
     scale = query.shape[-1] ** -0.5
     mark = F.one_hot(regions, 4).to(query.dtype) * (-CROSSING_PENALTY / scale) ** 0.5  # [n, L, 4]
@@ -91,7 +91,7 @@ def _attended_within(regions: Tensor, query: Tensor, key: Tensor, value: Tensor)
 
 
 def _projected(source: Tensor, target: Tensor, weights: AttentionWeights) -> tuple[Tensor, ...]:
-    """Queries, keys and values `[T, C]`, in one product where they are of the same tokens and otherwise in two."""
+    """Queries, keys and values `[T, C]`: one product where all come from the same tokens, otherwise two."""
     if target is source:
         matrices = torch.cat([weights.to_query, weights.to_key, weights.to_value])  # [3C, C]
         return F.linear(source, matrices).chunk(3, dim=1)

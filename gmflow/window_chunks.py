@@ -1,9 +1,9 @@
-"""What attention within windows is computed in: on a CPU a few windows at a time, elsewhere all of them.
+"""The chunks in which attention within windows is computed: on a CPU a few windows at a time, elsewhere all of them.
 
-Plainly, each step of an attention layer is a tensor of the size of the features, written to fresh memory, read once,
-and kept for the backward pass. In chunks, a few windows go through all steps while they are in a CPU's cache. An
-accelerator has no such cache, and asking for each operation takes its time: there the chunk is all tokens, and only
-attention itself is one of windows.
+Computed in the plain way, every step of an attention layer gives a tensor of the size of the features, which is written
+to fresh memory, read once, and kept for the backward pass. In chunks, a few windows go through all steps while they are
+in a CPU's cache. An accelerator has no such cache, and launching each operation takes time: there one chunk holds all
+tokens, and only attention itself goes by windows.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gmflow.attention import Crossing, chunk_size, computes_in_chunks, row_slices, softmax_backward, softmax_weights
+from gmflow.attention import Crossing, chunk_size, row_slices, runs_eagerly_on_cpu, softmax_backward, softmax_weights
 from gmflow.layer_norm import Statistics, layer_norm, layer_norm_backward
 from gmflow.scratch import Matrix, Scratch, add_product, put_product
 
 FUSED_TOKENS = 1 << 13
-"""Tokens of several windows that go through a layer at a time on a CPU where its attention is fused."""
+"""Tokens of several windows that a CPU takes through a layer at a time, at most, where attention is fused."""
 
 
 class AttentionWeights(NamedTuple):
@@ -36,13 +36,13 @@ class AttentionWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairing:
-    """Consecutive windows that attend to other consecutive windows.
+    """Consecutive windows that attend to as many other consecutive windows.
 
     Attributes:
-        source: first token of the first window that attends.
-        partner: number of the pairing whose `source` are the windows that are attended to.
-        windows: how many.
-        length: tokens in each.
+        source: index of the first token of the windows that attend.
+        partner: index, in the list of pairings, of the pairing whose windows are attended to.
+        windows: number of windows.
+        length: tokens in each window.
         regions: as in `WindowGroup`.
     """
 
@@ -58,11 +58,12 @@ class Windows:
     """Windows of a pairing that are attended at a time.
 
     Attributes:
-        source: their tokens, which attend.
-        target: the tokens that those attend to.
-        number: how many windows.
-        rows: of each window, attended in turn: all of them where there are several windows, or attention is fused.
-        crossing: the penalties between regions, where windows have any.
+        source: the tokens that attend.
+        target: the tokens that they attend to.
+        number: number of windows.
+        rows: slices of a window's queries that are attended one after the other; one slice of all where several windows
+            go at a time or attention is fused.
+        crossing: the penalties between regions; None where the windows have no regions.
     """
 
     source: slice
@@ -74,31 +75,35 @@ class Windows:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens that go through a layer at a time, those of some windows: on a CPU of a few, else of all there are."""
+    """Tokens that go through a layer at a time, with their windows: on a CPU a few windows, elsewhere all."""
 
     tokens: slice
     windows: list[Windows]
 
     def place(self, windows: Windows) -> slice:
-        """Of the tokens of these windows among those of the chunk."""
+        """Where the tokens of `windows` lie among those of this chunk."""
         return slice(windows.source.start - self.tokens.start, windows.source.stop - self.tokens.start)
 
 
 def chunks(pairings: list[Pairing], device: torch.device, *, fused: bool = False) -> Iterator[Chunk]:
-    """All tokens in turn, with the windows that they are of."""
+    """All tokens in turn, with their windows; `fused` where attention is PyTorch's fused operation.
+
+    On a CPU they depend on the number of threads that PyTorch computes with at the moment. So a backward pass takes the
+    chunks that its forward pass made: then its result does not depend on whether that number has changed in between.
+    """
     windows = [part for pairing in pairings for part in _windows(pairing, pairings, device, fused)]
-    if computes_in_chunks(device):
+    if runs_eagerly_on_cpu(device):
         yield from (Chunk(part.source, [part]) for part in windows)
     else:
         yield Chunk(slice(0, sum(pairing.windows * pairing.length for pairing in pairings)), windows)
 
 
 def _windows(pairing: Pairing, pairings: list[Pairing], device: torch.device, fused: bool) -> Iterator[Windows]:
-    """Many whole windows for the fused operation, else as many rows as there may be scores of."""
+    """The windows of a pairing in parts: of whole windows for the fused operation, otherwise as `chunk_size` has it."""
     length, crossing = pairing.length, None if pairing.regions is None else Crossing.of(pairing.regions[0])
     if not fused:
         many, rows = chunk_size(length, length, device)
-    elif computes_in_chunks(device):
+    elif runs_eagerly_on_cpu(device):
         many, rows = max(1, FUSED_TOKENS // length), length
     else:
         many, rows = pairing.windows, length
@@ -112,12 +117,16 @@ def _windows(pairing: Pairing, pairings: list[Pairing], device: torch.device, fu
 
 
 def attend_to_themselves(pairings: list[Pairing]) -> bool:
-    """Whether every window attends to the tokens in its own place."""
+    """Whether every window attends to the window in its own place."""
     return all(pairing.partner == number for number, pairing in enumerate(pairings))
 
 
 def rows_of_chunks(like: Tensor, dtype: torch.dtype, *, kept: bool) -> Callable[[slice], Tensor]:
-    """Where to put rows `[n, C]` of a chunk: their place in memory for all of `like`, or memory that all chunks use."""
+    """A function that gives the memory for a chunk's rows `[n, C]`.
+
+    That is a slice of one tensor like `like` where they are `kept` for the backward pass, otherwise scratch memory that
+    every chunk overwrites.
+    """
     if kept:
         return torch.empty_like(like, dtype=dtype).__getitem__
     scratch = Scratch(like.new_empty(0, dtype=dtype))
@@ -125,78 +134,89 @@ def rows_of_chunks(like: Tensor, dtype: torch.dtype, *, kept: bool) -> Callable[
 
 
 class Meeting(NamedTuple):
-    """The queries of a chunk's windows, and the keys and values they meet: `[n, L, C]` each."""
+    """The queries of some windows, and the keys and values that they attend to: `[n, L, C]` each."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     scale: float
-    """Of the scores."""
+    """Factor of the scores."""
 
     def weights(self, rows: slice, crossing: Crossing | None, scratch: Scratch) -> Tensor:
-        """Of every key for these rows of the windows: `[n, l, L]`."""
+        """Softmax weights of every key, for these rows of the queries: `[n, l, L]`."""
         return softmax_weights(self.query[:, rows], self.key, self.scale, scratch, crossing, rows)
 
     def attend(self, windows: Windows, scratch: Scratch, out: Tensor) -> None:
-        """Write what the queries attend to, `[n, L, C]`."""
+        """Write softmax(scores) · value into `out`, `[n, L, C]`."""
         for rows in windows.rows:
             torch.bmm(self.weights(rows, windows.crossing, scratch), self.value, out=out[:, rows])
 
 
 class Messages:
-    """LayerNorm(merge · attended values), added to the tokens that attended or not.
+    """Messages, LayerNorm(merge · attended values), of one chunk after the other.
 
     Args:
-        merge: in the type that values are multiplied in.
-        scale: of the LayerNorm, `[C]`.
-        shift: of the LayerNorm, `[C]`.
-        onto_source: they are added.
-
-    Attributes:
-        statistics: of the LayerNorm, chunk after chunk, for `MessageGradients`.
+        merge: the matrix, in the type that values are multiplied in.
+        scale: scale of the LayerNorm, `[C]`.
+        shift: shift of the LayerNorm, `[C]`.
+        onto_source: add the messages to the tokens that attended.
     """
 
     def __init__(self, merge: Matrix, scale: Tensor, shift: Tensor, *, onto_source: bool) -> None:
         self._merge, self._scale, self._shift, self._onto_source = merge, scale, shift, onto_source
         self._merged = Scratch(scale)
-        self.statistics: list[Tensor] = []
+        self._statistics: list[Statistics] = []
 
     def write(self, attended: Tensor, source: Tensor, out: Tensor) -> None:
-        """Those of a chunk: values that were attended, the tokens that did, and where to write, `[n*L, C]` each."""
+        """Write the next chunk's messages into `out`, from attended values and the tokens that attended.
+
+        All are `[n*L, C]`.
+        """
         merged = self._merged.view(*source.shape)
         put_product(merged, attended, self._merge.forth)
         message, statistics = layer_norm(merged, self._scale, self._shift)
-        self.statistics += statistics
+        self._statistics.append(statistics)
         if self._onto_source:
             torch.add(source, message, out=out)
         else:
             out.copy_(message)
 
+    @property
+    def statistics(self) -> Statistics:
+        """The LayerNorm's, of all tokens whose messages were written, for `MessageGradients`: `[T, 1]` each."""
+        means, reciprocal_stds = zip(*self._statistics, strict=True)
+        return Statistics(torch.cat(means), torch.cat(reciprocal_stds))
+
 
 class MessageGradients:
-    """The way back from messages to what they are of, and the sums over chunks of the gradients of the parameters.
+    """The backward pass of messages, chunk by chunk; adds up the gradients of the parameters over the chunks.
 
-    Multiplies in the type of `merge`.
+    Products are in the type of `merge`.
+
+    Args:
+        merge: the matrix, in the type of products.
+        scale: scale of the LayerNorm, `[C]`.
+        shift: shift of the LayerNorm, `[C]`.
+        statistics: `Messages.statistics`.
 
     Attributes:
         merge: sum of the gradients of the matrix, `[C, C]`.
-        scale: of the LayerNorm's scale, `[C]`.
-        shift: of the LayerNorm's shift, `[C]`.
+        scale: sum of the gradients of the LayerNorm's scale, `[C]`.
+        shift: sum of the gradients of the LayerNorm's shift, `[C]`.
     """
 
-    def __init__(self, merge: Matrix, scale: Tensor, shift: Tensor, statistics: list[Tensor]) -> None:
-        self._factor, self._scale, self._shift = merge, scale, shift
-        self._statistics = map(Statistics, statistics[::2], statistics[1::2])
+    def __init__(self, merge: Matrix, scale: Tensor, shift: Tensor, statistics: Statistics) -> None:
+        self._factor, self._scale, self._shift, self._statistics = merge, scale, shift, statistics
         self.merge = torch.zeros_like(merge.back, dtype=scale.dtype)
         self.scale, self.shift = torch.zeros_like(scale), torch.zeros_like(shift)
         self._merged, self._weights, self._for_weights = Scratch(scale), Scratch(merge.back), Scratch(merge.back)
 
-    def of_attended(self, gradient: Tensor, attended: Tensor) -> Tensor:
-        """From the gradient of the next chunk's messages to that of the values they come from: `[n*L, C]` each."""
+    def of_attended(self, gradient: Tensor, attended: Tensor, tokens: slice) -> Tensor:
+        """From the gradient of the messages of a chunk's `tokens` to that of the attended values: `[n*L, C]` each."""
         merged = self._merged.view(*gradient.shape)
         put_product(merged, attended, self._factor.forth)
-        of_norm = next(self._statistics), self._scale, self._shift
-        for_merged, for_scale, for_shift = layer_norm_backward(gradient, merged, *of_norm)
+        statistics = Statistics(*(one[tokens] for one in self._statistics))
+        for_merged, for_scale, for_shift = layer_norm_backward(gradient, merged, statistics, self._scale, self._shift)
         self.scale += for_scale
         self.shift += for_shift
         for_merged = for_merged.to(attended.dtype)
@@ -212,9 +232,10 @@ class MessageGradients:
         for_key: Tensor,
         for_value: Tensor,
     ) -> None:
-        """From the gradient of attended values to those of queries, keys and values but for the scale of scores.
+        """From the gradient of attended values to those of queries, keys and values.
 
-        All tensors are `[n, L, C]`; the last three are written, and where keys are the values, the last two are one.
+        The gradients of queries and keys are not yet multiplied by the scale of the scores. All tensors are
+        `[n, L, C]`. The last three are written; where the keys are the values, the last two must be one tensor.
         """
         for rows in windows.rows:
             weights = meeting.weights(rows, windows.crossing, self._weights)

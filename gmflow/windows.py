@@ -1,8 +1,8 @@
-"""The order in which the transformer keeps its tokens: window after window.
+"""Window order: the transformer keeps its tokens window after window.
 
-In window order, attention inside a window reads consecutive rows of one matrix, and everything else a block does
-concerns single tokens and cares for no order. So windows are never cut out and put back: the tokens are permuted
-when the grid of windows moves from one block to the next, and at no other time.
+Attention inside a window then reads consecutive rows of one matrix, and everything else that a block does concerns
+single tokens, whatever their order. So windows are never cut out and put back: the tokens are permuted when the grid of
+windows moves from one block to the next, and at no other time.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ class WindowGroup:
     """Windows of a grid that have the same regions, over all maps; those of the first half of the maps come first.
 
     Attributes:
-        windows: how many.
-        length: tokens in each.
-        regions: int64 `[n, length]`, of n windows in turn: of 1, or in an exported program of all of a map. Tokens of
-            different regions are no neighbours in the map. None where all are, as in all windows that are cut up.
+        windows: number of windows.
+        length: tokens in each window.
+        regions: int64 `[n, length]`: of each token, which region of the map it belongs to; tokens of different regions
+            do not attend to each other. n = 1 where all windows of the group have the same regions; in an exported
+            program n is the windows of one map, repeated for each map. None where no window has more than one region.
     """
 
     windows: int
@@ -32,12 +33,12 @@ class WindowGroup:
 
 @dataclass(frozen=True)
 class WindowGrid:
-    """A partition of N feature maps into windows, as an order of their N·h·w tokens.
+    """A partition of N feature maps into windows, as a permutation of their N·h·w tokens.
 
     Attributes:
         order: int64 `[N*h*w]`; token i of the window order is token `order[i]` of the row-major order.
-        inverse: int64 `[N*h*w]`, the way back.
-        groups: the windows in this order.
+        inverse: int64 `[N*h*w]`, the inverse permutation.
+        groups: the windows in window order.
     """
 
     order: Tensor
@@ -48,13 +49,13 @@ class WindowGrid:
 def window_grid(
     maps: int, height: int, width: int, splits: int, *, shifted: bool, cut: bool, device: torch.device
 ) -> WindowGrid:
-    """`splits` × `splits` windows; shifted, the grid moved down and right by half a window, around the border.
+    """The grid of `splits` × `splits` windows; `shifted`, moved down and right by half a window, wrapping around the
+    border.
 
-    Windows that the border runs through consist of two or four regions. As the reference has it, they are whole and
-    have `regions`: a mask for a few, none for most. With `cut` every region is a window of its own, and none needs a
-    mask. Nothing but rounding tells the two apart: to a pair of different regions the reference gives e^-100 of its
-    weight. An exported program is one graph for all sizes: the fewer kinds of windows, the smaller. There all are
-    alike, and have regions.
+    A window that wraps around holds two or four regions that are not neighbours in the map. The reference keeps it
+    whole and masks pairs of different regions: `cut=False`. With `cut=True` each region becomes a window of its own and
+    no mask is needed. The results differ by rounding alone, because the reference's mask leaves such a pair e^-100 of
+    its weight. When exporting, `cut` is ignored: all windows are alike and have regions, which keeps the graph small.
     """
     starts = torch.arange(maps, device=device).view(-1, 1, 1, 1, 1) * (height * width)
     order: list[Tensor] = []
@@ -79,7 +80,7 @@ def window_grid(
 def _strips(
     length: int, splits: int, shifted: bool, cut: bool, device: torch.device
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """The windows along one axis, whole ones and the one around the border: coordinates and regions `[n, size]`."""
+    """The windows along one axis, in groups of one size: their coordinates and, if any, regions, `[n, size]` each."""
     size = length // splits
     shift = size // 2 if shifted else 0
     coordinates = torch.arange(length, device=device)
@@ -94,12 +95,12 @@ def _strips(
     if not cut:
         return [whole, (around, (around < shift).long())]
     if size == 2 * shift:
-        return [whole, (around.view(2, shift), None)]  # two windows of one size: half as many calls
+        return [whole, (around.view(2, shift), None)]  # two windows of one size in one group: fewer calls
     return [whole, (around[:, : size - shift], None), (around[:, size - shift :], None)]
 
 
 def permute_tokens(tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """Rows of `tokens` `[T, C]` in the given order; its gradient is the inverse permutation, not a scatter."""
+    """Rows of `tokens` `[T, C]` in the given order; the backward pass is the inverse permutation, not a scatter."""
     permuted: Tensor = _Permute.apply(tokens, order, inverse)  # type: ignore[no-untyped-call]
     return permuted
 

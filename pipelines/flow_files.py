@@ -65,7 +65,7 @@ def _npz(result: Result) -> bytes:
 
 
 def _warp(result: Result) -> bytes:
-    return encode_animation(list(warp_animation(result.pair.frame1, result.prediction.flow)))
+    return encode_animation(warp_animation(result.pair.frame1, result.prediction.flow))
 
 
 def no_truth(name: str) -> PipelineError:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gmflow import GMFlow, GMFlowConfig, GMFlowError, load_model
+from gmflow.execution import ExecutionConfig, prepare_model
 from gmflow.export import ExportedModel, export_model, minimum_size
 
 TINY: dict[str, Any] = {"backbone_channels": (4, 6, 8), "feature_channels": 8, "num_layers": 2, "ffn_expansion": 2}
@@ -100,6 +101,13 @@ def test_a_size_below_the_minimum_is_refused_not_computed_wrongly(loaded: Any) -
 )
 def test_minimum_size_is_a_multiple_where_windows_have_two_features_a_side(config: GMFlowConfig, smallest: int) -> None:
     assert minimum_size(GMFlow(config)) == smallest
+
+
+def test_a_model_that_was_prepared_is_refused() -> None:
+    model = GMFlow(GMFlowConfig(**TINY))
+    prepare_model(model, ExecutionConfig("bf16"))
+    with pytest.raises(GMFlowError, match="was prepared cannot be exported"):
+        export_model(model)
 
 
 def test_wrong_suffixes_and_folders_are_refused_before_anything_is_computed(tmp_path: Path) -> None:

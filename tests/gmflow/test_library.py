@@ -9,6 +9,8 @@ import os
 import pickle
 import platform
 import re
+import resource
+import signal
 import stat
 import subprocess
 import sys
@@ -42,8 +44,8 @@ from gmflow.backbone import Backbone
 from gmflow.execution import ExecutionConfig, _require_compiler, prepare_model
 from gmflow.geometry import _OrderedSample, _OrderedUpsample, backward_warp, forward_backward_occlusion
 from gmflow.model import FlowOutput
-from gmflow.order import Order
 from gmflow.predict import Padding, evaluating, padded_flow
+from gmflow.summation import SummationOrder
 from gmflow.tiling import Tiling
 from gmflow.visualize import color_wheel
 from gmflow.weights import encode_weights, replace_file, save_published, weights_digest
@@ -202,11 +204,20 @@ def test_missing_and_damaged_files(suffix: str, tmp_path: Path) -> None:
         load_model(path)
     (save_weights if suffix == ".safetensors" else save_published)(tiny(), path)
     content = path.read_bytes()
-    for damaged in (content[: len(content) // 2], b"", b"not weights at all"):
+    foreign = (b"", b"not weights at all", b"and more text", b"\x80", b"\x80\x02X\x10")
+    for damaged in (content[: len(content) // 2], *foreign):
         path.write_bytes(damaged)
         with pytest.raises(GMFlowError, match="damaged") as error:
             load_model(path)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [{0: torch.zeros(1)}, {"model": {0: torch.zeros(1)}}, {"a": 1}, [torch.zeros(1)]])
+def test_a_checkpoint_that_is_no_state_dict_is_refused(content: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    torch.save(content, path)
+    with pytest.raises(GMFlowError, match="neither a state dict nor"):
+        load_model(path)
 
 
 def test_missing_tensor_is_named(tmp_path: Path) -> None:
@@ -241,7 +252,25 @@ def test_save_refuses_other_suffixes_missing_folders_and_what_cannot_be_written(
     for path in (Path("/proc/model.safetensors"), tmp_path / "folder.safetensors"):
         with pytest.raises(GMFlowError, match=f"{path}: cannot be written"):
             save_weights(tiny(), path)
+    with pytest.raises(GMFlowError, match=r"saved as \.pth \(save_weights"):
+        save_published(tiny(), tmp_path / "model.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["folder.safetensors"]
+
+
+@pytest.mark.parametrize(("save", "suffix"), [(save_weights, ".safetensors"), (save_published, ".pth")])
+def test_where_weights_do_not_fit_the_old_file_stays(save: Any, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(b"old")
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(GMFlowError, match=f"{path}: cannot be written"):
+            save(tiny(), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # Prediction
@@ -298,10 +327,25 @@ def test_frames_of_different_size_unknown_padding_and_precision_are_refused() ->
     one, other = frames(32, 32)[0], frames(32, 40)[0]
     with pytest.raises(GMFlowError, match="40"):
         predict_flow(tiny(), one, other)
+    with pytest.raises(GMFlowError, match="one size, not 32x32, 32x40 "):
+        predict_batch(tiny(), [(one, one), (one, other), (other, other)])
     with pytest.raises(GMFlowError, match="padding must be one of sintel, kitti"):
         predict_flow(tiny(), one, one, padding="reflect")  # type: ignore[arg-type]
     with pytest.raises(GMFlowError, match="precision must be one of fp32, tf32, bf16, fp16"):
         predict_flow(tiny(), one, one, precision="int8")  # type: ignore[arg-type]
+
+
+def test_frames_may_be_read_only_and_of_any_memory_layout() -> None:
+    model, pair = tiny(), frames(32, 48)
+    wanted = predict_flow(model, *pair)
+    read_only = [frame.copy() for frame in pair]
+    for frame in read_only:
+        frame.flags.writeable = False
+    flipped = [frame[:, ::-1].copy()[:, ::-1] for frame in pair]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for others in (read_only, flipped, [np.asfortranarray(frame) for frame in pair]):
+            np.testing.assert_array_equal(predict_flow(model, *others), wanted)
 
 
 def test_an_unprepared_model_runs_in_the_precision_asked_for() -> None:
@@ -309,7 +353,7 @@ def test_an_unprepared_model_runs_in_the_precision_asked_for() -> None:
     flow = predict_flow(model, *pair)
     np.testing.assert_array_equal(predict_flow(model, *pair, precision="fp32"), flow)
     assert not np.array_equal(predict_flow(model, *pair, precision="bf16"), flow)
-    with pytest.raises(GMFlowError, match=r"tf32 takes a prepared model: prepare_model\("):
+    with pytest.raises(GMFlowError, match=r"tf32 takes a prepared model: gmflow\.execution\.prepare_model\("):
         predict_flow(model, *pair, precision="tf32")
 
 
@@ -349,7 +393,7 @@ def test_images_of_any_floating_type_are_their_values_in_float32(dtype: torch.dt
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_model_whose_parameters_are_not_float32_says_what_to_do(dtype: torch.dtype) -> None:
     model = tiny().to(dtype)
-    with pytest.raises(GMFlowError, match=rf"parameters are {dtype}.*prepare_model\(model, ExecutionConfig\("):
+    with pytest.raises(GMFlowError, match=rf"parameters are {dtype}.*gmflow\.execution\.prepare_model\(model, Exec"):
         model(*torch.zeros(2, 1, 3, 32, 32, dtype=dtype))
     assert torch.isfinite(model.float()(*torch.zeros(2, 1, 3, 32, 32, dtype=dtype)).flow).all()
 
@@ -481,31 +525,31 @@ def test_low_precision_keeps_float32_results_and_gradients(precision: Any) -> No
 @pytest.mark.parametrize(
     ("precision", "order"),
     [
-        (None, Order.REFERENCE),
-        ("fp32", Order.FREE_TO_LEARN),
-        ("tf32", Order.FREE),
-        ("bf16", Order.FREE),
-        ("fp16", Order.FREE),
+        (None, SummationOrder.REFERENCE),
+        ("fp32", SummationOrder.FREE_TO_LEARN),
+        ("tf32", SummationOrder.FREE),
+        ("bf16", SummationOrder.FREE),
+        ("fp16", SummationOrder.FREE),
     ],
 )
-def test_every_part_has_the_order_of_sums_of_its_precision(precision: Any, order: Order) -> None:
+def test_every_part_has_the_order_of_sums_of_its_precision(precision: Any, order: SummationOrder) -> None:
     model = tiny()
     if precision is not None:
         prepare_model(model, ExecutionConfig(precision))
-    told = [module.order for module in model.modules() if hasattr(module, "order")]
-    assert isinstance(next(module for module in model.modules() if hasattr(module, "order")), Backbone)
+    told = [module.summation for module in model.modules() if hasattr(module, "summation")]
+    assert isinstance(next(module for module in model.modules() if hasattr(module, "summation")), Backbone)
     # Backbone, transformer, and of each layer two kinds of attention and the feed-forward.
-    in_backbone = Order.REFERENCE if order is Order.FREE_TO_LEARN else order
+    in_backbone = SummationOrder.REFERENCE if order is SummationOrder.FREE_TO_LEARN else order
     assert told == [in_backbone] + [order] * (1 + 3 * model.config.num_layers)
 
 
 def test_only_what_learns_on_a_cpu_is_free_of_the_references_order() -> None:
     cpu, elsewhere = torch.device("cpu"), torch.device("cuda")
     with torch.enable_grad():
-        assert [order.is_free(cpu) for order in Order] == [False, True, True]
-        assert [order.is_free(elsewhere) for order in Order] == [False, False, True]
+        assert [order.is_free(cpu) for order in SummationOrder] == [False, True, True]
+        assert [order.is_free(elsewhere) for order in SummationOrder] == [False, False, True]
     with torch.no_grad():
-        assert [order.is_free(cpu) for order in Order] == [False, False, True]
+        assert [order.is_free(cpu) for order in SummationOrder] == [False, False, True]
 
 
 @pytest.mark.parametrize("field", ["precision", "checkpointing"])
@@ -879,7 +923,7 @@ def test_speeds_beyond_the_fullest_colour_are_darkened_and_the_fullest_is_the_la
 
 
 def saved_bytes(checkpointing: Any) -> int:
-    """What a training pass keeps for its way back, of each piece of memory once."""
+    """What a training pass keeps for its backward pass; each piece of memory counts once."""
     model = tiny(REFINE).train()
     prepare_model(model, ExecutionConfig(checkpointing=checkpointing))
     pieces: dict[int, int] = {}

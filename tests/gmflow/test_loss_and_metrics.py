@@ -57,6 +57,28 @@ def test_parts_of_a_global_batch_add_up() -> None:
     torch.testing.assert_close(sum(parts), whole)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "flow", "valid"),
+    [
+        ((1, 2, 4, 6), (3, 2, 4, 6), (3, 4, 6)),
+        ((3, 1, 4, 6), (3, 2, 4, 6), (3, 4, 6)),
+        ((3, 2, 4, 6), (3, 2, 1, 6), (3, 4, 6)),
+        ((3, 2, 4, 6), (3, 2, 4, 6), (3, 1, 6)),
+        ((3, 2, 4, 6), (3, 2, 4, 6), (4, 6)),
+        ((2, 2, 4, 6), (2, 2, 4, 6), (1, 4, 6)),
+        ((3, 3, 4, 6), (3, 3, 4, 6), (3, 4, 6)),
+        ((2, 4, 6), (2, 4, 6), (4, 6)),
+    ],
+)
+def test_a_loss_of_shapes_that_do_not_fit_is_refused(
+    prediction: tuple[int, ...], flow: tuple[int, ...], valid: tuple[int, ...]
+) -> None:
+    """Many of them would be broadcast, to a loss of something else."""
+    fitting = torch.zeros(flow)
+    with pytest.raises(GMFlowError, match=r"a loss needs predictions and flow \[B, 2, H, W\]"):
+        sequence_loss([fitting, torch.zeros(prediction)], fitting, torch.ones(valid, dtype=torch.bool))
+
+
 def test_metrics_are_pooled_over_pixels() -> None:
     flow, target, valid = fields()
     metrics = FlowMetrics()
@@ -136,6 +158,28 @@ def test_flow_that_is_no_number_is_an_outlier_not_perfect() -> None:
     figures = metrics.compute()
     assert [figures[name] for name in ("px1", "px3", "px5", "f1_all")] == [100.0] * 4
     assert math.isnan(figures["epe"])
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_lost_pixel_spoils_only_the_figures_it_belongs_to(lost: float) -> None:
+    """It is one of the slow and matched pixels of the second image: no part of the other means."""
+    flow, target, valid = fields()
+    target[1, :, 2, 3], valid[1, 2, 3] = 1, True
+    occluded = torch.rand(valid.shape, generator=torch.Generator().manual_seed(1)) > 0.5
+    occluded[1, 2, 3] = False
+    valid[0, 0, 0] = False
+    figures = []
+    for wrong in (1e6, lost):
+        flow[1, 0, 2, 3] = flow[0, 0, 0, 0] = wrong  # the latter has no ground truth and belongs to no figure
+        metrics = FlowMetrics()
+        metrics.update(flow, target, valid, occluded)
+        figures.append(metrics.compute())
+    wanted, found = figures
+    spoiled = {"epe", "s0_10", "matched", "epe_per_image"}
+    assert {name for name, figure in found.items() if not math.isfinite(figure)} == spoiled
+    assert {name: found[name] for name in found.keys() - spoiled} == pytest.approx(
+        {name: wanted[name] for name in wanted.keys() - spoiled}, rel=1e-12
+    )
 
 
 def test_a_figure_without_pixels_is_nan() -> None:

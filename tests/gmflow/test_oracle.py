@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,18 +15,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
+from torch.utils.checkpoint import checkpoint
 
 from gmflow import GMFlow, GMFlowConfig
-from gmflow.attention import ROWS, SCORES, TOKENS, attention, chunk_size, fused_attention, neighbourhood_attention
-from gmflow.convolution import narrow_way_back
+from gmflow.attention import (
+    ROWS,
+    SCORES,
+    TOKENS,
+    attention,
+    chunk_size,
+    cuts_windows,
+    fused_attention,
+    neighbourhood_attention,
+)
+from gmflow.convolution import narrow_backward
 from gmflow.execution import ExecutionConfig, prepare_model
 from gmflow.feedforward import feed_forward
 from gmflow.folded_attention import folded_window_attention
 from gmflow.geometry import pixel_grid
 from gmflow.matching import match
-from gmflow.order import Order
 from gmflow.position import position_encoding
 from gmflow.projected_attention import projected_window_attention
+from gmflow.summation import SummationOrder
 from gmflow.transformer import AttentionLayer, FeedForward
 from gmflow.upsampling import convex_upsample
 from gmflow.windows import permute_tokens, window_grid
@@ -74,7 +85,7 @@ def test_window_attention(
     height, width = splits * window[0], splits * window[1]
     shifted = shifted and splits > 1
     layer = AttentionLayer(CHANNELS).double()
-    layer.order = Order.FREE if any_order and cut else Order.REFERENCE  # which knows no regions
+    layer.summation = SummationOrder.FREE if any_order and cut else SummationOrder.REFERENCE  # which knows no regions
     source, target = (random(maps, height, width, CHANNELS, seed=seed) for seed in (1, 2))
     grid = window_grid(maps, height, width, splits, shifted=shifted, cut=cut, device=source.device)
     ordered = [permute_tokens(x.view(-1, CHANNELS), grid.order, grid.inverse) for x in (source, target)]
@@ -138,10 +149,61 @@ def test_window_attention_in_chunks_of_any_size(
     test_window_attention.hypothesis.inner_test(2, (2, 3), 4, True, cross, True, to_itself, cut, True)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (1, 3)])
+@pytest.mark.parametrize(
+    ("summation", "dtype"),
+    [
+        (SummationOrder.REFERENCE, torch.float32),
+        (SummationOrder.FREE, torch.float32),
+        (SummationOrder.FREE, torch.bfloat16),
+    ],
+)
+def test_the_number_of_threads_may_change_between_forward_and_backward_pass(
+    summation: SummationOrder,
+    dtype: torch.dtype,
+    before: int,
+    after: int,
+    recomputed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Chunks depend on it; also where the forward pass is computed again, as activation checkpointing does."""
+    monkeypatch.setattr("gmflow.attention.SCORES", 5 * 6 * 6)  # five windows of 6 tokens, or as many as threads share
+    grid = window_grid(2, 8, 12, 4, shifted=True, cut=summation is SummationOrder.FREE, device=torch.device("cpu"))
+    torch.manual_seed(0)
+    layer = AttentionLayer(16)
+    layer.summation = summation
+    inputs = [random(192, 16, seed=seed).detach().float().requires_grad_() for seed in (1, 2)]
+    upper = torch.randn(192, 16, generator=torch.Generator().manual_seed(3))
+
+    def gradients(threads: int) -> list[Tensor]:
+        torch.set_num_threads(before)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            run = partial(checkpoint, layer, use_reentrant=False) if recomputed else layer
+            out = run(*inputs, grid.groups, cross=True, onto_source=True)
+        torch.set_num_threads(threads)
+        return list(torch.autograd.grad(out, [*inputs, *layer.parameters()], upper))
+
+    usual = torch.get_num_threads()
+    try:
+        for one, other in zip(gradients(after), gradients(before), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_num_threads(usual)
+
+
+def test_windows_of_an_exported_program_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = [torch.device(name) for name in ("cpu", "cuda")]
+    assert [cuts_windows(device, any_order=False) for device in devices] == [False, True]
+    assert all(cuts_windows(device, any_order=True) for device in devices)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert not any(cuts_windows(device, any_order=free) for device in devices for free in (False, True))
+
+
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("to_itself", [False, True])
 def test_long_windows_in_any_order(to_itself: bool, cross: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are fused on the way there: here those of at least 6 tokens, and the regions cut off them are not."""
+    """Their forward pass is fused: here that of windows of at least 6 tokens, so not that of regions cut off them."""
     monkeypatch.setattr("gmflow.folded_attention.FUSED_LENGTH", 6)
     lengths: list[int] = []
 
@@ -197,9 +259,9 @@ def test_feed_forward(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("any_order", [False, True])
 @pytest.mark.parametrize("tokens", [1, 5, 64, 65])
 def test_a_feed_forward_in_float32(tokens: int, any_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions on the way back, and in any order on the way there too.
+    """The backward pass takes convolutions, and in any order the forward pass does, too.
 
-    Whatever autocast is on by the time of the way back: the types were chosen on the way there.
+    Autocast may be on by the time of the backward pass: the types were chosen in the forward pass.
     """
     monkeypatch.setattr("gmflow.feedforward.CPU_CHUNK", 64 * 8 * CHANNELS)
     products: list[torch.dtype] = []
@@ -219,7 +281,7 @@ def test_a_feed_forward_in_float32(tokens: int, any_order: bool, monkeypatch: py
     torch.manual_seed(0)
     layer = FeedForward(CHANNELS, expansion=4)
     exactly = copy.deepcopy(layer).double()
-    layer.order = Order.FREE if any_order else Order.REFERENCE
+    layer.summation = SummationOrder.FREE if any_order else SummationOrder.REFERENCE
     exact = [random(tokens, CHANNELS, seed=seed) for seed in (1, 2)]
     inputs = [one.detach().float().requires_grad_() for one in exact]
     upper = random(tokens, CHANNELS, seed=7).detach()
@@ -349,8 +411,8 @@ def test_fp32_on_a_cpu_keeps_the_references_order_but_where_it_learns() -> None:
 @pytest.fixture
 def accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path that accelerators take, through the fused kernels, here on the CPU."""
-    for module in ("attention", "folded_attention", "order", "window_attention", "window_chunks"):
-        monkeypatch.setattr(f"gmflow.{module}.computes_in_chunks", lambda device: False)
+    for module in ("attention", "folded_attention", "summation", "window_attention", "window_chunks"):
+        monkeypatch.setattr(f"gmflow.{module}.runs_eagerly_on_cpu", lambda device: False)
     monkeypatch.setattr("gmflow.window_attention.ACCELERATOR_DTYPE", torch.float64)
 
 
@@ -394,24 +456,24 @@ def test_cut_windows_have_no_regions_and_few_shapes(window: tuple[int, int], gro
     assert torch.equal(grid.order.sort().values, torch.arange(2 * height * width))
 
 
-@pytest.mark.parametrize("way_back", ["whole windows", "parts of a window"])
+@pytest.mark.parametrize("chunks", ["whole windows", "parts of a window"])
 @pytest.mark.parametrize("onto_source", [False, True])
 @pytest.mark.parametrize("cross", [False, True])
 def test_window_attention_in_16_bits(
-    way_back: str, onto_source: bool, cross: bool, monkeypatch: pytest.MonkeyPatch
+    chunks: str, onto_source: bool, cross: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where tokens have much in common: rounding what every key of a window shares would swamp what differs.
 
-    What learns is of float32, to the bit, and its gradients alone are rounded.
+    In training the forward pass is in float32, to the bit, and the gradients alone are rounded.
     """
     monkeypatch.setattr("gmflow.window_chunks.FUSED_TOKENS", 48)
-    if way_back == "parts of a window":
+    if chunks == "parts of a window":
         monkeypatch.setattr("gmflow.attention.ROWS", 1)
         monkeypatch.setattr("gmflow.attention.SCORES", 5 * 24)
     grid = window_grid(2, 8, 12, 2, shifted=True, cut=True, device=torch.device("cpu"))
     torch.manual_seed(0)
     layer = AttentionLayer(64)
-    layer.order = Order.FREE
+    layer.summation = SummationOrder.FREE
     source, target = (random(192, 64, seed=seed).detach().float() for seed in (1, 2))
     inputs = [source.requires_grad_(), (target + 10 * random(64).detach().float()).requires_grad_()]
     upper = torch.randn(source.shape, generator=torch.Generator().manual_seed(3))
@@ -477,7 +539,7 @@ def test_which_way_windows_are_attended_on_a_cpu(
 def test_which_way_windows_are_attended_elsewhere(
     precision: Any, back: torch.dtype | None, learns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But in fp32 folded, in one type on the way to the loss, whatever the precision, and back in that of it."""
+    """Except in fp32: folded, with a forward pass in one type and a backward pass in that of the precision."""
     types: set[tuple[torch.dtype, torch.dtype]] = set()
 
     def told(*tokens: Any, forth: torch.dtype, back: torch.dtype, **how: Any) -> Tensor:
@@ -494,7 +556,7 @@ def test_which_way_windows_are_attended_elsewhere(
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_convolutions_way_back_in_16_bits(biased: bool, stride: int) -> None:
+def test_a_convolutions_backward_pass_in_16_bits(biased: bool, stride: int) -> None:
     torch.manual_seed(0)
     convolution = nn.Conv2d(16, 24, 3, stride=stride, padding=1, bias=biased)
     x = torch.randn(2, 16, 11, 14, requires_grad=True)
@@ -505,7 +567,7 @@ def test_a_convolutions_way_back_in_16_bits(biased: bool, stride: int) -> None:
         return [out, *torch.autograd.grad(out, [x, *convolution.parameters()], upper)]
 
     wanted = run()
-    narrow_way_back(convolution, torch.bfloat16)
+    narrow_backward(convolution, torch.bfloat16)
     found = run()
     torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=0)
     for one, other in zip(found[1:], wanted[1:], strict=True):
@@ -515,8 +577,8 @@ def test_a_convolutions_way_back_in_16_bits(biased: bool, stride: int) -> None:
         torch.testing.assert_close(convolution(x), wanted[0], rtol=0, atol=0)
 
 
-def test_the_feed_forwards_way_back_in_16_bits() -> None:
-    """In training the way to the loss is that of float32, to the bit; only what comes back is rounded."""
+def test_the_feed_forwards_backward_pass_in_16_bits() -> None:
+    """In training the forward pass is that of float32, to the bit; only the gradients are rounded."""
     torch.manual_seed(0)
     layer = FeedForward(16, expansion=4)
     inputs = [random(50, 16, seed=seed).detach().float().requires_grad_() for seed in (1, 2)]

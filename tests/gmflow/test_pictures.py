@@ -81,7 +81,7 @@ def test_the_animation_goes_from_frame_0_to_frame_1_and_back() -> None:
     frame1 = np.roll(frame0, 4, axis=1)
     flow = np.zeros((32, 48, 2), np.float32)
     flow[..., 0] = 4
-    pictures = list(warp_animation(frame1, flow, steps=4))
+    pictures = warp_animation(frame1, flow, steps=4)
     assert len(pictures) == 8
     assert (pictures[0][:, :40] == frame0[:, :40]).all()
     assert (pictures[4] == frame1).all()
@@ -90,6 +90,14 @@ def test_the_animation_goes_from_frame_0_to_frame_1_and_back() -> None:
     assert len(animation.frames) == 8
     shown = cv2.cvtColor(animation.frames[4][..., :3], cv2.COLOR_BGR2RGB)
     assert np.abs(shown.astype(int) - frame1).mean() < 4
+
+
+def test_an_animation_that_cannot_be_is_refused_at_once() -> None:
+    frame, flow = np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6, 2), np.float32)
+    with pytest.raises(GMFlowError, match="steps must be at least 1"):
+        warp_animation(frame, flow, steps=0)
+    with pytest.raises(GMFlowError, match="a frame uint8"):
+        warp_animation(frame[:3], flow)
 
 
 def test_arrows_go_down_where_the_flow_goes_down() -> None:

@@ -112,6 +112,9 @@ def test_what_differs_in_more_than_values_is_not_replayed(graphs: list[Again]) -
     with torch.inference_mode():
         model(image0, image1)
         model(image0.double(), image1.double())
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):
+                model(image0, image1)
     with torch.no_grad():
         model(image0, image1)
         for parameter in model.parameters():

@@ -119,6 +119,36 @@ def test_a_tile_meets_the_part_of_image_1_to_which_it_moved(motion: tuple[int, i
     assert max(left) <= 1
 
 
+@pytest.mark.parametrize("lost", [float("nan"), float("inf"), float("-inf")])
+def test_rough_flow_that_is_not_finite_counts_as_no_motion(lost: float) -> None:
+    class Lost(ExactFlow):
+        def __call__(self, image0: Tensor, image1: Tensor) -> Tensor:
+            flow = super().__call__(image0, image1)
+            return flow if image0[0, 0, 0, 1] - image0[0, 0, 0, 0] == 1 else torch.full_like(flow, lost)  # a tile's
+
+    flow = tiled_flow(Lost(), *tagged_images(150, 211, 3, -2), Tiling(64, 80, 16))
+    wanted = torch.tensor([3.0, -2.0]).view(1, 2, 1, 1).expand_as(flow)
+    torch.testing.assert_close(flow, wanted, atol=2e-4, rtol=0)
+
+
+def test_a_model_whose_flow_is_not_a_number_says_so_with_tiles_too() -> None:
+    model = GMFlow(GMFlowConfig(backbone_channels=(4, 6, 8), feature_channels=8, num_layers=1))
+    with torch.no_grad():
+        model.backbone.projection.weight[0] = torch.nan
+    frames = np.random.default_rng(0).integers(0, 256, (2, 80, 100, 3), dtype=np.uint8)
+    whole, tiled = (predict_flow(model, *frames, tiling=tiling) for tiling in (None, Tiling(64, 64, 16)))
+    assert np.isnan(whole).all()
+    np.testing.assert_array_equal(tiled, whole)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 5000), (5000, 40), (5, 1000), (1000, 5)])
+def test_not_even_of_a_very_long_frame_more_pixels_than_a_tile_are_computed_at_a_time(height: int, width: int) -> None:
+    compute = ExactFlow()
+    flow = tiled_flow(compute, *tagged_images(height, width, 0, 0), Tiling(32, 32, 8))
+    assert flow.shape == (1, 2, height, width)
+    assert compute.most_pixels <= 32 * 32
+
+
 def test_neighbouring_tiles_are_faded_into_each_other() -> None:
     """Where they disagree, no line may be seen."""
 
