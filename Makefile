@@ -1,5 +1,5 @@
-# Every target sets up what it needs: a virtual environment in .venv with the versions of requirements.lock (and the CUDA
-# libraries that torch pins, where pip takes a torch with CUDA).
+# Every target first sets up what it needs: a virtual environment in .venv with the versions of requirements.lock (and the
+# CUDA libraries that torch pins, if pip installs a torch with CUDA).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
@@ -17,15 +17,15 @@ setup: .venv/.ready
 demo: setup
 	$(BIN)/python pipelines/demo.py
 
-# Real servers on this machine, without containers; STACK="--database postgresql --workers 3" and the like.
+# Starts real servers on this machine, without containers. STACK gives options: STACK="--database postgresql --workers 3".
 stack: setup
 	$(BIN)/python -m infra.local_stack up $(STACK)
 
 stack-down: setup
 	$(BIN)/python -m infra.local_stack down
 
-# Everything; `make test PYTEST="-m 'not slow'"` for the quick part. Two at a time, because most of it waits; threads of
-# one that wait must not spin then, for they would take the other's cores.
+# Runs all tests; `make test PYTEST="-m 'not slow'"` runs the quick part. Two run at a time, because most tests wait. The
+# waiting threads of one must then not spin (OMP_WAIT_POLICY), because they would take the cores of the other.
 test: lint
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder $(PYTEST)
 
@@ -40,7 +40,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.training
 
-# Newest versions that fit pyproject.toml; look at the difference before you commit it.
+# Locks the newest versions that fit pyproject.toml; look at the difference before you commit it.
 lock: setup
 	$(BIN)/pip install --disable-pip-version-check --quiet --upgrade --upgrade-strategy eager --editable .[dev]
 	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock

@@ -1,4 +1,4 @@
-"""Reading while what was read before is in use."""
+"""Read ahead in a background thread."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ _END = object()
 
 
 def read_ahead(items: Iterator[T], held: int = 1) -> Iterator[T]:
-    """The same items, read by a thread while those before them are in use: as many as may be held.
+    """Yield the same items; a thread reads up to `held` of them ahead while the caller uses an earlier one.
 
-    Who leaves early does not wait for what is being read.
+    A caller that stops early does not wait for the read in progress.
     """
     pool = ThreadPoolExecutor(1)
     try:

@@ -1,8 +1,9 @@
-"""Training augmentation as RAFT's (Teed & Deng, ECCV 2020), for dense and for sparse ground truth.
+"""RAFT's training augmentation (Teed & Deng, ECCV 2020), for dense and for sparse ground truth.
 
-Colour jitter, then scale, then flips, then crop; but only what the crop will show is ever computed: the geometry is
-drawn first, the jitter touches the part of the frame under the crop, and one resize brings that part to size. All
-chance comes from the generator given, so (sample, config, generator state) fix the result to the bit.
+The steps are colour jitter, scale, flips and crop, but only the pixels that the crop shows are computed: jitter and
+geometry are drawn before any pixel changes, only the part of the frame under the crop is jittered, and one resize
+scales that part. The given generator is the only source of randomness, so (sample, config, generator state) determine
+every bit of the result.
 """
 
 from collections.abc import Sequence
@@ -21,25 +22,25 @@ from datasets_etl.samples import FlowSample
 SCALE_PROBABILITY = 0.8
 STRETCH_PROBABILITY = 0.8
 MAX_LOG2_STRETCH = 0.2
-ASYMMETRIC_PROBABILITY = 0.2  # the two images get a jitter each
-DENSE_SPARE, SPARSE_SPARE = 8, 1  # pixels by which a scaled frame exceeds the crop at least
-SPARSE_MARGIN = (20, 50)  # (y, x): how far a sparse crop may be drawn over the border before it is clamped
+ASYMMETRIC_PROBABILITY = 0.2  # the two images get different jitters
+DENSE_SPARE, SPARSE_SPARE = 8, 1  # a scaled frame exceeds the crop by at least so many pixels
+SPARSE_MARGIN = (20, 50)  # (y, x): how far outside the frame a sparse crop may be drawn before it is clamped
 
 Floats = npt.NDArray[np.float32]
 _Pixels = TypeVar("_Pixels", Frame, Flow)
 
-_GREY = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as PIL's conversion to grey
-_STRIDE = 4  # contrast's mean grey is taken over every 4th pixel of every 4th row
-_STRIP = 1 << 15  # pixels whose colours are jittered at a time
-_PHASE_ERROR = 1 / 32  # by how much of a frame's pixel a window may begin beside one
+_GREY = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as in PIL's conversion to grey
+_STRIDE = 4  # the mean grey for contrast is taken over every 4th pixel of every 4th row
+_STRIP = 1 << 15  # number of pixels that are jittered at a time
+_PHASE_ERROR = 1 / 32  # a window may begin at most this part of a frame pixel away from a whole pixel
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What a training stage sets.
+    """The augmentation settings of a training stage.
 
     Attributes:
-        crop: (height, width) of what comes out.
+        crop: (height, width) of the result.
         min_log2_scale, max_log2_scale: the scale is 2 to the power of a uniform draw between them.
         hflip, vflip: probabilities of mirroring left-right and upside down.
         photometric: whether colours are jittered.
@@ -79,18 +80,19 @@ class Geometry:
 
 
 def augment(sample: FlowSample, config: AugmentConfig, rng: np.random.Generator) -> FlowSample:
-    """Augments one sample for training; `sample.sparse` decides which of the two recipes.
+    """Augments one sample for training; `sample.sparse` selects one of the two recipes.
 
-    Dense flow is interpolated, and valid where every pixel that contributes is. Sparse flow is moved point by point.
+    Dense flow is interpolated; a pixel of the result is valid if every pixel that contributes to it is valid. Sparse flow
+    is moved point by point.
 
     Args:
-        sample: with ground truth. It is not changed.
+        sample: a sample with ground truth. It is not changed.
         config: the stage's settings.
-        rng: the only source of chance.
+        rng: the only source of randomness.
 
     Returns:
         The sample at crop size; flow is 0 where not valid. The images may be views into larger arrays. `occluded` is
-        None: no loss uses it.
+        None, because no loss uses it.
 
     Raises:
         DataError: the sample has no ground truth.
@@ -123,9 +125,9 @@ def augment(sample: FlowSample, config: AugmentConfig, rng: np.random.Generator)
 def draw_geometry(size: tuple[int, int], sparse: bool, config: AugmentConfig, rng: np.random.Generator) -> Geometry:
     """Draws scale, flips and crop for a frame of (height, width).
 
-    With probability 0.8 the frame is scaled: by 2^U(min, max), when dense also with probability 0.8 stretched by
-    2^U(-0.2, 0.2) on each axis, but never so that the crop plus 8 px (1 px when sparse) would not fit. A frame that
-    is left as it is but smaller than the crop is scaled up to that same floor.
+    With probability 0.8 the frame is scaled by 2^U(min, max). A dense frame is then, with probability 0.8, also
+    stretched by 2^U(-0.2, 0.2) on each axis. The scale is never so small that the crop plus 8 px (1 px when sparse)
+    would not fit. A frame that is not scaled but is smaller than the crop is scaled up to that same minimum.
     """
     spare = SPARSE_SPARE if sparse else DENSE_SPARE
     floor = max((crop + spare) / side for crop, side in zip(config.crop, size, strict=True))
@@ -138,7 +140,7 @@ def draw_geometry(size: tuple[int, int], sparse: bool, config: AugmentConfig, rn
         margin_y, margin_x = SPARSE_MARGIN
         y = min(max(int(rng.integers(0, spare_y + margin_y)), 0), spare_y)  # RAFT's margin is at the bottom only
         x = min(max(int(rng.integers(-margin_x, spare_x + margin_x)), 0), spare_x)
-    else:  # RAFT never draws the last offset; with nothing to spare there is only one
+    else:  # RAFT never draws the last offset; without spare pixels there is only one
         y = int(rng.integers(0, max(spare_y, 1)))
         x = int(rng.integers(0, max(spare_x, 1)))
     return Geometry(scale, (y, x), hflip, vflip)
@@ -156,19 +158,19 @@ def _draw_scale(floor: float, sparse: bool, config: AugmentConfig, rng: np.rando
 
 
 def _scaled(side: int, scale: float) -> int:
-    return round(side * scale)  # as OpenCV rounds
+    return round(side * scale)  # rounds as OpenCV does
 
 
 @dataclass(frozen=True)
 class _Window:
-    """Along one axis, the part of the frame under the crop. Its resize holds the crop, not mirrored yet.
+    """The part of the frame under the crop, along one axis. The resized window contains the crop, not yet mirrored.
 
     Attributes:
-        start, stop: pixels of the frame.
-        lead: where the window's resize begins in the scaled frame.
-        skip: pixels of that resize before the crop.
-        crop: pixels of the crop.
-        scale: from the frame to the scaled frame.
+        start, stop: range of frame pixels in the window.
+        lead: where the resized window begins in the scaled frame.
+        skip: number of pixels in the resized window before the crop.
+        crop: number of pixels in the crop.
+        scale: factor from the frame to the scaled frame.
     """
 
     start: int
@@ -182,24 +184,24 @@ class _Window:
 def _window(side: int, scale: float, offset: int, crop: int, mirrored: bool) -> _Window:
     """The window for a crop's offset in the scaled and mirrored frame.
 
-    cv2.resize is four times as fast as cv2.warpAffine but can only begin at a whole pixel, in the frame and in its
-    result. So the window begins at the last place before the crop where the two grids meet: often a few pixels before,
-    at the latest at the frame's own beginning.
+    cv2.resize is four times as fast as cv2.warpAffine, but it can only begin at a whole pixel, both in the frame and in
+    its result. So the window begins at the last position before the crop where the two pixel grids coincide: often only
+    a few pixels before the crop, and at the beginning of the frame if there is no other such position.
     """
     if mirrored:
         offset = _scaled(side, scale) - crop - offset
     stop = min(side, ceil((offset + crop + 0.5) / scale) + 1)
-    latest = int(offset + 0.5 - scale)  # the crop's first pixel still has both its neighbours in the window
+    latest = int(offset + 0.5 - scale)  # both neighbours of the crop's first pixel must be in the window
     starts = (at for at in range(latest, 0, -1) if abs(round(at / scale) - at / scale) <= _PHASE_ERROR)
     lead = next(starts, 0)
     start = round(lead / scale)
-    if _scaled(stop - start, scale) < offset + crop - lead:  # at the frame's end the roundings may differ by one
+    if _scaled(stop - start, scale) < offset + crop - lead:  # at the frame's end the two roundings may differ by one
         start = lead = 0
     return _Window(start, stop, lead, offset - lead, crop, scale)
 
 
 def _resized(pixels: _Pixels, rows: _Window, columns: _Window, geometry: Geometry) -> _Pixels:
-    """The crop, from the pixels of its window."""
+    """The crop, resized and mirrored from the pixels of its window."""
     resized = cv2.resize(pixels, None, fx=columns.scale, fy=rows.scale, interpolation=cv2.INTER_LINEAR)
     return _mirrored(resized[rows.skip : rows.skip + rows.crop, columns.skip : columns.skip + columns.crop], geometry)
 
@@ -212,7 +214,7 @@ def _mirrored(pixels: _Pixels, geometry: Geometry) -> _Pixels:
 
 
 def _flow_factors(geometry: Geometry) -> tuple[np.float32, np.float32]:
-    """By what a flow vector's x and y change."""
+    """The factors for x and y of a flow vector; a mirrored axis has a negative factor."""
     x = -geometry.scale[1] if geometry.hflip else geometry.scale[1]
     y = -geometry.scale[0] if geometry.vflip else geometry.scale[0]
     return np.float32(x), np.float32(y)
@@ -237,17 +239,17 @@ def _interpolate(flow: Flow, valid: Mask, rows: _Window, columns: _Window, geome
 
 
 def _move_points(flow: Flow, valid: Mask, rows: _Window, columns: _Window, geometry: Geometry) -> tuple[Flow, Mask]:
-    """Sparse ground truth at the crop: each valid vector moves to the pixel nearest to where its point went.
+    """Sparse ground truth at the crop: each valid vector moves to the pixel nearest to its point's new position.
 
-    Where several meet, the last one in reading order stays (as in RAFT). Unlike RAFT, a point is a pixel's centre, as
-    it is for the images' resize, and the first row and column are not lost.
+    If several vectors move to one pixel, the last one in reading order stays (as in RAFT). Unlike in RAFT, a vector's
+    point is the centre of its pixel, as in the resize of the images, and the first row and column are not lost.
     """
     y_range, to_row = _targets(rows, geometry.vflip)
     x_range, to_column = _targets(columns, geometry.hflip)
     points = np.flatnonzero(valid[y_range, x_range])
     target = np.add.outer(to_row * columns.crop, to_column).reshape(-1)[points]
 
-    # A vector's two floats travel as one 64-bit number, which is several times as fast.
+    # A vector's two floats are copied as one 64-bit number, which is several times as fast.
     vectors = np.ascontiguousarray(flow, np.float32).view(np.uint64)[y_range, x_range, 0].reshape(-1)[points]
     packed = np.zeros(rows.crop * columns.crop, np.uint64)
     packed[target] = vectors
@@ -277,7 +279,7 @@ class Jitter:
     """One draw of torchvision's ColorJitter.
 
     Attributes:
-        order: "brightness", "contrast", "saturation" and "hue", as they are applied.
+        order: "brightness", "contrast", "saturation" and "hue", in the order in which they are applied.
         brightness, contrast, saturation: factors.
         hue: a rotation, in turns.
     """
@@ -290,7 +292,7 @@ class Jitter:
 
 
 def draw_jitters(sparse: bool, rng: np.random.Generator) -> tuple[Jitter, Jitter]:
-    """A jitter for each image: the same one, unless dense and with probability 0.2."""
+    """A jitter for each image: the same one, except that with probability 0.2 dense samples get two."""
     first = _draw_jitter(sparse, rng)
     if not sparse and rng.random() < ASYMMETRIC_PROBABILITY:
         return first, _draw_jitter(sparse, rng)
@@ -307,7 +309,10 @@ def _draw_jitter(sparse: bool, rng: np.random.Generator) -> Jitter:
 
 
 def apply_jitters(windows: list[Frame], frames: Sequence[Frame], jitters: tuple[Jitter, Jitter]) -> list[Frame]:
-    """Jitters the windows as if whole frames were: contrast's mean is that of the frames, both for a common jitter."""
+    """Jitters the windows as if the whole frames were jittered.
+
+    The mean grey for contrast is that of the whole frame, or of both frames if they share a jitter.
+    """
     thumbnails = [_thumbnail(frame) for frame in frames]
     if jitters[0] is jitters[1]:
         steps = _steps(jitters[0], np.concatenate(thumbnails))
@@ -319,14 +324,14 @@ def apply_jitters(windows: list[Frame], frames: Sequence[Frame], jitters: tuple[
 
 
 def _thumbnail(frame: Frame) -> Frame:
-    """Every 4th pixel of every 4th row: enough for a mean. Single pixels, as jitter does not commute with blurring."""
+    """Every 4th pixel of every 4th row: enough for a mean. Pixels are not averaged: jitter and blurring do not commute."""
     small: Frame = cv2.resize(frame, None, fx=1 / _STRIDE, fy=1 / _STRIDE, interpolation=cv2.INTER_NEAREST)
     return small
 
 
 @dataclass(frozen=True)
 class _Linear:
-    """A 3×4 colour matrix on 0..255; `overflows` where it can leave that range."""
+    """A 3×4 matrix for colours in 0..255; `overflows` tells whether the result can leave that range."""
 
     matrix: npt.NDArray[np.float64]
     overflows: bool
@@ -336,7 +341,7 @@ class _Linear:
         return np.clip(colours, 0, 255, out=colours) if self.overflows else colours
 
     def after(self, first: "_Linear") -> "_Linear":
-        """Both as one, where `first` cannot overflow."""
+        """Both steps as one; `first` must not be able to overflow."""
         matrix = self.matrix[:, :3] @ first.matrix
         matrix[:, 3] += self.matrix[:, 3]
         return _Linear(matrix, self.overflows)
@@ -344,7 +349,7 @@ class _Linear:
 
 @dataclass(frozen=True)
 class _Hue:
-    """A rotation in HSV. In float32: OpenCV's 8-bit HSV is no faster, and off by grey levels in saturated colours."""
+    """A hue rotation in float32 HSV: OpenCV's 8-bit HSV is no faster, and is off by grey levels in saturated colours."""
 
     turns: float
 
@@ -359,7 +364,7 @@ _Step = _Linear | _Hue
 
 
 def _steps(jitter: Jitter, thumbnail: Frame) -> list[_Step]:
-    """What to do to every pixel. The thumbnail goes through the steps before contrast, which needs its mean grey."""
+    """The steps for every pixel. Contrast needs a mean grey: that of the thumbnail after the steps before contrast."""
     steps: list[_Step] = []
     for name in jitter.order:
         if name == "hue":
@@ -381,7 +386,7 @@ def _steps(jitter: Jitter, thumbnail: Frame) -> list[_Step]:
 
 
 def _linear(matrix: npt.NDArray[np.float64], offset: npt.NDArray[np.float64], factor: float) -> _Linear:
-    # Up to a factor of 1 the result lies between two colours of the range.
+    # With a factor of at most 1, the result lies between two colours of the range.
     return _Linear(np.column_stack([matrix, offset]), overflows=factor > 1)
 
 
@@ -390,7 +395,7 @@ def _mean_grey(image: Frame, steps: list[_Step]) -> float:
 
 
 def _applied(image: Frame, steps: list[_Step]) -> Frame:
-    """All steps in float32, rounded once; a strip at a time, so that the copies stay in the cache."""
+    """Applies all steps in float32 and rounds once; one strip at a time, so that the copies stay in the CPU cache."""
     result = np.empty(image.shape, np.uint8)
     rows = max(_STRIP // image.shape[1], 1)
     for top in range(0, image.shape[0], rows):

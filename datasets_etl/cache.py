@@ -1,7 +1,7 @@
 """An optional cache of stored samples on a machine's own disk, for storage that is slow or charges for requests.
 
-Samples are addressed by their content, so nothing in it is ever stale. All processes and runs of a machine may share
-it, and it may be deleted at any time.
+Samples are addressed by their content, so no cached sample is ever stale. All processes and runs of a machine may share
+the cache, and it may be deleted at any time.
 """
 
 import contextlib
@@ -18,27 +18,27 @@ import diskcache
 
 from datasets_etl.manifest import SampleEntry, ShardEntry
 
-# Each has a lock of its own, so that loader processes seldom wait for each other.
+# Each part of the cache has its own lock, so that loader processes seldom wait for each other.
 _PARTS = 8
 
-# Of the disk, for checkpoints, logs and Ray: a twentieth, at most 2 GiB.
+# Space left free for checkpoints, logs and Ray: a twentieth of the disk, but at most 2 GiB.
 _SHARE_LEFT_FREE = 20
 _LEFT_FREE_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
 class SampleCache:
-    """A folder that holds at most `limit_bytes` of samples; the ones stored longest ago make room for new ones.
+    """A folder that holds at most `limit_bytes` of samples; those stored longest ago are evicted first.
 
-    What cannot be kept (a disk about to be full, a lock held too long) or is not what it was (a machine that lost
-    power) is read from storage again. Travels to loader processes as it is.
+    A sample that cannot be kept (the disk is almost full, a lock is held too long) or was damaged (the machine lost
+    power) is read from storage again. A SampleCache can be passed to loader processes.
     """
 
     folder: Path
     limit_bytes: int
 
     def read(self, shard: ShardEntry, sample: SampleEntry, fetch: Callable[[], bytes]) -> bytes:
-        """A sample's tar members: kept ones, or those `fetch` gives."""
+        """A sample's tar members, from the cache or else from `fetch`."""
         key = f"{shard.sha256}:{sample.offset}:{sample.length}"
         data = self._kept(key)
         if data is not None and zlib.crc32(data) == sample.crc32:
@@ -57,7 +57,7 @@ class SampleCache:
         return None
 
     def _tables(self) -> diskcache.FanoutCache:
-        """Made anew where the folder was deleted: what is open still would keep samples that no other process finds."""
+        """Opened again if the folder was deleted: the old tables would keep samples where no other process finds them."""
         kept, table = _opened(self, os.getpid())
         if _table_of(self.folder) != table:
             _opened.cache_clear()
@@ -66,33 +66,33 @@ class SampleCache:
 
 
 def _table_of(folder: Path) -> int | None:
-    """Which file the first part's table is. Its number is no other file's for as long as a process has it open."""
+    """Inode number of the first part's table. No other file gets this number while a process has the table open."""
     with contextlib.suppress(FileNotFoundError):
         return (folder / "000" / "cache.db").stat().st_ino
     return None
 
 
 def _has_room(folder: Path) -> bool:
-    """Whether the disk has some left for others. On a full one diskcache would leave files that no table knows of."""
+    """Whether the disk has space for more. On a full disk, diskcache would leave files that no table lists."""
     disk = os.statvfs(folder)
     return disk.f_bavail * disk.f_frsize > min(disk.f_blocks * disk.f_frsize // _SHARE_LEFT_FREE, _LEFT_FREE_BYTES)
 
 
 @functools.lru_cache(maxsize=4)
 def _opened(cache: SampleCache, pid: int) -> tuple[diskcache.FanoutCache, int | None]:
-    """One a process, with its `_table_of`: SQLite's connections must not be shared with a fork."""
+    """The cache as opened by one process, and its `_table_of`: a fork must not share SQLite connections."""
     tables = diskcache.FanoutCache(
         str(cache.folder),
         shards=_PARTS,
         size_limit=cache.limit_bytes,
-        cull_limit=2,  # samples that go for each that comes: enough to stay within the bound
+        cull_limit=2,  # samples evicted for each new one, at most: enough to stay within the limit
         disk=_PlainDisk,
     )
     return tables, _table_of(cache.folder)
 
 
 class _PlainDisk(diskcache.Disk):
-    """Bytes as they are: whoever can write to the folder must not be able to have a pickle opened."""
+    """Plain bytes only: someone who can write to the folder must not be able to make this process load a pickle."""
 
     def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
         if mode == diskcache.core.MODE_PICKLE:

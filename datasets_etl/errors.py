@@ -2,11 +2,11 @@
 
 
 class DataError(Exception):
-    """Something is wrong with the data or where it lies: one line saying what, where and what to do."""
+    """Something is wrong with the data or its storage. The message is one line: what, where, and what to do."""
 
 
 class DamagedError(DataError):
-    """The content of one file is not what it should be; another file, or the same one read again, is another matter.
+    """The content of one file is not what it should be. Other files, or the same file read again, may be intact.
 
-    A DataError that is none of these (storage out of reach, access denied) says nothing about the data.
+    Any other DataError (storage out of reach, access denied, a wrong layout) does not mean that a file is damaged.
     """

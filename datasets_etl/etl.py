@@ -1,4 +1,4 @@
-"""A raw dataset → shards and a manifest, by Ray tasks: index, plan, write, publish."""
+"""Turn a raw dataset into shards and a manifest with Ray tasks: index, plan, write, publish."""
 
 import socket
 from collections import Counter
@@ -28,16 +28,16 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class EtlResult:
-    """What a run left behind.
+    """The result of a run.
 
     Attributes:
         manifest_url: the published manifest.
         subsets: number of samples of each subset.
         shards: number of shards, `reused` of them from an earlier run.
-        raw_bytes: size of the raw files that went in.
+        raw_bytes: size of the raw files in the shards.
         stored_bytes: size of all shards.
         invalid_pixels: pixels without usable ground truth.
-        quarantined: damaged pairs that were left out: sample key → why, in a line.
+        quarantined: damaged pairs that were left out: sample key → the reason, in one line.
     """
 
     manifest_url: str
@@ -61,28 +61,29 @@ def run_etl(
     index: Source | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> EtlResult:
-    """Shard one dataset. Needs a connected Ray.
+    """Shard one dataset. Ray must be connected.
 
     Args:
         dataset: a key of `SOURCES`.
         source: `file://` or `s3://` URL or path of the raw dataset in its official layout.
         target: URL or path; the dataset goes to `target/dataset/`.
-        workers: shards written at a time; None for one for each CPU of the cluster.
-        shard_bytes: raw bytes of pixels and flow in a shard, which lies in a temporary folder while it is written.
+        workers: number of shards written at a time; None: one for each CPU of the cluster.
+        shard_bytes: about how many raw bytes of pixels and flow go into a shard. A shard lies in a temporary folder
+            while it is written.
         strict: whether a damaged pair stops the run. Otherwise it is left out, and the manifest says why.
-        index: how to list the pairs where not as `SOURCES[dataset]` does, such as `chairs.index_by_hash`.
-        on_progress: called with samples done and samples in all.
+        index: lists the pairs instead of `SOURCES[dataset]`, for example `chairs.index_by_hash`.
+        on_progress: called with the number of samples done and the number of all samples.
 
     Raises:
-        DataError: the source is missing, empty or of another layout, or files of a pair differ in size, or all pairs of
-            a subset are damaged, or one is and the run is strict, or shards are written where not all nodes see them.
-            No manifest is written then; finished shards stay, and the same call goes on from them.
+        DataError: the source is missing, empty or of another layout; files of a pair differ in size; all pairs of a
+            subset are damaged; one pair is damaged and the run is strict; or not all nodes can see the target. Then no
+            manifest is written, but finished shards stay, and the same call continues from them.
     """
     tree, objects = _open_source(source)
     refs = (index or SOURCES[dataset])(tree)
     pixels, quarantined = _check_sizes(refs, source, objects, strict)
     _require_some_of_each(refs, quarantined, source)
-    # Also those known to be damaged: once they are mended, only their own shards are written again.
+    # Damaged pairs are planned too: once they are repaired, only their own shards are written again.
     plans = plan_shards(refs, pixels, {key: info.stamp for key, info in objects.items()}, shard_bytes)
     store = open_store(f"{target.rstrip('/')}/{dataset}")
     store.remove_leftovers()
@@ -125,14 +126,14 @@ def run_etl(
 def run_tasks(
     work: Callable[..., _Result | DataError], tasks: Sequence[tuple[Any, ...]], at_once: int | None
 ) -> Iterator[tuple[tuple[Any, ...], _Result]]:
-    """Run `work(*task)` for every task by Ray, one CPU each; yields (task, result) as they finish.
+    """Run `work(*task)` for every task with Ray, on one CPU each; yield (task, result) as the tasks finish.
 
     Args:
-        work: returns a DataError instead of raising it: Ray would wrap it in a trace, and try a damaged file three
-            times. It is raised here.
-        tasks: what to work on.
-        at_once: tasks running at a time; None for as many as the cluster has CPUs for. Some more wait then, which makes
-            a cluster grow that can.
+        work: returns a DataError instead of raising it, because Ray would wrap it in an error with a stack trace. The
+            DataError is raised here.
+        tasks: the arguments of each call.
+        at_once: number of tasks that run at a time; None: one for each CPU of the cluster. Then some more tasks are
+            submitted and wait, which makes a cluster grow if it can.
     """
     remote = ray.remote(num_cpus=1, max_retries=3)(work)
     waiting = list(reversed(tasks))
@@ -149,7 +150,7 @@ def run_tasks(
                 raise result
             yield running.pop(finished[0]), result
     finally:
-        if running:  # what is finished need not be done again, and leaves nothing half-written
+        if running:  # a task that can finish need not be repeated, and leaves nothing half-written
             _, late = ray.wait(list(running), num_returns=len(running), timeout=_FINISH_TIMEOUT_S)
             for reference in late:
                 ray.cancel(reference, force=False)
@@ -171,14 +172,14 @@ def _open_source(source: str) -> tuple[SourceTree, dict[str, ObjectInfo]]:
 def _check_sizes(
     refs: Sequence[SampleRef], source: str, objects: Mapping[str, ObjectInfo], strict: bool
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """From the files' first bytes, so that what is wrong with a size shows before anything is written.
+    """Check the sizes in the files' first bytes, so that wrong sizes are reported before anything is written.
 
     Returns:
-        Pixels of a frame by sample key, for those with a file that tells no size as many as the sample before has; and
-        for these, why.
+        Number of pixels of a frame by sample key, and the reason by key of each damaged sample (a file's size cannot be
+        read). A damaged sample counts as many pixels as the sample before it.
 
     Raises:
-        DataError: files of one pair differ in size.
+        DataError: files of one pair differ in size, or a sample is damaged and `strict` is set.
     """
     store = open_store(source)
 
@@ -223,7 +224,7 @@ def _common_size(ref: SampleRef, sizes: Mapping[str, tuple[int, int] | DamagedEr
 
 
 def _require_some_of_each(refs: Sequence[SampleRef], quarantined: Mapping[str, str], source: str) -> None:
-    """Raises DataError where a subset has nothing left: such a dataset is not worth a manifest."""
+    """Raises DataError if all pairs of a subset are damaged: such a dataset is not worth a manifest."""
     left = Counter(ref.subset for ref in refs if ref.key not in quarantined)
     for ref in refs:
         if not left[ref.subset]:
@@ -231,7 +232,7 @@ def _require_some_of_each(refs: Sequence[SampleRef], quarantined: Mapping[str, s
 
 
 def _require_within_reach(store: ObjectStore, shards: Iterable[WrittenShard]) -> None:
-    """Raises DataError for a shard that the node which wrote it alone can see: others could not train from it."""
+    """Raises DataError for a shard that only the node that wrote it can see: other nodes could not train from it."""
     for shard in shards:
         if shard.entry is not None and store.size(shard.entry.name) != shard.entry.bytes:
             raise DataError(
@@ -241,7 +242,7 @@ def _require_within_reach(store: ObjectStore, shards: Iterable[WrittenShard]) ->
 
 
 def _refuse_quarantined(shards: Iterable[WrittenShard], source: str) -> None:
-    """What an earlier run, which was not strict, left out."""
+    """Raises DataError for a pair that an earlier run without `strict` left out."""
     for shard in shards:
         for key, reason in shard.quarantined.items():
             raise _stopped(source, key, reason)
@@ -264,7 +265,7 @@ def _write_task(
     def read(path: str) -> bytes:
         try:
             return raw.read(path, sizes[path])
-        except DamagedError as error:  # told by storage, with a place that the manifest must not depend on
+        except DamagedError as error:  # from storage, with a URL that the manifest must not depend on
             raise DamagedError(str(error).removeprefix(f"{raw.url}/")) from None
 
     try:

@@ -1,7 +1,7 @@
 """The file formats of the raw datasets: strict readers and writers on bytes.
 
-Nothing here opens a file, so folders and buckets read the same. A reader raises DamagedError, one line with the
-file's name, wherever the bytes are not exactly one well-formed file: guessing would poison training silently.
+Nothing here opens a file, so folders and buckets are read in the same way. A reader raises DamagedError, one line with
+the file's name, if the bytes are not exactly one well-formed file: guessing would silently spoil the training data.
 
 Flow is float32 [H, W, 2], x then y, in pixels. Frames are uint8 [H, W, 3], RGB. Masks are bool [H, W].
 """
@@ -22,9 +22,9 @@ Frame = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
 HEAD_BYTES = 512
-"""As much of a file's beginning as image_size() needs (JPEG excepted)."""
+"""How many bytes from the beginning of a file image_size() needs (except for JPEG)."""
 
-_MAX_SIDE = 32768  # no dataset comes near; a damaged header asks for more and would exhaust the memory
+_MAX_SIDE = 32768  # no dataset comes near this; a damaged header may claim more and would exhaust the memory
 _MAX_PIXELS = 2**27
 
 _FLO_MAGIC = b"PIEH"  # 202021.25 as a little-endian float32 (Middlebury)
@@ -47,13 +47,13 @@ def decode_flo(data: bytes, name: str) -> Flow:
 
     Args:
         data: the whole file.
-        name: what to call it in an error.
+        name: the file's name for error messages.
 
     Returns:
         float32 [H, W, 2], exactly as stored: unknown flow stays as the file marks it (huge or not finite).
 
     Raises:
-        DamagedError: not a .flo, truncated, too long, or an absurd size.
+        DamagedError: the file is not a .flo, is truncated or too long, or claims an absurd size.
     """
     height, width = _flo_size(data, name)
     _expect_length(data, _FLO_HEADER + 8 * height * width, name)
@@ -61,7 +61,7 @@ def decode_flo(data: bytes, name: str) -> Flow:
 
 
 def encode_flo(flow: Flow) -> bytes:
-    """Writes float32 [H, W, 2] as .flo. Raises ValueError on another shape."""
+    """Writes float32 [H, W, 2] as .flo. Raises ValueError for another shape."""
     height, width = _flow_shape(flow)
     return _FLO_MAGIC + struct.pack("<ii", width, height) + np.ascontiguousarray(flow, "<f4").tobytes()
 
@@ -72,13 +72,13 @@ def encode_flo(flow: Flow) -> bytes:
 def decode_pfm(data: bytes, name: str) -> Flow:
     """Reads a flow field from FlyingThings3D's .pfm: three channels, rows from the bottom up.
 
-    The scale's sign is the byte order; its magnitude, a unit that no flow dataset uses, is not applied.
+    The sign of the scale gives the byte order. Its magnitude, a unit that no flow dataset uses, is ignored.
 
     Returns:
         float32 [H, W, 2], the first two channels as stored (FlyingThings3D holds NaN and inf in places).
 
     Raises:
-        DamagedError: not a colour PFM, truncated, too long, or an absurd size.
+        DamagedError: the file is not a colour PFM, is truncated or too long, or claims an absurd size.
     """
     header = _pfm_header(data, name)
     if header[1] == b"f":
@@ -111,7 +111,7 @@ def decode_kitti_flow(data: bytes, name: str) -> tuple[Flow, Mask]:
         flow float32 [H, W, 2], 0 where not valid, and valid bool [H, W].
 
     Raises:
-        DamagedError: not a whole 16-bit RGB PNG.
+        DamagedError: the file is not a complete 16-bit RGB PNG.
     """
     _check_png(data, name, allow_trailer=False)
     depth, colour = data[24], data[25]
@@ -124,7 +124,7 @@ def decode_kitti_flow(data: bytes, name: str) -> tuple[Flow, Mask]:
     flow = packed.astype(np.float32)
     flow -= 32768
     flow *= 1 / 64
-    return cv2.copyTo(flow, valid.view(np.uint8)), valid  # 0 where the mask is
+    return cv2.copyTo(flow, valid.view(np.uint8)), valid  # 0 where not valid
 
 
 def encode_kitti_flow(flow: Flow, valid: Mask) -> bytes:
@@ -150,21 +150,21 @@ def encode_kitti_flow(flow: Flow, valid: Mask) -> bytes:
 
 
 def decode_frame(data: bytes, name: str, *, allow_trailer: bool = False) -> Frame:
-    """Reads an 8-bit PPM, PGM, PNG or JPEG, told apart by content.
+    """Reads an 8-bit PPM, PGM, PNG or JPEG; the content, not the name, tells the format.
 
     Grey becomes RGB, an alpha channel is dropped, and a JPEG's orientation tag is not applied (the flow
     belongs to the stored pixels).
 
     Args:
         data: the whole file.
-        name: what to call it in an error.
-        allow_trailer: take a JPEG or PNG with bytes after its end, too, as phones and programs write them.
+        name: the file's name for error messages.
+        allow_trailer: also accept a JPEG or PNG with bytes after its end, as some phones and programs write.
 
     Returns:
         uint8 [H, W, 3], RGB.
 
     Raises:
-        DamagedError: another format or depth, truncated, trailing bytes, or an absurd size.
+        DamagedError: the file has another format or bit depth, is truncated, has trailing bytes, or claims an absurd size.
     """
     if data[:2] in (b"P5", b"P6"):
         return _decode_pnm(data, name)
@@ -200,12 +200,12 @@ def decode_mask(data: bytes, name: str) -> Mask:
     """Reads a mask PNG (Sintel's occlusions and invalid): bool [H, W], true where any channel is non-zero.
 
     Raises:
-        DamagedError: not a whole PNG.
+        DamagedError: the file is not a complete PNG.
     """
     _check_png(data, name, allow_trailer=False)
     pixels = _imdecode(data, cv2.IMREAD_UNCHANGED, name)
     if pixels.ndim == 3:
-        pixels = pixels[..., :3].max(axis=2)  # an alpha channel says nothing about the mask
+        pixels = pixels[..., :3].max(axis=2)  # an alpha channel is not part of the mask
     mask: Mask = pixels != 0
     return mask
 
@@ -219,14 +219,14 @@ def encode_mask(mask: Mask) -> bytes:
 
 
 def image_size(head: bytes, name: str) -> tuple[int, int]:
-    """(height, width) of a frame, mask or flow file from its first bytes: cheap enough for a dataset.
+    """(height, width) of a frame, mask or flow file from its first bytes: cheap enough for a whole dataset.
 
     Args:
-        head: the first HEAD_BYTES of the file or more (a JPEG's size may lie deeper: give it whole).
-        name: what to call it in an error.
+        head: the first HEAD_BYTES of the file or more. A JPEG's size may come later, so pass the whole file.
+        name: the file's name for error messages.
 
     Raises:
-        DamagedError: none of the formats of this module, an absurd size, or too few bytes to tell.
+        DamagedError: the file has none of this module's formats, claims an absurd size, or `head` is too short to tell.
     """
     if not_empty(head, name).startswith(_FLO_MAGIC):
         return _flo_size(head, name)
@@ -243,7 +243,7 @@ def image_size(head: bytes, name: str) -> tuple[int, int]:
 
 
 def not_empty(data: bytes, name: str) -> bytes:
-    """The data themselves. Raises DamagedError where there are none: no format begins with nothing."""
+    """Returns `data` unchanged. Raises DamagedError if it is empty: no format allows an empty file."""
     if not data:
         raise _bad(name, "is empty", _DAMAGED)
     return data
@@ -298,7 +298,7 @@ def _pfm_header(data: bytes, name: str) -> re.Match[bytes]:
 
 
 def _pnm_header(data: bytes, name: str) -> tuple[int, int, int, int]:
-    """Height, width, channels, and where the pixels begin."""
+    """Height, width, number of channels, and the offset at which the pixels begin."""
     header = _PNM_HEADER.match(data[:HEAD_BYTES])
     if header is None:
         raise _bad(name, "is not a PPM file, or its header is damaged", _DAMAGED)
@@ -325,7 +325,7 @@ def _png_size(data: bytes, name: str) -> tuple[int, int]:
 
 
 def _png_chunks(data: bytes, name: str) -> Iterator[tuple[bytes, int, int]]:
-    """Each chunk's type and the range of its type and body."""
+    """Yields each chunk's type, and the start and end of its type and body."""
     position = len(_PNG_MAGIC)
     while position < len(data):
         if position + 12 > len(data):
@@ -338,7 +338,7 @@ def _png_chunks(data: bytes, name: str) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _check_png(data: bytes, name: str, *, allow_trailer: bool) -> None:
-    """The container is whole. OpenCV itself returns a half-empty image for half a file."""
+    """Checks that the container is complete. OpenCV itself returns a half-empty image for half a file."""
     _png_size(data, name)
     view = memoryview(data)
     for kind, start, end in _png_chunks(data, name):
@@ -351,8 +351,8 @@ def _check_png(data: bytes, name: str, *, allow_trailer: bool) -> None:
     raise _bad(name, "is a truncated PNG", _DAMAGED)
 
 
-_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOFn; the three others are tables
-_JPEG_FILL = 0xFF  # any number of them may stand before a marker
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOFn; of the others, C4 and CC are tables and C8 is reserved
+_JPEG_FILL = 0xFF  # any number of these bytes may come before a marker
 
 
 def _jpeg_size(data: bytes, name: str) -> tuple[int, int]:
@@ -369,7 +369,7 @@ def _jpeg_size(data: bytes, name: str) -> tuple[int, int]:
 
 
 def _jpeg_ends(data: bytes) -> bool:
-    """Whether an end follows where the pixels begin: a thumbnail in front of them has one of its own."""
+    """Whether an end marker follows the start of the pixels. (A thumbnail before them has its own end marker.)"""
     position = 2
     while position + 4 <= len(data) and data[position : position + 2] != _JPEG_SCAN:
         if data[position + 1] == _JPEG_FILL:

@@ -1,4 +1,4 @@
-"""Looking back at a finished dataset: is every byte what the manifest promises, and what is in it."""
+"""Inspect a finished dataset: check every byte against the manifest, and summarise the motion in it."""
 
 import hashlib
 import zlib
@@ -15,12 +15,12 @@ from datasets_etl.samples import FlowSample, decode_sample
 from datasets_etl.storage import open_store
 
 MOTION_EDGES = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
-"""Lower edges of the motion histogram's bins, pixels; the last bin is open."""
+"""Lower edges of the motion histogram's bins, in pixels; the last bin has no upper edge."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing that is not as the manifest promises, in a line."""
+    """One deviation from the manifest, described in one line."""
 
     shard: str
     problem: str
@@ -32,15 +32,15 @@ def verify_manifest(
     workers: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Damage]:
-    """Read every shard back by Ray tasks: size, SHA-256, each sample's checksum and whether it decodes.
+    """Read every shard back with Ray tasks: check size, SHA-256, each sample's checksum, and that each sample decodes.
 
     Args:
-        manifest: loaded, so its own content is already checked against its name.
-        workers: shards read at a time; None for one for each CPU of the cluster.
-        on_progress: called with samples done and samples in all.
+        manifest: a loaded manifest; loading it has already checked its content against its name.
+        workers: number of shards read at a time; None: one for each CPU of the cluster.
+        on_progress: called with the number of samples done and the number of all samples.
 
     Returns:
-        What is wrong, in the manifest's order; empty for a whole dataset.
+        All damage, in the manifest's order; empty for an intact dataset.
 
     Raises:
         DataError: storage does not answer, or denies access.
@@ -66,7 +66,7 @@ def _verify_task(root: str, shard: ShardEntry) -> list[Damage] | DataError:
         data = store.read(shard.name, size)
     except DamagedError as error:
         return [Damage(shard.name, str(error))]
-    except DataError as error:  # of storage, and nothing is known of the shard
+    except DataError as error:  # a storage error, which says nothing about the shard
         return error
     problems = []
     if len(data) != shard.bytes:
@@ -93,7 +93,7 @@ def _sample_problem(data: bytes, entry: SampleEntry) -> str | None:
 
 
 def motion_histogram(samples: Iterable[FlowSample]) -> npt.NDArray[np.int64]:
-    """Valid pixels by the length of their flow, one count for each of MOTION_EDGES. Int64 [bins]."""
+    """Numbers of valid pixels by the length of their flow, int64 [bins], with one bin for each of MOTION_EDGES."""
     counts = np.zeros(len(MOTION_EDGES), np.int64)
     for sample in samples:
         if sample.flow is not None and sample.valid is not None:
@@ -103,7 +103,7 @@ def motion_histogram(samples: Iterable[FlowSample]) -> npt.NDArray[np.int64]:
 
 
 def spread(numbers: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the numbers, evenly spread over them, the first among them."""
+    """At most `count` of the numbers, evenly spread and including the first."""
     if len(numbers) <= count:
         return list(numbers)
     return [numbers[i * len(numbers) // count] for i in range(count)]

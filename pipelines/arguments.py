@@ -51,8 +51,8 @@ def size(text: str) -> tuple[int, int]:
 
 
 def device(text: str) -> torch.device:
-    """A torch device by name; "auto" is the GPU where there is one."""
-    import torch  # by who computes: it takes seconds
+    """A torch device by name; "auto" is the GPU if there is one, otherwise the CPU."""
+    import torch  # only where it is needed: the import takes seconds
 
     if text == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

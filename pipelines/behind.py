@@ -1,6 +1,6 @@
-"""Writing beside a model: threads draw, encode and write the last results while it computes the next.
+"""Draw, encode and write results in background threads while the model computes the next ones.
 
-On a GPU a pair takes less time than its files.
+On a GPU, computing a pair takes less time than writing its files.
 """
 
 from collections import deque
@@ -15,10 +15,10 @@ THREADS = 4
 
 
 class Behind:
-    """Pieces of work for threads, while whoever gives them goes on.
+    """Runs pieces of work in threads while the caller goes on.
 
     At most `threads` pieces are under way at once, which bounds the memory that they hold. Leaving the `with` waits for
-    all of them, also after an error. What a piece raises is raised by a later `do`, or at the end.
+    all of them, even after an error. An error in a piece is raised by a later `do` or at the end of the `with`.
     """
 
     def __init__(self, threads: int = THREADS) -> None:

@@ -1,9 +1,9 @@
-"""One driver at a time: what it works on holds its claim, which it renews for as long as it lives.
+"""Let only one driver at a time work on a folder: the folder holds the driver's claim, which it renews while it lives.
 
-Who finds a claim waits for it to be renewed. If it is, the driver lives, and a second one is refused; if it is not, the
-first one is gone, and the claim is taken over. No clocks are compared, and nothing is asked of storage but to read what
-was written last. Two drivers that begin in the same second may both go on for a moment: the one whose claim was
-overwritten sees that when it renews it, and ends.
+A driver that finds a claim waits for it to be renewed. If it is renewed, the first driver lives, and the second one is
+refused. If it is not, the first one is gone, and the second takes the claim over. No clocks are compared, and storage
+only has to return what was written last. Two drivers that begin in the same second may both go on for a moment: the one
+whose claim was overwritten sees that when it renews the claim, and ends.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from datasets_etl.storage import ObjectStore
 from pipelines.entry import PipelineError, interrupted_by
 
 CLAIM = "driver.json"
-"""In a folder that a driver works on."""
+"""Key of the claim in a folder that a driver works on."""
 
 _FIRST_RENEWAL_S = 1.0
 _RENEWAL_S = 10.0
 _LOOK_S = 1.0
-# Four renewals: longer than the longest pause between two attempts at storage that was away.
+# Time for four renewals: longer than the longest pause between two attempts to reach storage that is down.
 _LOOKS = 40
 _RELEASED_S = 10.0
 _LOST = signal.SIGUSR1
@@ -37,13 +37,13 @@ _LOST = signal.SIGUSR1
 
 @dataclass(frozen=True)
 class Claim:
-    """What a driver says of itself.
+    """What a driver says about itself.
 
     Attributes:
-        token: names the claim.
-        host, pid, since: for people.
-        machine, started: together with `pid` they name its process; empty where the system does not tell.
-        renewed: how often.
+        token: unique name of the claim.
+        host, pid, since: what messages to people name.
+        machine, started: together with `pid` they identify its process; empty if the system does not tell them.
+        renewed: how often the claim was renewed.
     """
 
     token: str
@@ -56,7 +56,7 @@ class Claim:
 
     @property
     def is_left(self) -> bool:
-        """Whether its process was one of this machine, and has ended."""
+        """Whether its process ran on this machine and has ended."""
         return bool(self.machine) and self.machine == _machine() and self.started != _started(self.pid)
 
     def __str__(self) -> str:
@@ -65,17 +65,17 @@ class Claim:
 
 @contextlib.contextmanager
 def claimed(folders: Mapping[str, ObjectStore], say: Callable[[str], None]) -> Iterator[None]:
-    """Work on folders alone for the length of a `with`. Outside of the main thread nothing ends who loses its claim.
+    """Claim folders for the length of a `with`. A driver that loses a claim is interrupted only in the main thread.
 
     Args:
-        folders: by what a person calls them, such as "stage chairs".
-        say: told, in a line, that a claim is waited for or taken over.
+        folders: the folders by the names that messages use, such as "stage chairs".
+        say: called with one line when a claim is waited for or taken over.
 
     Raises:
-        PipelineError: another driver works on one of them; or took one over, because this one could not be heard of.
+        PipelineError: another driver works on one of them, or took one over because this one gave no sign of life.
     """
     _wait_until_free(folders, say)
-    with interrupted_by(_LOST):  # Ctrl-C's own signal may be ignored, as by what runs in a shell's background
+    with interrupted_by(_LOST):  # not SIGINT: a shell's background jobs ignore it
         keeper = _Keeper(folders)
         try:
             yield
@@ -91,7 +91,7 @@ def _wait_until_free(folders: Mapping[str, ObjectStore], say: Callable[[str], No
     first = standing = standing_claims(folders)
     for driver, names in _by_driver(first).items():
         say(f"{names}: claimed by {driver}; waits up to {_LOOKS * _LOOK_S:.0f} s for a sign of life")
-    # Counted, not timed: while storage is away nobody can renew.
+    # Looks are counted instead of timed, because nobody can renew a claim while storage is down.
     for _ in range(_LOOKS):
         if not standing:
             return
@@ -107,7 +107,7 @@ def _wait_until_free(folders: Mapping[str, ObjectStore], say: Callable[[str], No
 
 
 def _by_driver(claims: Mapping[str, Claim]) -> dict[str, str]:
-    """What each driver has claimed, in a line."""
+    """Driver → the names of what it has claimed, in one line."""
     found: dict[str, list[str]] = {}
     for name, claim in claims.items():
         found.setdefault(str(claim), []).append(name)
@@ -115,13 +115,13 @@ def _by_driver(claims: Mapping[str, Claim]) -> dict[str, str]:
 
 
 def standing_claims(folders: Mapping[str, ObjectStore]) -> dict[str, Claim]:
-    """Of those folders that a driver works on, as far as its claim alone can tell: one of another machine may lapse."""
+    """Folder name → claim, if a driver may hold it. The driver of a claim from another machine may have ended."""
     found = {name: _read(folder) for name, folder in folders.items()}
     return {name: claim for name, claim in found.items() if claim is not None and not claim.is_left}
 
 
 def _read(folder: ObjectStore) -> Claim | None:
-    """None where there is none, or none that can be read."""
+    """The claim in a folder; None if there is none or its content is not a claim."""
     try:
         return Claim(**json.loads(folder.read(CLAIM)))
     except DataError:
@@ -133,10 +133,10 @@ def _read(folder: ObjectStore) -> Claim | None:
 
 
 class _Keeper:
-    """Renews a claim of this process in a thread whose end the process need not wait for.
+    """Renews this process's claim in a daemon thread, so that the process can end without waiting for it.
 
     Attributes:
-        lost: why the driver must end. Its main thread is interrupted then.
+        lost: why the driver must end; None while it need not. When this is set, the main thread is interrupted.
     """
 
     def __init__(self, folders: Mapping[str, ObjectStore]) -> None:
@@ -150,7 +150,7 @@ class _Keeper:
         self._thread.start()
 
     def release(self) -> None:
-        """Give the claim up. Where storage is away it stays, and lapses."""
+        """Give up the claim. If storage is down, the claim stays there and lapses."""
         self._ended.set()
         self._thread.join(_RELEASED_S)
 
@@ -160,7 +160,7 @@ class _Keeper:
             pause = _RENEWAL_S
             self._claim = replace(self._claim, renewed=self._claim.renewed + 1)
             for name, folder in self._folders.items():
-                with contextlib.suppress(DataError):  # storage is away: nobody else reads or writes there either
+                with contextlib.suppress(DataError):  # storage is down: nobody else can read or write there either
                     self._renew(name, folder)
         for folder in self._folders.values():
             with contextlib.suppress(DataError):
@@ -176,7 +176,7 @@ class _Keeper:
                 signal.pthread_kill(threading.main_thread().ident or 0, _LOST)
 
     def _other(self, folder: ObjectStore) -> Claim | None:
-        """A claim that has taken the place of this one."""
+        """The claim that has replaced this one; None if none has."""
         found = _read(folder)
         return None if found is None or found.token == self._claim.token else found
 
@@ -191,7 +191,7 @@ def _own_claim() -> Claim:
 
 
 def _machine() -> str:
-    """Names this machine since it was booted, and those of its processes that this one sees; empty where unknown."""
+    """Identifies this boot of this machine and the PID namespace of this process; empty if they are unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -200,7 +200,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process of this machine began, in the kernel's clock; empty where there is none, or it has ended."""
+    """Start time of a process of this machine, by the kernel's clock; empty if it does not exist or has ended."""
     try:
         state, *_, started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:20]
     except OSError:

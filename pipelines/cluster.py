@@ -1,6 +1,6 @@
-"""Connecting to Ray: the cluster this job was submitted to, or a local one for as long as the command runs.
+"""Connect to Ray: to the cluster this job was submitted to, or to a local Ray that lives as long as the command.
 
-Every worker of a cluster imports this before Ray says how many threads it may use: nothing here may import torch.
+Every worker of a cluster imports this module before Ray sets how many threads it may use, so it must not import torch.
 """
 
 import contextlib
@@ -12,10 +12,10 @@ import socket
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 
-# Read when Ray is imported: a local Ray listens on loopback only. A job's driver is a part of its cluster's network.
+# Ray reads these on import. A local Ray listens on loopback only; a job's driver is part of its cluster's network.
 if not os.environ.get("RAY_ADDRESS"):
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    # Drivers of trials and queues take no CPU; on a small machine Ray would warn that they are more than its CPUs.
+    # Drivers of trials and queues reserve no CPU; on a small machine Ray would warn that they outnumber its CPUs.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, os.cpu_count() or 1)))
 # Ray would otherwise warn about a change of defaults for workers without a GPU.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -37,25 +37,25 @@ _SIOCGIFADDR = 0x8915
 
 @contextlib.contextmanager
 def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool = False) -> Iterator[None]:
-    """Ray for the length of a `with`.
+    """Connect to Ray for the length of a `with`.
 
     Args:
-        cpus: CPUs a local Ray offers, at least; None for those of the machine. A cluster offers what it has.
-        verbose: workers' own output goes to the terminal too.
-        dashboard: a local Ray runs its dashboard: without it, Ray Train inside Tune leaks the workers' places of a
-            trial that is stopped early.
+        cpus: minimum number of CPUs that a local Ray offers; None for those of the machine. A cluster offers its own.
+        verbose: show the output of workers on the terminal too.
+        dashboard: run the dashboard of a local Ray. Without it, Ray Train inside Tune leaks the workers' placement
+            group when a trial is stopped early.
 
-    `RAY_ADDRESS` (set by `ray job submit`) names the cluster; without it a local Ray is started and stopped. A SIGTERM
-    is as good as Ctrl-C. Raises PipelineError where Ray does not start, does not answer, or is lost on the way.
+    `RAY_ADDRESS` (set by `ray job submit`) names the cluster; without it a local Ray is started and stopped. SIGTERM is
+    handled like Ctrl-C. Raises PipelineError if Ray does not start, does not answer, or is lost on the way.
     """
-    if ray.is_initialized():  # a caller's, or a test's
+    if ray.is_initialized():  # by a caller or a test
         yield
         return
     remote = bool(os.environ.get("RAY_ADDRESS"))
     machine = os.cpu_count() or 1
     port = free_port() if dashboard and not remote else None
     if port is not None:
-        # What asks the dashboard would else ask that of whatever Ray was started last on this machine.
+        # Without this, requests would go to the dashboard of the Ray that was started last on this machine.
         os.environ[_DASHBOARD_VARIABLE] = f"http://127.0.0.1:{port}"
     try:
         ray.init(
@@ -69,15 +69,15 @@ def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool
             logging_level=logging.INFO if verbose else logging.ERROR,
             log_to_driver=verbose,
         )
-    except Exception as error:  # of no common kind
+    except Exception as error:  # Ray's errors have no common type
         which = f"the cluster at {os.environ['RAY_ADDRESS']} does not answer" if remote else "it does not start here"
         raise PipelineError(f"no Ray: {which} ({_first_line(error)})") from error
     try:
-        with interrupted_by(signal.SIGTERM):  # Ray would print where its threads are, and abort
+        with interrupted_by(signal.SIGTERM):  # Ray's own handler prints stack traces and aborts
             yield
     except RayError as error:
         if isinstance(error, RayTaskError):
-            raise  # the mistake of a task, not Ray's end
+            raise  # a task failed, but Ray was not lost
         raise PipelineError(f"Ray was lost ({_first_line(error)}); give the same command again") from error
     finally:
         ray.shutdown()
@@ -90,7 +90,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def nodes() -> Nodes:
-    """Of the connected cluster, those that are alive."""
+    """The resources of each live node of the connected cluster."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
@@ -105,9 +105,9 @@ def slots(nodes: Nodes, cpus: int, use_gpu: bool, *, one_a_node: bool = False) -
     """How many tasks or workers fit at once, each on one node, with that many CPUs and perhaps a GPU.
 
     Args:
-        nodes: of the cluster.
-        cpus, use_gpu: what each takes.
-        one_a_node: no two of them on one node.
+        nodes: the cluster's nodes.
+        cpus, use_gpu: what each task or worker takes.
+        one_a_node: place at most one on each node.
     """
     total = 0
     for resources in nodes:
@@ -119,17 +119,17 @@ def slots(nodes: Nodes, cpus: int, use_gpu: bool, *, one_a_node: bool = False) -
 
 
 def listed(cpus: int, use_gpu: bool) -> str:
-    """What one of them takes, for a person."""
+    """What one task or worker takes, as text for people."""
     return f"{cpus} CPU(s)" + (" and a GPU" if use_gpu else "")
 
 
 def has_gpus() -> bool:
-    """Whether a machine of the connected cluster has a GPU now."""
+    """Whether any node of the connected cluster has a GPU now."""
     return bool(ray.cluster_resources().get("GPU"))
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens to just now."""
+    """A loopback port on which nothing listens at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -137,10 +137,10 @@ def free_port() -> int:
 
 
 def talk_where_ray_does() -> None:
-    """Make gloo take the network interface by whose address Ray knows this node; a user's own choice stands.
+    """Make gloo use the network interface by whose address Ray knows this node, unless the user chose another.
 
-    Left alone gloo takes the one that the host's own name leads to, which on many a host is loopback: its workers would
-    never find those of other nodes.
+    By default gloo uses the interface that the host's own name resolves to. On many hosts that is loopback, and workers
+    could then not reach those on other nodes.
     """
     address = ray.util.get_node_ip_address()
     for _, name in socket.if_nameindex():
@@ -149,7 +149,7 @@ def talk_where_ray_does() -> None:
 
 
 def _address_of(interface: str) -> str | None:
-    """IPv4 address of a network interface; None where it has none."""
+    """IPv4 address of a network interface; None if it has none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         request = struct.pack("256s", interface.encode()[:15])
         try:

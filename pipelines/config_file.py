@@ -1,4 +1,4 @@
-"""A config file: YAML and dotted overrides → a frozen pydantic model, with errors that name the key."""
+"""Load a config: a YAML file and dotted overrides → a frozen pydantic model, with errors that name the key."""
 
 import difflib
 import re
@@ -16,7 +16,7 @@ from pipelines.errors import PipelineError
 
 
 class Frozen(BaseModel):
-    """A section of a config: unknown keys are errors, and so are numbers that are none."""
+    """A section of a config. Unknown keys are errors, and so are infinite numbers and NaN."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -31,7 +31,7 @@ def load_config(kind: type[Config], path: str, overrides: Sequence[str]) -> Conf
     """Read a YAML file (which may extend another), apply `dotted.key=value` overrides, validate.
 
     A list element is addressed by its number or by its name: `stages.chairs.steps=100`. Values are YAML.
-    Raises PipelineError naming the key and, for a misspelt one, the nearest right one.
+    Raises PipelineError that names the key and, for a misspelt one, the nearest known key.
     """
     tree = _read_yaml(Path(path), ())
     places = {override: _apply(tree, override) for override in overrides}
@@ -42,7 +42,7 @@ def load_config(kind: type[Config], path: str, overrides: Sequence[str]) -> Conf
 
 
 def _source(path: str, places: Mapping[str, Location], error: pydantic.ValidationError) -> str:
-    """What gave the value an error is about: the file, or the last override of it or of what holds it."""
+    """Where the faulty value came from: the file, or the last override of the value or of a section that holds it."""
     where = error.errors()[0]["loc"]
     for override, place in reversed(list(places.items())):
         if where[: len(place)] == place:
@@ -51,10 +51,10 @@ def _source(path: str, places: Mapping[str, Location], error: pydantic.Validatio
 
 
 def _read_yaml(path: Path, over: tuple[Path, ...]) -> dict[str, Any]:
-    """The mapping in a file, over the one in the file beside it that `extends` names.
+    """The mapping in a file, merged over the one in the file beside it that `extends` names.
 
     Args:
-        path: of the file.
+        path: path of the file.
         over: the files that extend it.
     """
     if path.absolute() in over:
@@ -75,7 +75,7 @@ def _read_yaml(path: Path, over: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _unshared(value: Any) -> Any:
-    """Without what an anchor in the file and its aliases share: to override one is not to override all."""
+    """A copy in which a YAML anchor and its aliases share nothing: an override of one does not change the others."""
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
     return [_unshared(item) for item in value] if isinstance(value, list) else value
@@ -92,7 +92,7 @@ def _mappings(*values: Any) -> bool:
 
 
 def _apply(tree: dict[str, Any], override: str) -> Location:
-    """Set one value. Returns where."""
+    """Set one value of the tree. Returns its location."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise PipelineError(f"override {override!r}: write key=value, such as stages.chairs.steps=100")
@@ -101,7 +101,7 @@ def _apply(tree: dict[str, Any], override: str) -> Location:
     except yaml.YAMLError as error:
         raise PipelineError(f"override {override!r}: the value is not YAML: {error}") from error
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        value = float(value)  # YAML 1.1 takes 2e-4 for a string
+        value = float(value)  # YAML 1.1 reads 2e-4 as a string
     node: Any = tree
     place: Location = ()
     *parents, last = key.split(".")
@@ -117,7 +117,7 @@ def _apply(tree: dict[str, Any], override: str) -> Location:
 
 
 def _part(node: Any, name: str, override: str) -> int | str:
-    """A key of a section as it is; of a list's element its position, which may be given by the element's name."""
+    """In a section, the key `name` itself; in a list, the position of the element with this name or number."""
     if isinstance(node, dict):
         return name
     if not isinstance(node, list):
@@ -135,7 +135,7 @@ def _names(elements: list[Any]) -> list[str]:
 
 
 def _named(tree: Any, location: Location) -> str:
-    """A place in the config as overrides give it: elements of a list by their name, where they have one."""
+    """A location in the config as an override would write it: list elements by name, if they have one."""
     told = []
     for part in location:
         inside = isinstance(tree, list) and isinstance(part, int) and part < len(tree)
@@ -145,7 +145,7 @@ def _named(tree: Any, location: Location) -> str:
 
 
 def _explain(kind: type[BaseModel], tree: dict[str, Any], error: pydantic.ValidationError) -> str:
-    """The first error in a line; for an unknown key with the nearest known one."""
+    """The first error in one line. For an unknown key it names the nearest known key, or else all known keys."""
     first, *more = error.errors()
     where = _named(tree, first["loc"])
     if first["type"] == "extra_forbidden":

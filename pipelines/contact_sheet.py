@@ -1,4 +1,4 @@
-"""A dataset at a glance: pairs with their flow, one below the other."""
+"""A picture of a dataset at a glance: some of its pairs with their flow, one below the other."""
 
 from collections.abc import Iterable
 
@@ -14,8 +14,8 @@ _CAPTION_HEIGHT = 16
 
 
 def contact_sheet(samples: Iterable[FlowSample]) -> npt.NDArray[np.uint8]:
-    """One row a sample: both frames, then the flow in colours, each scaled to its own fastest pixel; black where
-    there is no ground truth. Returns uint8 [H, W, 3], RGB. Raises ValueError without any sample.
+    """One row per sample: both frames, then the flow in colours, scaled to the sample's fastest pixel and black where
+    there is no ground truth. Returns uint8 [H, W, 3], RGB. Raises ValueError if there are no samples.
     """
     rows = [_row(sample) for sample in samples]
     if not rows:
@@ -25,7 +25,7 @@ def contact_sheet(samples: Iterable[FlowSample]) -> npt.NDArray[np.uint8]:
 
 def _row(sample: FlowSample) -> npt.NDArray[np.uint8]:
     flow, caption = _coloured_flow(sample)
-    # Averaged with the black around them, sparse points would be too dark to see.
+    # Averaging with the black around them would make sparse points too dark to see.
     way = cv2.INTER_NEAREST if sample.sparse else cv2.INTER_AREA
     frames = [_shrunk(image, cv2.INTER_AREA) for image in (sample.image0, sample.image1)]
     cells = np.hstack([*frames, _shrunk(flow, way)])

@@ -1,4 +1,4 @@
-"""Long commands that go on where they stopped: a note in the output says what its files are of."""
+"""Let long commands continue where they stopped: a note in the output says what its files were made from."""
 
 import json
 import re
@@ -12,32 +12,33 @@ from pipelines.errors import PipelineError
 _NOTE = "made_by.json"
 _INPUTS = "inputs"
 _STALE = "stale"
-_FRAME_NUMBER = re.compile(r"(.*)_\d{6,}(?=[._][^/]*$)")  # the last: a video's own name may hold such numbers
+_FRAME_NUMBER = re.compile(r"(.*)_\d{6,}(?=[._][^/]*$)")  # the last number: a video's own name may hold some
 
 ANY_FRAME = "_*"
-"""Stands for a video's frame number, `_000123`, in a key: how many frames it has shows at its end."""
+"""Stands for a video's frame number, `_000123`, in a key: the number of frames is known only at the video's end."""
 
 
 def claim_output(
     output: ObjectStore, job: Mapping[str, Any], inputs: Mapping[str, str] | None = None, *, overwrite: bool
 ) -> set[str]:
-    """Note in `output` what it is made by, and find what an interrupted run of the same job has written there.
+    """Note in `output` which job makes it, and find the files that an interrupted run of the same job wrote there.
 
     Args:
         output: where the files go.
-        job: all that decides the content of every file, as JSON.
-        inputs: what only some files are made of: key, perhaps with `ANY_FRAME`, → digest of it.
-        overwrite: take over the output of another job or input, and keep nothing.
+        job: everything that decides the content of all files, as JSON.
+        inputs: what single files are made from: key of the file, perhaps with `ANY_FRAME`, → digest of its input.
+        overwrite: accept an output of another job or other inputs, and keep none of its files.
 
     Returns:
-        Keys of the files that may be kept. On S3 one that was made again with the same bytes is not among them.
+        Keys of the files that may be kept. On S3, a stale file that was remade with the same bytes is not among them.
 
     Raises:
-        PipelineError: files there are of another job, of other inputs or of unknown origin, and not to be overwritten.
+        PipelineError: `overwrite` is not set, and the output is of another job, or one of the files named by `inputs`
+            is of other inputs or of unknown origin.
     """
     wanted = json.loads(json.dumps(job))
     there = {found.key: found.stamp for found in output.walk() if found.key != _NOTE}
-    noted = _noted(output) if there else {}  # a run that failed before it wrote anything keeps nobody out
+    noted = _noted(output) if there else {}  # the note of a run that wrote nothing else blocks nobody
     told, stale = dict(noted.pop(_INPUTS, {})), dict(noted.pop(_STALE, {}))
     if noted and noted != wanted and not overwrite:
         differing = sorted(name for name in {*noted, *wanted} if noted.get(name) != wanted.get(name))
@@ -45,8 +46,8 @@ def claim_output(
         raise PipelineError(f"{output.url} holds another run's files ({listed}); give another folder or --overwrite")
     kept = set(there)
     if overwrite or not noted:
-        # Every file there is to be replaced. A run that is interrupted leaves some of the old ones: their stamps, noted
-        # here, tell them from new ones.
+        # Every file there will be replaced. If this run is interrupted, some old files remain; their stamps, which are
+        # noted here, tell them from new ones.
         kept = set()
         stale = {key: stamp for key, stamp in there.items() if not inputs or _of_key(key, inputs)}
     if inputs and not overwrite:
@@ -72,7 +73,7 @@ def _noted(output: ObjectStore) -> dict[str, Any]:
 
 
 def _made_of(inputs: Mapping[str, str], told: Mapping[str, str], there: Iterable[str], url: str) -> set[str]:
-    """Those of the keys whose files are of these inputs. Raises PipelineError for one that is of others."""
+    """The keys of files made from these inputs. Raises PipelineError if such a file was made from something else."""
     kept = set()
     for key in sorted(there):
         wanted = _of_key(key, inputs)
@@ -92,5 +93,5 @@ def _of_key(key: str, inputs: Mapping[str, str]) -> str | None:
 
 
 def any_frame(key: str) -> str:
-    """With `ANY_FRAME` for the number that it ends in, should it be that of a video's frame."""
+    """The key with `ANY_FRAME` in place of the number before its suffix, if that looks like a video's frame number."""
     return _FRAME_NUMBER.sub(rf"\1{ANY_FRAME}", key)

@@ -1,6 +1,6 @@
 """Train the staged curriculum: `python pipelines/curriculum.py --config FILE [key=value …]`.
 
-The same command again goes on where it was: finished stages are skipped, an interrupted one is resumed.
+Run the same command again to continue: finished stages are skipped, and an interrupted one is resumed.
 """
 
 import argparse
@@ -46,9 +46,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run_curriculum(config: CurriculumConfig) -> list[StageResult]:
-    """Every selected stage in order, each from the weights of the one before. Needs a connected Ray.
+    """Train every selected stage in order, each from the weights of the one before. Needs a connected Ray.
 
-    Raises PipelineError, DataError or GMFlowError for what the user can mend: another driver that is at it, too.
+    Raises PipelineError, DataError or GMFlowError for what the user can fix, such as another driver on the same stages.
     """
     plans = plan_curriculum(config)
     display = Display(
@@ -65,7 +65,7 @@ def run_curriculum(config: CurriculumConfig) -> list[StageResult]:
 def _run_stages(
     config: CurriculumConfig, plans: Sequence[StagePlan], client: MlflowClient, display: Display
 ) -> list[StageResult]:
-    # What is chosen of a curriculum is a run of its own: the config and the report of the whole one stay.
+    # A selection of stages gets its own run, so that the config and the report of the whole curriculum stay.
     identity = [config.name, [plan.hash for plan in plans], [stage.name for stage in config.selected_stages]]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     run = tracking.CurriculumRun(client, config.mlflow, config.name, key, display.say)
@@ -75,7 +75,7 @@ def _run_stages(
     with (
         display.showing(),
         run.running(run.run_id),
-        # From here on it is known to be there: an outage, not a mistyped address, is what is waited for.
+        # From here on storage is known to exist: it is an outage that is waited for, not a mistyped address.
         waiting_for_storage(config.machine.storage_patience_s),
     ):
         for plan in plans:
@@ -100,8 +100,8 @@ def _run_stages(
 
 
 def _check_tracked(plan: StagePlan, result: StageResult, run: tracking.CurriculumRun) -> None:
-    """Raises PipelineError where another MLflow has a finished stage's run: its model would be a name for nothing here,
-    or for another model.
+    """Raises PipelineError if a finished stage's run is in another MLflow: in this one, the name of the stage's model
+    would stand for nothing, or for another model.
     """
     if not run.holds(result.mlflow_run):
         raise PipelineError(
@@ -112,11 +112,11 @@ def _check_tracked(plan: StagePlan, result: StageResult, run: tracking.Curriculu
 
 
 def _log_report(run: tracking.CurriculumRun, display: Display) -> None:
-    """Its models are trained and registered: what goes wrong with the report is told, and undoes nothing of that."""
+    """Make and log the report. The models are already trained and registered, so errors here are only reported."""
     try:
         report.log_curriculum_report(run.client, run.run_id)
         display.say(f"{report.FILE_NAME}: an artifact of the curriculum's run {run.run_id}")
-    except Exception as error:  # noqa: BLE001 (whatever it is)
+    except Exception as error:  # noqa: BLE001 (no error here may stop the run)
         reason = " ".join(str(error).split())[:300]
         display.say(
             f"the report could not be made ({reason}); to make it: "
@@ -127,12 +127,12 @@ def _log_report(run: tracking.CurriculumRun, display: Display) -> None:
 def _run_stage(
     plan: StagePlan, parent: StageResult | None, run: tracking.CurriculumRun, display: Display
 ) -> StageResult:
-    """Train, keep the final weights, register them, and only then say that the stage is finished."""
+    """Train, keep the final weights, register them, and only then mark the stage as finished."""
     config, stage = plan.config, plan.stage
     display.state(stage.name, WAITING)
     start = parent.weights if parent else config.init_from
     source = provide_initial_weights(plan.folder, config.model, config.seed, start, config.mlflow.tracking_uri)
-    # By its folder, which its own recipe names: the run is the same whatever changes in the stages after it.
+    # The stage's recipe decides the folder's name, so the run stays the same if later stages change.
     key = hashlib.sha256(plan.folder.url.encode()).hexdigest()[:16]
     stage_run = run.child(stage.name, key=f"stage/{key}")
     stage_run.log_json(stage.model_dump(mode="json"), "stage.json")
@@ -140,7 +140,7 @@ def _run_stage(
         with listening(plan.job.feed, functools.partial(display.record, stage.name), stage_run.log):
             last = fit_stage(plan.job, plan.name)
         for step, metrics in last["records"]:
-            stage_run.log(Record(step, metrics))  # what an attempt that was killed here did not tell
+            stage_run.log(Record(step, metrics))  # those that an attempt killed here did not log
         display.state(stage.name, "registering")
         with tempfile.TemporaryDirectory(prefix="gmflow-final-") as folder:
             weights = Path(folder) / "model.safetensors"
@@ -170,7 +170,7 @@ def _run_stage(
 
 
 def _check_gates(stage: StageConfig, metrics: Mapping[str, float]) -> None:
-    """Raises PipelineError where a stage did not reach what the next is to be built on."""
+    """Raises PipelineError if a stage did not reach the accuracy that the next stage needs."""
     for gate in stage.gates:
         value = metrics.get(gate.name)
         if value is None:
@@ -198,7 +198,7 @@ def _lineage(plan: StagePlan, parent: str, metrics: Mapping[str, float]) -> regi
 
 
 def show_summary(config: CurriculumConfig, results: list[StageResult]) -> None:
-    """A table of the stages: validation EPE by set, and the registered model; then where all of it is."""
+    """Print a table of the stages (validation EPE by set, registered model), then where everything is stored."""
     sets = [chosen.name for stage in config.selected_stages for chosen in stage.validation]
     table = Table(title=f"curriculum {config.name}: EPE in pixels at the end of each stage")
     table.add_column("stage")

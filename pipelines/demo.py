@@ -1,7 +1,7 @@
 """The whole pipeline, small, without any server: `make demo`.
 
 Writes synthetic datasets in the five official layouts, shards them, trains all four stages, registers the models,
-evaluates and predicts. Everything lands in `runs/demo`; a second call goes on from what is there.
+evaluates and predicts. Everything lands in `runs/demo`; a second call continues from what is there.
 """
 
 import argparse
@@ -42,7 +42,7 @@ HEIGHT, WIDTH = 96, 128
 
 @dataclass(frozen=True)
 class _Synthetic:
-    """A dataset to write; `pairs` to train on and `held_out` ones."""
+    """A dataset to write, with `pairs` pairs to train on and `held_out` pairs to validate on."""
 
     dataset: str
     pairs: int
@@ -61,7 +61,7 @@ DATASETS = {
 
 
 def write_raw_datasets() -> None:
-    """Each dataset by a Ray task, into a folder that takes its name when it is whole."""
+    """Write each dataset in a Ray task, into a folder that gets its final name once it is complete."""
     task = ray.remote(_write_raw)
     missing = [name for name in DATASETS if not _raw(name).exists()]
     waiting = {task.remote(name): name for name in missing}
@@ -93,7 +93,7 @@ def _raw(name: str) -> Path:
 
 
 def shard_all() -> dict[str, str]:
-    """Name → manifest URL."""
+    """Shard every dataset. Returns name → manifest URL."""
     return {
         name: shard_dataset(
             wanted.dataset, str(_raw(name)), str(ROOT / "shards" / name), workers=2, shard_bytes=16 * 2**20
@@ -103,7 +103,7 @@ def shard_all() -> dict[str, str]:
 
 
 def zero_flow_epe(config: CurriculumConfig) -> dict[str, float]:
-    """EPE of predicting no motion, by validation set: what any model has to beat."""
+    """EPE of predicting no motion, by validation set: the value that any model has to beat."""
     return {
         chosen.name: evaluate(None, _set(config, chosen.data, chosen.subset), torch.device("cpu")).pooled["epe"]
         for chosen in config.stages[-1].validation
@@ -134,7 +134,7 @@ def use_champion(config: CurriculumConfig) -> list[Path]:
 
 
 def unseen_frames() -> list[Path]:
-    """Two consecutive raw frames no stage has trained on."""
+    """Two consecutive raw frames that no stage was trained on."""
     return sorted(_raw("sintel_unseen").rglob("final/*/frame_*.png"))[:2]
 
 

@@ -1,6 +1,6 @@
-"""How a script ends: it says what its user can mend, and what interrupted it.
+"""How a script ends: with one line about an error that its user can fix, or about an interruption.
 
-Nothing here takes long to load: no torch, no Ray, no MLflow. A node that is taken away has seconds (`preemption.py`).
+This module loads fast, without torch, Ray or MLflow: a node that is taken away has only seconds (see `preemption.py`).
 """
 
 import contextlib
@@ -16,11 +16,11 @@ Main = Callable[[], None]
 
 
 class PipelineError(Exception):
-    """A wrong config, reference or state: one line saying what, where and what to do."""
+    """A wrong config, reference or state; its message says in one line what is wrong, where, and what to do."""
 
 
 def command_for(*user_errors: type[Exception]) -> Callable[[Main], Main]:
-    """A script's entry: errors of the user's become one line on stderr and exit code 2, never a trace."""
+    """Decorator for a script's `main`: user errors become one line on stderr and exit code 2, never a traceback."""
 
     def command(main: Main) -> Main:
         @functools.wraps(main)
@@ -46,7 +46,7 @@ def command_for(*user_errors: type[Exception]) -> Callable[[Main], Main]:
 
 @contextlib.contextmanager
 def interrupted_by(number: signal.Signals) -> Iterator[None]:
-    """A signal is as good as Ctrl-C for the length of a `with`, where that is in the main thread."""
+    """Handle a signal like Ctrl-C for the length of a `with`. Outside the main thread this does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -33,7 +33,7 @@ from pipelines.contact_sheet import contact_sheet
 from pipelines.errors import command
 from pipelines.lasting import lasting_object, lasting_store
 
-# Progress and reports go to stderr: stdout is for what scripts read.
+# Progress and reports go to stderr, because stdout is for output that scripts read.
 console = Console(stderr=True)
 
 _TOLD_EVERY_S = 30.0
@@ -124,7 +124,7 @@ def _progress(dataset: str, doing: str) -> Iterator[Callable[[int, int], None]]:
             nonlocal told
             now = time.monotonic()
             said = pace.say(done, total, now)
-            if not console.is_terminal and now - told >= _TOLD_EVERY_S:  # a job's log: a bar shows only once it is full
+            if not console.is_terminal and now - told >= _TOLD_EVERY_S:  # in a log, a bar shows only once it is full
                 told = now
                 _tell(f"{dataset}: {doing}: {done:,} of {total:,} pairs {said}".rstrip())
             progress.update(bar, description=f"{dataset}: {doing}", completed=done, total=total, pace=said)
@@ -137,13 +137,13 @@ def _tell(line: str) -> None:
 
 
 class Pace:
-    """Rate and time left, over all this run has done: shards finish too seldom for anything shorter."""
+    """Rate and time left, averaged over this whole run: shards finish too seldom for a shorter window."""
 
     def __init__(self) -> None:
         self._first: tuple[int, float] | None = None
 
     def say(self, done: int, total: int, now: float) -> str:
-        """Such as "41.0 pairs/s, 0:03:20 left"; empty until this run, not an earlier one, has finished something."""
+        """Text such as "41.0 pairs/s, 0:03:20 left"; empty until this run, not an earlier one, has finished pairs."""
         self._first = self._first or (done, now)
         before, began = self._first
         if done == before or now <= began:
@@ -163,7 +163,7 @@ def shard_dataset(
     strict: bool = False,
     index: Source | None = None,
 ) -> EtlResult:
-    """`run_etl` with a progress bar, or lines where stderr is no terminal. Needs a connected Ray."""
+    """`run_etl` with a progress bar, or with lines of text if stderr is no terminal. Needs a connected Ray."""
     if not console.is_terminal:
         _tell(f"{dataset}: listing {source} and reading the files' sizes")
     with _progress(dataset, "writing shards") as show:
@@ -180,7 +180,7 @@ def shard_dataset(
 
 
 def chosen_index(split_list: str | None, split_by_hash: bool) -> Source | None:
-    """How chairs are to be split, None for the list in their folder. Raises DataError where the list is not there."""
+    """How to split chairs; None to use the list in their folder. Raises DataError if the given list does not exist."""
     if split_by_hash:
         return chairs.index_by_hash
     if split_list is not None:

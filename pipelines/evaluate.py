@@ -1,7 +1,7 @@
 """Score a model on datasets: `python pipelines/evaluate.py --model REF --data MANIFEST_URL [--data …] [--output DIR]`.
 
-The last line on stdout is one JSON object with the metrics pooled over every valid pixel: of the set, or, if there are
-several, of all of them together, with those of each under "sets".
+The last line on stdout is one JSON object with the metrics pooled over every valid pixel. With several sets, they are
+pooled over all sets together, and the metrics of each set are under "sets".
 """
 
 import argparse
@@ -39,7 +39,7 @@ from pipelines.training.code_version import code_version
 console = Console(stderr=True)
 
 _SHOWN = ("epe", "px1", "px3", "px5", "f1_all", "wauc")
-_PAIRS_SHOWN = 24  # more pairs than that are listed by scene
+_PAIRS_SHOWN = 24  # sets with more pairs than this are listed by scene
 
 Scores = dict[str, tuple[EvaluationSet, Evaluation]]
 
@@ -80,7 +80,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
     if arguments.ray:
-        # Tasks run on other machines than this one, which may have no GPU.
+        # Tasks run on other machines; this one may have no GPU, so it cannot check the device.
         if arguments.device not in ("auto", "cpu", "cuda"):
             parser.error(f"argument --device: {arguments.device!r}: Ray's tasks take auto, cpu or cuda")
     else:
@@ -92,7 +92,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def chosen_sets(data: list[str], subset: str | None, limit: int | None) -> dict[str, EvaluationSet]:
-    """The sets to score, by names that differ: dataset and subset, and the version where that is not enough."""
+    """The sets to score, by unique names: dataset and subset, with the version added if that name is already taken."""
     sets: dict[str, EvaluationSet] = {}
     for reference in data:
         url, _, own = reference.partition("#")
@@ -110,7 +110,7 @@ def chosen_sets(data: list[str], subset: str | None, limit: int | None) -> dict[
 def score_sets(
     model: GMFlow, sets: dict[str, EvaluationSet], arguments: argparse.Namespace, output: ObjectStore | None
 ) -> Scores:
-    """Every set in turn, with a progress bar, in this process or on Ray."""
+    """Score every set in turn, in this process or on Ray, with a progress bar."""
     scores: Scores = {}
     ray = connected() if arguments.ray else contextlib.nullcontext()
     with ray, _progress(sum(len(chosen) for chosen in sets.values())) as advance:
@@ -147,7 +147,7 @@ def _progress(pairs: int) -> Iterator[Any]:
 
 
 def show(scores: Scores) -> None:
-    """A table of the sets: by pair, or by scene where one has many, and pooled."""
+    """Print a table of the sets: a row for each pair, or for each scene of a set with many pairs, and a pooled row."""
     table = Table(title="EPE in pixels; WAUC, more is better, and outlier rates in percent")
     table.add_column("pair or scene", overflow="fold")
     for name in _SHOWN:
@@ -164,12 +164,12 @@ def show(scores: Scores) -> None:
 
 
 def to_json(metrics: dict[str, float]) -> dict[str, float | None]:
-    """JSON knows no NaN: a figure without a pixel becomes null."""
+    """JSON has no NaN, so a figure for which there is no pixel becomes null."""
     return {name: None if math.isnan(value) else value for name, value in metrics.items()}
 
 
 def summarised(reference: str, precision: Precision, scores: Scores) -> dict[str, Any]:
-    """The JSON object of the last line."""
+    """The JSON object that is printed as the last line."""
     sets = {
         title: {
             "data": chosen.manifest.url,
@@ -189,7 +189,7 @@ def summarised(reference: str, precision: Precision, scores: Scores) -> dict[str
 
 
 def detailed(summary: dict[str, Any], scores: Scores) -> dict[str, Any]:
-    """What metrics.json holds: the summary, and every set's figures pooled, by scene and by image."""
+    """The content of metrics.json: the summary, and each set's figures: pooled, by scene and by image."""
     details = {
         title: {
             "pooled": to_json(evaluation.pooled),
@@ -204,9 +204,9 @@ def detailed(summary: dict[str, Any], scores: Scores) -> dict[str, Any]:
 
 
 def track(client: MlflowClient, experiment: str, scores: Scores, content: dict[str, Any], page: str) -> None:
-    """A run of MLflow with every set's figures as metrics, metrics.json and the report.
+    """Log an MLflow run with every set's figures as metrics, and with metrics.json and the report.
 
-    Raises PipelineError where MLflow does not take them.
+    Raises PipelineError if MLflow does not accept them.
     """
     try:
         _log(client, experiment, scores, content, page)
@@ -238,7 +238,7 @@ def keep_results(
     output: ObjectStore | None,
     client: MlflowClient | None,
 ) -> None:
-    """All figures and the report: to the output, to MLflow, or to both."""
+    """Write all figures and the report to the output, to MLflow, or to both."""
     content = detailed(summary, scores)
     facts = [
         ("model", arguments.model),
@@ -265,17 +265,17 @@ def main() -> None:
     arguments = parse_arguments()
     sets = chosen_sets(arguments.data, arguments.subset, arguments.limit)
     model = resolve_model(arguments.model)
-    if not arguments.ray:  # tasks prepare their own
+    if not arguments.ray:  # Ray tasks prepare their own copy
         prepare_model(model, ExecutionConfig(arguments.precision, replay=True), arguments.device)
     output = lasting_store(arguments.output, "--output") if arguments.output else None
-    client = tracking.connect(None) if arguments.track else None  # before hours of scoring
+    client = tracking.connect(None) if arguments.track else None  # fails before hours of scoring, not after
     scores = score_sets(model, sets, arguments, output)
     show(scores)
     summary = summarised(arguments.model, arguments.precision, scores)
     try:
         if output is not None or client is not None:
             keep_results(arguments, model, scores, summary, output, client)
-    finally:  # whatever becomes of the rest
+    finally:  # print the summary even if the rest fails
         print(json.dumps(summary))
 
 

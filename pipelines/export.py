@@ -5,7 +5,7 @@
     .pt2            torch.export: runs in PyTorch without this project
     .onnx           runs in onnxruntime and others
 
-The last two take float32 [B, 3, H, W] in 0..255, of all sizes the model takes, see `gmflow.export`.
+The last two take float32 [B, 3, H, W] in 0..255, of any size that the model takes; see `gmflow.export`.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_output(path: Path) -> None:
-    """What would show after minutes of tracing. Raises PipelineError or GMFlowError."""
+    """Find errors that would otherwise show only after minutes of tracing. Raises PipelineError or GMFlowError."""
     if path.suffix not in (*WEIGHTS, *PROGRAMS):
         raise PipelineError(f"{path}: unknown suffix; a model is written as {', '.join((*WEIGHTS, *PROGRAMS))}")
     if path.is_dir():
@@ -49,7 +49,7 @@ def check_output(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """That `path` is to lie in. Raises PipelineError."""
+    """Make the folder that `path` will be in. Raises PipelineError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -57,7 +57,7 @@ def make_folder(path: Path) -> None:
 
 
 def left_out(config: GMFlowConfig) -> str:
-    """What the published layout does not hold of a configuration, as arguments for `load_model`; "" where nothing."""
+    """The settings of a model that the published layout loses, as arguments for `load_model`; "" if it loses none."""
     assumed = GMFlowConfig.refine() if config.num_scales == 2 else GMFlowConfig.base()
     fields = ("attn_splits", "corr_radius", "prop_radius")
     return ", ".join(f"{n}={getattr(config, n)}" for n in fields if getattr(config, n) != getattr(assumed, n))

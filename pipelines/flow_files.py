@@ -1,4 +1,4 @@
-"""What a prediction is written as: files for programs, and pictures for people."""
+"""The formats in which a prediction is written: files for programs, and pictures for people."""
 
 import io
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from pipelines.frames import Pair
 
 TRUTH_SUFFIXES = (".flo", ".pfm", ".png")
 
-_KITTI_LARGEST = 511.98  # pixels, what KITTI's 16 bits hold
+_KITTI_LARGEST = 511.98  # pixels: the largest flow that KITTI's 16 bits hold
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Truth:
 
 @dataclass(frozen=True)
 class Result:
-    """A predicted pair, with its truth where there is one.
+    """A predicted pair, with its ground truth if there is one.
 
-    `scale` is the speed in pixels that gets full saturation; None for that of the fastest pixel.
+    `scale` is the speed in pixels that is drawn with full saturation; None for that of the fastest pixel.
     """
 
     pair: Pair
@@ -44,7 +44,7 @@ class Result:
 
 @dataclass(frozen=True)
 class FlowFormat:
-    """A file's suffix after the pair's name, what it holds, and what it needs."""
+    """The suffix after the pair's name, how a result is encoded, and whether that needs both flows or the truth."""
 
     suffix: str
     encode: Callable[[Result], bytes]
@@ -53,7 +53,7 @@ class FlowFormat:
 
 
 def encode_kitti(flow: npt.NDArray[np.float32]) -> bytes:
-    """Flow at every pixel as KITTI's 16-bit PNG; what that cannot hold becomes the nearest it can."""
+    """Flow at every pixel as KITTI's 16-bit PNG. Values that it cannot hold become the nearest it can."""
     return formats.encode_kitti_flow(np.clip(flow, -512, _KITTI_LARGEST), np.ones(flow.shape[:2], np.bool_))
 
 
@@ -69,7 +69,7 @@ def _warp(result: Result) -> bytes:
 
 
 def no_truth(name: str) -> PipelineError:
-    """For a pair of which an error map is asked for."""
+    """The error to raise if an error map is wanted of a pair without ground truth."""
     return PipelineError(f"frame {name} has no ground truth in --truth: no error map of it")
 
 
@@ -106,15 +106,15 @@ FLOW_FORMATS: dict[str, FlowFormat] = {
 
 
 def truth_file(folder: Path, name: str) -> Path | None:
-    """`NAME.flo`, `NAME.pfm` or KITTI's `NAME.png` of a folder, the first there is."""
+    """`NAME.flo`, `NAME.pfm` or KITTI's `NAME.png` in a folder, the first that exists; None if none does."""
     paths = (folder / f"{name}{suffix}" for suffix in TRUTH_SUFFIXES)
     return next((path for path in paths if path.is_file()), None)
 
 
 def read_truth(folder: Path, name: str) -> Truth | None:
-    """What `truth_file` finds; None where it finds nothing.
+    """The content of the file that `truth_file` finds; None if it finds none.
 
-    Raises DamagedError for a file that is not what its suffix says.
+    Raises DamagedError if the file is not what its suffix says.
     """
     path = truth_file(folder, name)
     if path is None:

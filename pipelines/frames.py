@@ -25,14 +25,15 @@ FRAME_SUFFIXES = (".png", ".ppm", ".pgm", ".jpg", ".jpeg")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm")
 DEFAULT_RATE = 10.0
 
-# Their headers count the frames. For Matroska OpenCV guesses from the length, too many where the rate varies.
+# The headers of these count the frames. For Matroska, OpenCV estimates the count from the duration, which gives too
+# many if the rate varies.
 _COUNTED_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi")
-_JPEG_MAGIC = b"\xff\xd8"  # its size may lie deep
+_JPEG_MAGIC = b"\xff\xd8"  # a JPEG's size may come late in the file
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two consecutive frames, uint8 [H, W, 3], RGB; `name` is what the first one is called by."""
+    """Two consecutive frames, uint8 [H, W, 3], RGB; `name` is the name of the first one."""
 
     name: str
     frame0: npt.NDArray[np.uint8]
@@ -44,9 +45,9 @@ class Clip:
     """Frames that follow each other: some files, or one video.
 
     Attributes:
-        title: names the clip among others.
-        names: of its frames, unique among those of all clips; of a video what they begin with.
-        files: of its frames, or the video alone.
+        title: unique name of the clip.
+        names: names of its frames, unique among all clips; for a video, only the prefix of its frames' names.
+        files: the files of its frames, or only the video.
     """
 
     title: str
@@ -56,21 +57,21 @@ class Clip:
 
     @property
     def rate(self) -> float:
-        """Frames a second."""
+        """Frames per second; `DEFAULT_RATE` if the files do not tell."""
         told = float(_opened(self.files[0]).get(cv2.CAP_PROP_FPS)) if self.is_video else 0.0
         return told if 0 < told < 1000 else DEFAULT_RATE
 
     def count(self) -> int | None:
-        """Number of pairs; None where a video does not tell."""
+        """Number of pairs; None if a video does not tell."""
         if not self.is_video:
             return len(self.files) - 1
         told = int(_opened(self.files[0]).get(cv2.CAP_PROP_FRAME_COUNT))
         return told - 1 if told > 1 else None
 
     def digests(self) -> dict[str, str]:
-        """A hash of each pair's two files by the pair's name; of a video one, by what its frames' names begin with.
+        """Pair name → hashes of the pair's two files; for a video, the prefix of its frames' names → its hash.
 
-        Raises PipelineError for a file that cannot be read.
+        Raises PipelineError if a file cannot be read.
         """
         with telling_which_file():
             found = [file_sha256(file)[:16] for file in self.files]
@@ -83,13 +84,13 @@ class Clip:
 
     @property
     def pair_names(self) -> tuple[str, ...]:
-        """Of all pairs; of a video what they begin with."""
+        """The names of all pairs; for a video, only the prefix of these names."""
         return self.names if self.is_video else self.names[:-1]
 
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """(height, width) of every file's frame as its header tells; none of a video, which has one size.
+        """Frame name → (height, width) from the file's header; empty for a video, whose frames have one size.
 
-        Raises DataError where two frames of a pair differ, or a file is no frame.
+        Raises DataError if the two frames of a pair differ in size, or if a file is no frame.
         """
         if self.is_video:
             return {}
@@ -99,7 +100,7 @@ class Clip:
         return found
 
     def pairs(self) -> Iterator[Pair]:
-        """Raises DataError where two frames of a pair differ in size, PipelineError where a video holds no pair."""
+        """All pairs. Raises DataError if the frames of one differ in size, PipelineError if a video holds no pair."""
         for (name, frame0), (other, frame1) in itertools.pairwise(self._frames()):
             _check_sizes(name, frame0.shape, other, frame1.shape)
             yield Pair(name, frame0, frame1)
@@ -130,12 +131,12 @@ class Clip:
 
 
 def _opened(video: Path) -> cv2.VideoCapture:
-    return cv2.VideoCapture(str(video.absolute()))  # of a relative path, what stands before a colon is a protocol
+    return cv2.VideoCapture(str(video.absolute()))  # in a relative path, text before a colon would be a protocol
 
 
 @contextlib.contextmanager
 def telling_which_file() -> Iterator[None]:
-    """Raises PipelineError, with its name, for a file or folder that cannot be read."""
+    """Turns an OSError into a PipelineError that names the file or folder which cannot be read."""
     try:
         yield
     except OSError as error:
@@ -143,7 +144,10 @@ def telling_which_file() -> Iterator[None]:
 
 
 def told_size(path: Path) -> tuple[int, int]:
-    """(height, width) of a frame, or of flow, by its header. Raises PipelineError or DamagedError where it has none."""
+    """(height, width) from the header of a frame or flow file.
+
+    Raises PipelineError if the file cannot be read, DamagedError if it has no such header.
+    """
     with telling_which_file(), path.open("rb") as file:
         head = file.read(formats.HEAD_BYTES)
         return formats.image_size(head + file.read() if head.startswith(_JPEG_MAGIC) else head, str(path))
@@ -158,13 +162,14 @@ def _check_sizes(name: str, size: Sequence[int], other: str, other_size: Sequenc
 
 
 def find_clips(paths: Sequence[str]) -> list[Clip]:
-    """Every folder and every video is a clip of its own; the single files together are one, in the order given.
+    """Each folder and each video becomes a clip; all single files together become one clip, in the order given.
 
-    A folder's frames go by the numbers in their names: 2.png comes before 10.png. Frames are named after their files.
-    Where that would give two frames one name, their folders are added; where that is not enough, their numbers.
+    A folder's frames are ordered by the numbers in their names: 2.png comes before 10.png. Frames are named after their
+    files. If that would give two frames the same name, their folders are added to all names; if that is not enough, a
+    running number is added instead.
 
     Raises:
-        PipelineError: nothing there, what cannot be read, or a clip of a single frame.
+        PipelineError: a path does not exist or cannot be read, or a clip has fewer than two frames.
     """
     with telling_which_file():
         return _clips_of([Path(path) for path in paths])

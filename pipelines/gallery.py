@@ -1,4 +1,4 @@
-"""Pairs to look at: the worst of a set and some spread over it, small enough to go into one HTML file."""
+"""Pairs to look at: the worst of a set and some spread over it, small enough to fit into one HTML file."""
 
 from dataclasses import dataclass, field
 
@@ -32,12 +32,12 @@ class Card:
     """A pair with its figures and pictures.
 
     Attributes:
-        set: name of its set.
-        key: of the sample.
+        set: name of the pair's set.
+        key: key of the sample.
         scene: the sequence it is from.
-        figures: of the pair alone, as `FlowMetrics.compute` names them.
+        figures: metrics of this pair alone, named as in `FlowMetrics.compute`.
         pictures: name → WebP of at most 512 pixels in width.
-        worst: it is here because of its error; otherwise because of its place.
+        worst: whether it was chosen for its error; otherwise it was chosen for its position in the set.
     """
 
     set: str
@@ -50,12 +50,12 @@ class Card:
 
 @dataclass
 class Gallery:
-    """Collects cards, one scored pair after the other; two galleries of a set can be joined, in any order.
+    """Collects cards, one scored pair after the other. Two galleries of a set can be joined in any order.
 
     Attributes:
         set: name of the set.
-        regular: numbers of the samples kept whatever their error.
-        worst: how many of the others are kept, those with the largest EPE.
+        regular: numbers of the samples that are kept whatever their error.
+        worst: how many of the other samples are kept, those with the largest EPE.
     """
 
     set: str
@@ -66,11 +66,11 @@ class Gallery:
 
     @classmethod
     def of(cls, name: str, samples: int, pairs: int) -> "Gallery":
-        """Up to `pairs` cards of a set of `samples`: half the worst ones, half spread evenly."""
+        """A gallery of up to `pairs` cards for a set of `samples`: half are the worst ones, half are spread evenly."""
         return cls(name, frozenset(spread(list(range(samples)), pairs - pairs // 2)), pairs // 2)
 
     def offer(self, number: int, scored: Scored) -> None:
-        """Sample `number` of the set."""
+        """Keep a card of sample `number` of the set, if it is to be shown."""
         figures = scored.metrics.compute()
         if number in self.regular:
             self._regular[number] = self._card(scored, figures, worst=False)
@@ -84,7 +84,7 @@ class Gallery:
         self._trim()
 
     def cards(self) -> list[Card]:
-        """Largest error first."""
+        """All cards, largest error first."""
         cards = (self._regular | self._worst).values()
         return sorted(cards, key=lambda card: _badness(card.figures["epe"]), reverse=True)
 
@@ -98,7 +98,7 @@ class Gallery:
         self._worst = {number: self._worst[number] for number in order[: self.worst]}
 
     def _rank(self, number: int) -> tuple[float, int]:
-        """Of two alike the later one is worse, so that the cards do not depend on how a set is divided."""
+        """Of two equal errors the later one ranks as worse, so that the cards do not depend on how a set is divided."""
         return _badness(self._worst[number].figures["epe"]), number
 
     def _card(self, scored: Scored, figures: dict[str, float], *, worst: bool) -> Card:
@@ -110,7 +110,7 @@ def _badness(epe: float) -> float:
 
 
 def card_pictures(scored: Scored) -> dict[str, bytes]:
-    """Name → WebP. Truth and prediction are coloured on the truth's scale; sparse truth is not averaged away."""
+    """Name → WebP. Truth and prediction are coloured on the truth's scale, and sparse truth stays visible."""
     sample, flow = scored.sample, scored.flow.numpy().transpose(1, 2, 0)
     if sample.flow is None or sample.valid is None:
         raise ValueError(f"{sample.key} has no ground truth to compare with")
@@ -136,7 +136,7 @@ def _mask_picture(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
 
 
 def _webp(image: npt.NDArray[np.uint8], *, grow: bool) -> bytes:
-    """Sparse points grow before the picture shrinks: they would be lost, or darkened by the black around them."""
+    """Encode a picture. With `grow`, sparse points are enlarged first; shrinking would lose or darken them."""
     height, width = image.shape[:2]
     if grow:
         image = _grown(image)

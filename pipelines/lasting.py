@@ -1,5 +1,5 @@
-"""Where results may lie: not in the folder that Ray unpacks a job's upload into, which is gone with the cluster, and
-another one after the next change of any file.
+"""Where results may be stored: not in the folder that Ray unpacks a job's upload into. That folder is gone with the
+cluster, and it is another one after the next change of any file.
 """
 
 from datasets_etl.storage import ObjectStore, open_store, split_url
@@ -9,15 +9,15 @@ _UPLOADS = "runtime_resources/working_dir_files"
 
 
 def lasting_store(place: str, named: str) -> ObjectStore:
-    """The store at a URL or path that results go to.
+    """The store for results at a URL or path.
 
     Args:
         place: URL or path.
         named: what the user calls it, such as "--output".
 
     Raises:
-        PipelineError: it lies in a job's uploaded folder.
-        DataError: another scheme.
+        PipelineError: the place is in a job's uploaded folder.
+        DataError: the URL has an unknown scheme.
     """
     store = open_store(place)
     _require_lasting(store, place, named)
@@ -25,7 +25,7 @@ def lasting_store(place: str, named: str) -> ObjectStore:
 
 
 def lasting_object(place: str, named: str) -> tuple[ObjectStore, str]:
-    """`lasting_store` of a single result: the store it goes to, and its key there."""
+    """Like `lasting_store`, for a single result: the store it goes to, and its key there."""
     store, key = split_url(place)
     _require_lasting(store, place, named)
     return store, key
@@ -40,5 +40,5 @@ def _require_lasting(store: ObjectStore, place: str, named: str) -> None:
 
 
 def is_uploaded(place: str) -> bool:
-    """Whether an absolute path or file:// URL lies in a job's uploaded folder."""
+    """Whether an absolute path or file:// URL is in a job's uploaded folder."""
     return _UPLOADS in place

@@ -1,7 +1,7 @@
 """Flow of frames: `python pipelines/predict.py --model REF --output DIR FRAME FRAME …` (or folders, or videos).
 
-Consecutive frames make pairs. Every pair gives its files, named after its first frame; the same command again goes on
-where it stopped.
+Consecutive frames make pairs. The files of each pair are named after its first frame. Run the same command again to
+continue where it stopped.
 """
 
 import argparse
@@ -47,14 +47,14 @@ class PredictionOptions:
     """What to compute and what to write.
 
     Attributes:
-        formats: names of `FLOW_FORMATS`, and "video" for one side-by-side video a clip.
+        formats: names of `FLOW_FORMATS`, and "video" for one side-by-side video per clip.
         batch: pairs computed at a time.
-        bidirectional: compute both flows, and what is occluded.
-        precision: of the forward pass.
+        bidirectional: compute both flows and the occlusion.
+        precision: precision of the forward pass.
         padding: see `gmflow.predict.Padding`.
-        tiling: cut larger frames.
-        truth: folder with ground truth, named as the frames are.
-        max_flow: speed in pixels of full saturation; None for the fastest pixel's.
+        tiling: how frames larger than a tile are cut; None to compute them whole.
+        truth: folder with ground truth, whose files are named like the frames.
+        max_flow: speed in pixels that is drawn with full saturation; None for that of the fastest pixel.
     """
 
     formats: tuple[str, ...] = ("flo", "color")
@@ -85,7 +85,7 @@ class PredictionOptions:
         return self.bidirectional or any(FLOW_FORMATS[name].both_ways for name in self.files)
 
     def job(self, model: GMFlow) -> dict[str, object]:
-        """What decides the content of the files: weights and settings, not which of the formats."""
+        """What decides the content of the files: the weights and settings, but not the choice of formats."""
         tiling = None if self.tiling is None else list(vars(self.tiling).values())
         return {
             "weights": weights_digest(model),
@@ -132,7 +132,8 @@ def predict_clip(
 ) -> None:
     """Write the files of every pair of a clip; those `kept` from an earlier run are not made again.
 
-    They are written beside the model, those of several pairs at a time: `on_pair` is called from another thread.
+    Threads write them, for several pairs at a time, while the model computes. They also call `on_pair`; for a
+    pair without anything to write, the caller's thread does.
     """
     wanted = VIDEO in options.formats and _video_key(clip) not in kept
 
@@ -154,7 +155,7 @@ def predict_clip(
 
 @contextlib.contextmanager
 def _video_of(clip: Clip, output: ObjectStore, options: PredictionOptions) -> Iterator[SideBySideVideo]:
-    """To be filled in a `with`, at whose end it goes to the output."""
+    """A video to fill in a `with`, at whose end it is uploaded to the output."""
     with tempfile.TemporaryDirectory(prefix="gmflow-video-") as folder:
         path = Path(folder) / "video.mp4"
         with SideBySideVideo(path, clip.rate, with_truth=options.truth is not None) as video:
@@ -165,7 +166,7 @@ def _video_of(clip: Clip, output: ObjectStore, options: PredictionOptions) -> It
 def _results(
     model: GMFlow, clip: Clip, output: ObjectStore, options: PredictionOptions, kept: Set[str], *, need_all: bool
 ) -> Iterator[Result | None]:
-    """Every pair's result in order; None for one whose files are all there, unless `need_all`."""
+    """The result of every pair in order; None for a pair whose files all exist, unless `need_all`."""
     for pairs in _batches(read_ahead(clip.pairs()), options.batch):
         wanted = [need_all or any(_key(pair, name) not in kept for name in options.files) for pair in pairs]
         predictions = [
@@ -188,14 +189,17 @@ def _results(
 
 
 def _batches(pairs: Iterator[Pair], count: int) -> Iterator[list[Pair]]:
-    """Up to `count` consecutive pairs of one size."""
+    """Batches of up to `count` consecutive pairs of one size."""
     for _, alike in itertools.groupby(pairs, key=lambda pair: pair.frame0.shape):
         while batch := list(itertools.islice(alike, count)):
             yield batch
 
 
 def _earlier(pair: Pair, output: ObjectStore, options: PredictionOptions, kept: Set[str]) -> Prediction | None:
-    """The flow an earlier run has written, which spares computing it for other formats; a .flo holds one way only."""
+    """The flow that an earlier run wrote, so that other formats need no new computation.
+
+    None if there is none, or if both ways are needed: a .flo holds only one.
+    """
     key = _key(pair, "flo")
     if key not in kept or options.both_ways:
         return None
@@ -214,7 +218,7 @@ def _key(pair: Pair, name: str) -> str:
 
 
 def inputs_of(clips: Sequence[Clip], options: PredictionOptions) -> dict[str, str]:
-    """What every file is made of, as `claim_output` takes it: its frames, and the truth where that is shown too."""
+    """Digests of what every file is made from, for `claim_output`: its frames, and the truth if the file shows it."""
     inputs = {}
     for clip in clips:
         digests = clip.digests()
@@ -229,7 +233,7 @@ def inputs_of(clips: Sequence[Clip], options: PredictionOptions) -> dict[str, st
 
 
 def _truth_digest(clip: Clip, name: str, folder: Path | None) -> str:
-    """What the truth of a pair holds, or that of all pairs of a video; "" where there is none."""
+    """Names and digests of the truth files of a pair, or of all pairs of a video; "" if there are none."""
     if folder is None:
         return ""
     with telling_which_file():
@@ -248,12 +252,12 @@ def _video_key(clip: Clip) -> str:
 
 
 def _stems(clip: Clip) -> list[str]:
-    """What the keys of every pair's files begin with; of a video those of all."""
+    """The beginning of the keys of each pair's files; for a video, one with `ANY_FRAME` for all pairs."""
     return [f"{name}{ANY_FRAME}" if clip.is_video else name for name in clip.pair_names]
 
 
 def _outputs(clips: Sequence[Clip], options: PredictionOptions) -> Iterator[tuple[str, Path]]:
-    """Key of every file, perhaps with `ANY_FRAME`, and the first of the files it is made of."""
+    """The key of every file, perhaps with `ANY_FRAME`, and the first of the input files that it is made from."""
     for clip in clips:
         for stem, file in zip(_stems(clip), clip.files, strict=False):  # a clip's last frame begins no pair
             for name in options.files:
@@ -265,9 +269,9 @@ def _outputs(clips: Sequence[Clip], options: PredictionOptions) -> Iterator[tupl
 def check_outputs(
     clips: Sequence[Clip], output: ObjectStore, options: PredictionOptions, folders: Sequence[Path]
 ) -> None:
-    """Every output has a name of its own, and an output in one of the frames' folders spares the frames.
+    """Check that no two outputs have the same name, and that no output replaces a frame or would be read as one.
 
-    Raises PipelineError.
+    Raises PipelineError if the check fails.
     """
     made: dict[str, Path] = {}
     for key, file in sorted(_outputs(clips, options), key=lambda found: ANY_FRAME not in found[0]):
@@ -280,7 +284,7 @@ def check_outputs(
 
 
 def _check_frames_survive(clips: Sequence[Clip], keys: Iterable[str], root: Path, folders: Sequence[Path]) -> None:
-    """No output replaces a frame, nor lies among those of a folder, as one of which the same command would take it."""
+    """Check that no output replaces a frame, or is put where the same command would read it as a folder's frame."""
     inputs = {file.resolve() for clip in clips for file in clip.files}
     inputs |= {file.with_name(any_frame(file.name)) for file in inputs}
     folders = [folder.resolve() for folder in folders]
@@ -293,9 +297,9 @@ def _check_frames_survive(clips: Sequence[Clip], keys: Iterable[str], root: Path
 
 
 def check_inputs(clips: Sequence[Clip], options: PredictionOptions) -> None:
-    """What headers tell: frames have one size, and so has their truth, which is there where an error map is asked for.
+    """Check the headers: frames and their truth must have one size, and an error map needs the truth.
 
-    Raises PipelineError or DataError.
+    Raises PipelineError or DataError if the check fails.
     """
     for clip in clips:
         sizes = clip.sizes()

@@ -1,11 +1,11 @@
-"""A cloud's notice that it takes this machine, passed on to Ray, so that training leaves in time.
+"""Pass a cloud's notice that it will take this machine away on to Ray, so that training leaves in time.
 
     python pipelines/preemption.py watch                # beside Ray on EC2: waits for the notice, passes it on, ends
     python pipelines/preemption.py check                # before Ray is started there: fails when the notice is given
     python pipelines/preemption.py drain --seconds 45   # passes it on now: what a Kubernetes preStop hook does
 
-Which cluster uses what: infra/ray-cluster.yaml, infra/kuberay/raycluster.yaml. Run as a command of the node itself, in
-the environment of its Ray.
+infra/ray-cluster.yaml uses `watch` and `check`; infra/kuberay/raycluster.yaml uses `drain`. Run each on the node itself
+and in the environment of its Ray.
 """
 
 import argparse
@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 _POLL_S = 5  # as AWS advises; the notice comes two minutes ahead
 _STARTING_S = 30  # a machine that has just come up may not have its network yet
 _METADATA_ANSWERS_S = 3
-_RAY_ANSWERS_S = 20  # takes 3 s; where the raylet has gone, Ray would look for it for a minute
+_RAY_ANSWERS_S = 20  # usually 3 s; Ray would spend a minute looking for a raylet that is gone
 
 # botocore's own variable and default.
 _ENDPOINT_VARIABLE = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
 _ENDPOINT = "http://169.254.169.254"
 
-# The service is on the machine itself: a proxy that the environment names would look at another one's.
+# The metadata service is on the machine itself: a proxy from the environment would ask that of another machine.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -62,9 +62,10 @@ def main() -> None:
 
 
 def watch() -> None:
-    """Until the notice is given and Ray has taken it.
+    """Wait until the notice is given and Ray has accepted it.
 
-    Whatever does not answer, metadata or Ray, is asked again. Raises PipelineError where no metadata service ever did.
+    If the metadata service or Ray does not answer, it is asked again. Raises PipelineError if no metadata service
+    answers in the first `_STARTING_S` seconds.
     """
     started, reached, told = time.monotonic(), False, ""
     while True:
@@ -80,29 +81,29 @@ def watch() -> None:
         except PipelineError as error:
             if not reached and time.monotonic() - started > _STARTING_S:
                 raise PipelineError(f"{error}; is this an EC2 machine?") from error
-            if str(error) != told:  # once, not every few seconds for as long as it lasts
+            if str(error) != told:  # log an error once, not every few seconds while it lasts
                 told = str(error)
                 logger.warning("%s", error)
         time.sleep(_POLL_S)
 
 
 def check() -> None:
-    """Raises PipelineError when the notice is given: Ray's autoscaler then gives the machine up, and starts another."""
+    """Raises PipelineError if the notice is given already: Ray's autoscaler then replaces the machine by another."""
     try:
         taken_at = notice()
     except PipelineError as error:
-        logger.warning("%s", error)  # no reason to do without a machine
+        logger.warning("%s", error)  # no reason to give up the machine
         return
     if taken_at is not None:
         raise PipelineError(f"EC2 takes this spot instance at {taken_at:%H:%M:%S} UTC: no Ray is started on it")
 
 
 def notice() -> datetime | None:
-    """When EC2 takes this machine; None while it does not say so. Raises PipelineError without an answer.
+    """When EC2 will take this machine; None while no notice is given. Raises PipelineError without an answer.
 
-    Advice to rebalance is not looked at: it is a guess, and most machines that get it stay for hours.
+    EC2's rebalance recommendation is ignored: it is a guess, and most machines that get it stay for hours.
     """
-    # A token for each question: nothing to renew, nothing to go stale while a machine hibernates.
+    # Every question gets a new token, so that none must be renewed or goes stale while a machine hibernates.
     token = _answer("PUT", "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})
     if token is None:
         raise PipelineError(f"{_endpoint()}: this metadata service gives no tokens")
@@ -116,12 +117,12 @@ def notice() -> datetime | None:
 
 
 def drain(seconds: int, why: str) -> None:
-    """Tell Ray that this node goes in `seconds`: it starts nothing more here, and Ray Train tells its workers.
+    """Tell Ray that this node ends in `seconds`. Ray then starts nothing more here, and Ray Train tells its workers.
 
-    Ray's command finds the node that it runs on, and the cluster's token as every command of Ray does. Raises
-    PipelineError where Ray does not take it.
+    Ray's command itself finds the node that it runs on and, like every Ray command, the cluster's token. Raises
+    PipelineError if Ray does not accept the notice.
     """
-    environment = {"RAY_ADDRESS": "auto", **os.environ}  # without one, it may start a Ray of its own and drain that
+    environment = {"RAY_ADDRESS": "auto", **os.environ}  # without it, the command may start and drain its own Ray
     line = [str(Path(sys.executable).with_name("ray")), "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     line += ["--reason-message", why, "--deadline-remaining-seconds", str(seconds)]
     try:
@@ -138,7 +139,7 @@ def _endpoint() -> str:
 
 
 def _answer(method: str, path: str, headers: Mapping[str, str]) -> str | None:
-    """The metadata service's; None where it knows no such thing. Raises PipelineError where there is none."""
+    """The metadata service's answer; None if it does not know the path. Raises PipelineError without an answer."""
     url = _endpoint() + path
     try:
         request = urllib.request.Request(url, headers=dict(headers), method=method)
@@ -148,7 +149,7 @@ def _answer(method: str, path: str, headers: Mapping[str, str]) -> str | None:
         if error.code == http.HTTPStatus.NOT_FOUND:
             return None
         raise PipelineError(f"{url}: {error}") from error
-    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no URL, no text
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: malformed URL or text
         raise PipelineError(f"{url}: no answer ({error})") from error
 
 

@@ -1,4 +1,4 @@
-"""What the paper reports, to be shown beside our own figures (Xu et al., CVPR 2022; trained on chairs, then things)."""
+"""The figures that the paper reports, to show beside our own (Xu et al., CVPR 2022; trained on chairs, then things)."""
 
 from collections.abc import Mapping
 
@@ -22,7 +22,7 @@ _PUBLISHED: dict[tuple[int, str, str], dict[str, float]] = {
 
 
 def published_figures(config: GMFlowConfig, dataset: str, subset: str | None) -> Mapping[str, float]:
-    """The paper's figures for a subset, by our names; none for a model that is no published variant."""
+    """The paper's figures for a subset, under our names; empty for a model that is not a published variant."""
     variant = GMFlowConfig.base() if config.num_scales == 1 else GMFlowConfig.refine()
     if config != variant:
         return {}

@@ -1,6 +1,6 @@
 """Models by reference: registered ones, published `.pth`, our `.safetensors`, and checkpoints of stages.
 
-MLflow is loaded for registered ones alone: it takes as long as all the rest of a command that predicts.
+MLflow is imported only for registered models: that takes as long as everything else in a command that predicts.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ _CHECKPOINT = ".pt"
 
 
 def resolve_model(reference: str, tracking_uri: str | None = None) -> GMFlow:
-    """The trainable model of a reference, in evaluation mode. Arguments and errors as of `fetch_weights`."""
+    """The trainable model of a reference, in evaluation mode. Arguments and errors are those of `fetch_weights`."""
     with tempfile.TemporaryDirectory(prefix="gmflow-model-") as folder:
         path, _ = fetch_weights(reference, Path(folder), tracking_uri)
         with telling(reference, path):
@@ -27,7 +27,7 @@ def resolve_model(reference: str, tracking_uri: str | None = None) -> GMFlow:
 
 @contextlib.contextmanager
 def telling(reference: str, path: Path) -> Iterator[None]:
-    """What is wrong with weights fetched to `path` is told of the reference, which is all that the user knows."""
+    """Errors about weights fetched to `path` name the reference instead, because the user knows only that."""
     try:
         yield
     except GMFlowError as error:
@@ -40,15 +40,15 @@ def fetch_weights(reference: str, folder: Path, tracking_uri: str | None = None)
     Args:
         reference: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or path or URL of a published `.pth`, our
             `.safetensors`, or a checkpoint of a stage.
-        folder: where it goes.
-        tracking_uri: of the registry; None as in `tracking.tracking_uri`.
+        folder: the folder for the copy.
+        tracking_uri: MLflow of the registry; for None see `tracking.tracking_uri`.
 
     Returns:
-        The file; and what the reference stands for now: "models:/NAME/N", or the file with its SHA-256's start.
+        The file; and what the reference stands for now: "models:/NAME/N", or the file with the start of its SHA-256.
 
     Raises:
-        PipelineError: no such model.
-        DataError: no such file.
+        PipelineError: there is no such model.
+        DataError: there is no such file.
     """
     if reference.startswith(_REGISTERED):
         from pipelines.training import registry
@@ -66,7 +66,7 @@ def fetch_weights(reference: str, folder: Path, tracking_uri: str | None = None)
 
 
 def stands_for(reference: str, tracking_uri: str | None = None) -> str:
-    """What a reference stands for now, as `fetch_weights` names it; of a registered model nothing is fetched."""
+    """What a reference stands for now, as `fetch_weights` names it. A registered model is not fetched for this."""
     if reference.startswith(_REGISTERED):
         from pipelines.training import registry
 
@@ -76,7 +76,7 @@ def stands_for(reference: str, tracking_uri: str | None = None) -> str:
 
 
 def check_reference(reference: str, tracking_uri: str | None = None) -> None:
-    """That a reference leads to something, without fetching it. Arguments and errors as of `fetch_weights`."""
+    """Check that a reference leads to a model or file, without fetching it. Raises PipelineError if it does not."""
     if reference.startswith(_REGISTERED):
         from pipelines.training import registry
 

@@ -1,10 +1,10 @@
-"""Registered models from the shell.
+"""Look at registered models and move their aliases from the shell.
 
 python pipelines/registry.py list                                    # all versions: stage, metrics, aliases
-python pipelines/registry.py show models:/gmflow@champion            # one, with its lineage
+python pipelines/registry.py show models:/gmflow@champion            # one version, with its lineage
 python pipelines/registry.py compare models:/gmflow/3 models:/gmflow/4
 python pipelines/registry.py promote models:/gmflow/4                # the alias champion moves to it
-python pipelines/registry.py rollback gmflow                         # and back to where it was
+python pipelines/registry.py rollback gmflow                         # the alias moves back to where it was
 python pipelines/registry.py pull models:/gmflow@champion DIR        # weights and lineage, as files
 """
 
@@ -50,13 +50,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def list_versions(client: MlflowClient, name: str | None) -> Table:
-    """Newest first within a model."""
+    """A table of all versions, the newest of a model first."""
     models = sorted(model.name for model in client.search_registered_models())
     if name is not None and name not in models:
         raise PipelineError(f"no model {name!r} at {tracking.place_of(client)}; there is {', '.join(models) or 'none'}")
     table = Table(title=tracking.place_of(client), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("model", "stage", "aliases", "from", "EPE by validation set", "registered"):
-        # In 80 columns names of sets may be wrapped, and of files; nothing else.
+        # If 80 columns are too few, only names of sets and of files may be wrapped.
         table.add_column(column, overflow="fold", no_wrap=not column.startswith(("EPE", "from")))
     for model in [name] if name is not None else models:
         aliases = _aliases(client, model)
@@ -75,7 +75,7 @@ def list_versions(client: MlflowClient, name: str | None) -> Table:
 
 
 def _short(parent: str) -> str:
-    """What a version was trained from: of a file its name, and enough of its hash to tell two apart."""
+    """What a version was trained from; for a file, its name and enough of its hash to tell two apart."""
     if parent.startswith("models:/"):
         return parent.removeprefix("models:/")
     path, digest, rest = parent.partition(" (sha256 ")
@@ -96,7 +96,7 @@ def describe(client: MlflowClient, version: ModelVersion) -> Table:
 
 
 def compare(client: MlflowClient, first: ModelVersion, second: ModelVersion) -> Group:
-    """Lineage where it differs, one value below the other; then every metric with its difference."""
+    """The lineage where it differs, one value below the other; then every metric with its difference."""
     titles = [f"{version.name}/{version.version}" for version in (first, second)]
     lineage = Table(title=" and ".join(titles), show_header=False)
     for _ in range(3):
@@ -120,7 +120,7 @@ def compare(client: MlflowClient, first: ModelVersion, second: ModelVersion) -> 
 
 
 def promote(client: MlflowClient, version: ModelVersion, alias: str) -> str | None:
-    """Returns where the alias was. Raises PipelineError for one that MLflow does not take."""
+    """Move an alias. Returns the version it was on. Raises PipelineError if MLflow does not accept the alias."""
     try:
         return registry.move_alias(client, version.name, alias, version.version)
     except MlflowException as error:
@@ -128,9 +128,10 @@ def promote(client: MlflowClient, version: ModelVersion, alias: str) -> str | No
 
 
 def pull(client: MlflowClient, version: ModelVersion, folder: Path) -> None:
-    """`model.safetensors` and, written last, `lineage.json`."""
+    """Write `model.safetensors` and, last, `lineage.json` into a folder: one of another version is removed first."""
     store = FileStore(folder.absolute())
     weights = registry.version_weights(client, version)
+    store.delete("lineage.json")
     store.write("model.safetensors", weights)
     lineage = {**_facts(client, version), "metrics": {n: float(v) for n, v in _metrics(version).items()}}
     store.write("lineage.json", json.dumps(lineage, indent=1).encode())

@@ -1,6 +1,6 @@
 """The report of a curriculum that MLflow knows: `python pipelines/report.py --run RUN_ID --output report.html`.
 
-`curriculum.py` makes and logs the same one at its end; `evaluate.py` makes that of an evaluation.
+`curriculum.py` makes and logs the same report at its end; `evaluate.py` makes the report of an evaluation.
 """
 
 import argparse
@@ -61,7 +61,7 @@ _CURVES = {
 def evaluation_report(
     title: str, subtitle: str, config: GMFlowConfig, sets: Sets, facts: Sequence[tuple[str, str]]
 ) -> Report:
-    """What `evaluate.py` found on its sets."""
+    """The report of what `evaluate.py` found on its sets."""
     return Report(
         title=title,
         subtitle=subtitle,
@@ -79,11 +79,12 @@ def log_curriculum_report(client: MlflowClient, run_id: str) -> None:
 
 
 def curriculum_report(client: MlflowClient, run_id: str, pairs: int) -> Report:
-    """What MLflow has of a curriculum (`run_id`: its own or a stage's), and the last model on `pairs` of each set.
+    """The report of a curriculum: what MLflow has of it, and results of its last model on `pairs` of each set.
 
-    The pairs are scored by Ray tasks: needs a connected Ray, unless `pairs` is 0.
+    `run_id` is the run of the curriculum or of one of its stages. Ray tasks score the pairs, so this needs a connected
+    Ray unless `pairs` is 0.
 
-    Raises PipelineError where the run is no curriculum's.
+    Raises PipelineError if the run belongs to no curriculum.
     """
     found = _read_curriculum(client, run_id)
     sets = _score_validation_sets(client, found, pairs) if pairs else {}
@@ -129,7 +130,7 @@ class _Curriculum:
 def _read_curriculum(client: MlflowClient, run_id: str) -> _Curriculum:
     try:
         parent = client.get_run(run_id)
-        if (above := parent.data.tags.get(tracking.PARENT_TAG)) is not None:  # a stage's
+        if (above := parent.data.tags.get(tracking.PARENT_TAG)) is not None:  # the run of a stage
             run_id, parent = above, client.get_run(above)
         text = mlflow.artifacts.load_text(f"runs:/{run_id}/config.yaml")
     except MlflowException as error:
@@ -159,7 +160,7 @@ def _read_curriculum(client: MlflowClient, run_id: str) -> _Curriculum:
 
 
 def _score_validation_sets(client: MlflowClient, found: _Curriculum, pairs: int) -> Sets:
-    """The last registered stage's model on some pairs of every set that stage is validated on."""
+    """Score the last stage's model on some pairs of each of its validation sets; empty if it is not registered."""
     stage = found.stages[-1]
     if stage.version is None:
         return {}
@@ -169,7 +170,7 @@ def _score_validation_sets(client: MlflowClient, found: _Curriculum, pairs: int)
         manifest = Manifest.load(str(found.config.data[chosen.data]))
         scored = EvaluationSet(manifest, chosen.subset, min(pairs, chosen.limit or pairs))
         options = ScoringOptions(name=chosen.name, gallery=pairs, bidirectional=True)
-        # Not where it was trained, but here: tasks would wait for a GPU that never comes.
+        # Use GPUs if this cluster has them, whatever the training used: tasks could wait for a GPU that never comes.
         sets[chosen.name] = (scored, evaluate_on_ray(model, scored, options, use_gpu=has_gpus()))
     return sets
 
@@ -183,7 +184,7 @@ def _stage_tables(found: _Curriculum) -> list[Table]:
         rows: list[list[Cell]] = []
         for stage in found.stages:
             ours = {name: stage.run.data.metrics.get(f"val/{title}/{name}") for name in FIGURES}
-            # The paper's model is that after its second stage.
+            # The paper's figures are for the model after its second stage.
             beside = theirs if stage.name == "things" else {}
             if any(value is not None for value in ours.values()):
                 cells = [figure_cell(ours[name], beside.get(name)) for name in FIGURES]

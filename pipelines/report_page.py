@@ -1,6 +1,6 @@
-"""One self-contained HTML file: it opens anywhere and asks nothing of any network.
+"""A report as one self-contained HTML file, which opens anywhere and needs no network.
 
-What is shown is data; `report_page.html` draws it.
+The code here only collects the data; `report_page.html` draws it.
 """
 
 import base64
@@ -32,9 +32,9 @@ FIGURES = {
     "wauc": "WAUC, %",
     "epe_per_image": "EPE per image",
 }
-"""Metric → the name people know it by."""
+"""Metric → the name by which people know it."""
 
-_POINTS = 400  # of a curve, at most
+_POINTS = 400  # at most, in each curve
 _WORST = 12
 
 Cell = str | float | None | dict[str, float | None]
@@ -62,16 +62,16 @@ class Curve:
 
 @dataclass(frozen=True)
 class Report:
-    """All that is shown; a part that is empty is left out.
+    """Everything that the page shows; parts that are empty are left out.
 
     Attributes:
-        title, subtitle: of the page.
-        facts: lineage, as name and value.
-        tables: of figures.
-        curves: over steps.
+        title, subtitle: headings of the page.
+        facts: lineage, as names and values.
+        tables: tables of figures.
+        curves: values over steps.
         cards: the gallery.
         worst: rows of the worst pairs, as `worst_pairs` makes them.
-        speed: rows of what it took; the first holds the columns' names.
+        speed: rows of times and memory; the first row holds the names of the columns.
     """
 
     title: str
@@ -84,7 +84,7 @@ class Report:
     speed: Sequence[Sequence[Cell]] = ()
 
     def to_html(self) -> str:
-        """The whole page, pictures and script inside."""
+        """The whole page, with pictures and script inside."""
         content = {
             "title": self.title,
             "subtitle": self.subtitle,
@@ -97,7 +97,7 @@ class Report:
             "error_scale": _error_scale(),
             "figure_names": FIGURES,
         }
-        # JSON inside HTML: nothing in it may look like the end of its element.
+        # The JSON is inside an HTML element, so nothing in it may look like the end of that element.
         data = json.dumps(_without_nan(content), ensure_ascii=False).replace("<", "\\u003c")
         page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
         return page.replace("@@DATA@@", data)
@@ -108,7 +108,7 @@ Sets = Mapping[str, tuple[EvaluationSet, Evaluation]]
 
 
 def figures_table(config: GMFlowConfig, sets: Sets) -> Table:
-    """One row a set; the paper's figures beside ours where it has some."""
+    """One row per set, with the paper's figures beside ours if it has some."""
     names = [name for name in FIGURES if any(name in evaluation.pooled for _, evaluation in sets.values())]
     rows: list[list[Cell]] = []
     told = False
@@ -126,7 +126,7 @@ def figure_cell(value: float | None, published: float | None) -> Cell:
 
 
 def scene_tables(sets: Sets) -> list[Table]:
-    """By scene, worst first, for sets of several scenes that hold several pairs each."""
+    """A table by scene, worst first, of each set that has several scenes and more pairs than scenes."""
     names = ["epe", "px1", "px3", "f1_all", "wauc"]
     columns = ["scene", *(FIGURES[name] for name in names)]
     tables = []
@@ -138,7 +138,7 @@ def scene_tables(sets: Sets) -> list[Table]:
 
 
 def worst_pairs(sets: Sets) -> list[list[Cell]]:
-    """The pairs with the largest EPE of all sets."""
+    """Rows of the pairs with the largest EPE in all sets."""
     pairs = [(key, title, figures) for title, (_, found) in sets.items() for key, figures in found.images.items()]
     pairs.sort(key=lambda pair: -_or_zero(pair[2]["epe"]))
     return [
@@ -148,7 +148,7 @@ def worst_pairs(sets: Sets) -> list[list[Cell]]:
 
 
 def prediction_speed(sets: Sets) -> list[list[Cell]]:
-    """Time and memory of predictions, below the columns' names."""
+    """A row of column names, then time and memory of the predictions for each set; empty without sets."""
     header: list[Cell] = ["what", "on", "seconds a pair (median)", "pairs a second", "peak memory, MiB"]
     rows: list[list[Cell]] = [
         [f"predict {title}", found.device, found.seconds, 1 / max(found.seconds, 1e-9), found.peak_bytes / 2**20]
@@ -167,7 +167,7 @@ def _curve(curve: Curve) -> dict[str, Any]:
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means of consecutive points: as many as a screen can show."""
+    """Means of consecutive points, at most as many as a screen can show."""
     group = -(-len(points) // _POINTS)
     parts = [points[start : start + group] for start in range(0, len(points), group)]
     return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
@@ -181,7 +181,7 @@ def _card(card: Card) -> dict[str, Any]:
 
 
 def _error_scale() -> list[tuple[str, str, bool]]:
-    """Of each band its upper limit, its colour, and whether that is dark."""
+    """For each error band: its upper limit, its colour, and whether that colour is dark."""
     return [
         (f"{limit:g}" if math.isfinite(limit) else "more", f"rgb({red} {green} {blue})", red + 2 * green + blue < 420)
         for limit, (red, green, blue) in KITTI_BANDS
@@ -189,7 +189,7 @@ def _error_scale() -> list[tuple[str, str, bool]]:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON knows no NaN: a figure without a pixel becomes null."""
+    """JSON has no NaN or infinity, so such a figure, for which there is no pixel, becomes null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,6 +1,6 @@
-"""A model's errors on whole sets: in this process, or by Ray tasks, with the same figures.
+"""Score a model on whole sets, in this process or by Ray tasks, with the same figures.
 
-Every pair's sums are kept and added up in the set's order, whoever computed them.
+The sums of every pair are kept and added up in the set's order, whatever process computed them.
 """
 
 import functools
@@ -28,10 +28,10 @@ from pipelines.training.pictures import comparison_png
 from pipelines.training.validation import Scored, score
 
 _TASK_PAIRS = 16
-"""Of a Ray task: enough to be worth its model, few enough that tasks share a set evenly."""
+"""Pairs per Ray task: enough to be worth loading a model, and few enough that tasks share a set evenly."""
 
 OnScored = Callable[[str, bytes | None], None]
-"""Called for every pair, in no fixed order and by threads, with its key and its picture, if pictures were asked for."""
+"""Called for every pair, in no fixed order and perhaps by threads, with its key and, if asked for, its picture."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Evaluation:
     """Metrics of a set, see `FlowMetrics.compute`.
 
     Attributes:
-        sums: over every valid pixel of the set.
-        pooled: their figures.
-        scenes: the same for every scene of it.
-        images: of every image by its key.
+        sums: sums over every valid pixel of the set.
+        pooled: figures from these sums.
+        scenes: pooled figures of every scene of the set.
+        images: figures of every pair by its key.
         cards: pairs to look at, largest error first.
-        seconds: median time of a prediction, the first pair of each process left out where there are others.
-        peak_bytes: memory of the process that used most: on a GPU that of its tensors, otherwise resident.
-        device: what computed.
+        seconds: median time of a prediction, without the first pair of this process or of a Ray task, if it has others.
+        peak_bytes: memory of the process that used most: of its tensors on a GPU, otherwise resident memory.
+        device: the device that computed the predictions.
     """
 
     sums: FlowMetrics
@@ -78,11 +78,11 @@ class ScoringOptions:
     """What to keep beside the figures.
 
     Attributes:
-        name: of the set, on its cards.
+        name: name of the set on its cards.
         gallery: how many cards to keep.
         pictures: hand a comparison picture of every pair to `on_scored`.
         bidirectional: compute both flows, for the occlusion on the cards.
-        precision: of tasks on Ray, which prepare the model themselves.
+        precision: precision of Ray tasks, which prepare the model themselves.
     """
 
     name: str = ""
@@ -113,7 +113,7 @@ def evaluate(
 ) -> Evaluation:
     """Score every sample of a set, one at a time, in this process; without a model, zero flow is scored.
 
-    Threads read the next sample, and draw and hand over the pictures of the last ones, meanwhile.
+    Meanwhile, threads read the next sample, and draw and hand over the pictures of the last ones.
     """
     part = _Part(Gallery.of(options.name, len(evaluation_set), options.gallery))
     samples = (evaluation_set[number] for number in range(len(evaluation_set)))
@@ -131,11 +131,11 @@ def evaluate_on_ray(
 ) -> Evaluation:
     """`evaluate` by Ray tasks of up to `_TASK_PAIRS` pairs, each with one CPU and, with `use_gpu`, one GPU.
 
-    The figures are those of `evaluate`, to the bit where that computes with one thread, as tasks do. Needs a connected
-    Ray.
+    The figures are those of `evaluate`. They are equal to the bit if that computes with one thread, as tasks do. Needs
+    a connected Ray.
 
     Raises:
-        DataError: a sample is damaged, or storage is away.
+        DataError: a sample is damaged, or storage is down.
     """
     weights = ray.put(encode_weights(model))
     manifest = ray.put(evaluation_set.manifest)
@@ -160,7 +160,7 @@ def evaluate_on_ray(
 
 
 def _tasks(pairs: int) -> Iterator[list[int]]:
-    """Numbers of a set's samples, those of each task together."""
+    """The numbers of the samples that each task scores."""
     for first in range(0, pairs, _TASK_PAIRS):
         yield list(range(first, min(first + _TASK_PAIRS, pairs)))
 
@@ -174,7 +174,7 @@ def _score_part(
     options: ScoringOptions,
     use_gpu: bool,
 ) -> _Part:
-    """A Ray task: the samples with these `indices` of the manifest, which are `numbers` in the set."""
+    """A Ray task: score the samples with these `indices` in the manifest and these `numbers` in the set."""
     torch.set_num_threads(1)
     device = torch.device("cuda" if use_gpu else "cpu")
     model = _model_of(weights, options.precision, device)
@@ -200,7 +200,7 @@ def _score(
     options: ScoringOptions,
     on_scored: OnScored,
 ) -> None:
-    """Fill a part with the scores of samples, which are `numbers` in the set."""
+    """Fill a part with the scores of samples, which have these `numbers` in the set."""
 
     def hand_over(scored: Scored) -> None:
         on_scored(scored.sample.key, comparison_png(scored) if options.pictures else None)
@@ -216,7 +216,7 @@ def _score(
 
 
 def _finish(part: _Part, device: torch.device) -> None:
-    """Time and memory of this process; its first pair also paid for what is done once."""
+    """Record time and memory. The first pair's time includes one-time work, so it is left out if there are others."""
     seconds = [pair.seconds for pair in part.pairs.values()]
     part.seconds = seconds[1:] or seconds
     part.peak_bytes = peak_bytes(device)
@@ -243,7 +243,7 @@ def _evaluation(part: _Part) -> Evaluation:
 
 
 def _pooled(pairs: list[PairScore]) -> FlowMetrics:
-    """Added up in order: the same sums to the bit, whoever computed the parts."""
+    """Add the pairs up in order, so that the sums are equal to the bit, whatever process computed the parts."""
     pooled = FlowMetrics()
     for pair in pairs:
         pooled.merge(pair.metrics)

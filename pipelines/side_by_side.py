@@ -1,4 +1,4 @@
-"""A video of frames beside their flow, and beside truth and error where there is truth."""
+"""A video of frames beside their flow, and of truth and error below them if there is ground truth."""
 
 import tempfile
 from pathlib import Path
@@ -15,7 +15,7 @@ from pipelines.flow_files import Result
 from pipelines.training.pictures import titled
 
 _CODEC = "mp4v"  # in every build of OpenCV
-# What MPEG-4 holds: sides of 13 bits, and even; a rate's numerator of 16 bits.
+# The limits of MPEG-4: sides are even and have at most 13 bits; a rate's numerator has at most 16 bits.
 _LONGEST_SIDE = 8190
 _LARGEST_NUMERATOR = 65535
 
@@ -23,10 +23,10 @@ _LARGEST_NUMERATOR = 65535
 class SideBySideVideo:
     """Writes an MP4, picture by picture, to a local file.
 
-    Pictures too large for MPEG-4 are shrunk, and the rate, below 1000 frames a second, is the nearest it can hold.
+    Pictures too large for MPEG-4 are shrunk. The rate, below 1000 frames per second, becomes the nearest it can hold.
 
     Raises:
-        PipelineError: when it is entered, OpenCV cannot write such videos here; when it is left, not all of it was
+        PipelineError: on entering, if OpenCV cannot write such videos here; on leaving, if not all pictures were
             written.
     """
 
@@ -40,7 +40,7 @@ class SideBySideVideo:
         self._scale: float | None = None
 
     def __enter__(self) -> Self:
-        self._opened((16, 16)).release()  # before anybody computes what cannot be written
+        self._opened((16, 16)).release()  # fails before anything is computed that cannot be written
         return self
 
     def __exit__(
@@ -53,7 +53,7 @@ class SideBySideVideo:
             self._require_whole()
 
     def _require_whole(self) -> None:
-        """OpenCV tells nobody of a disk that is full."""
+        """Count what was written, because OpenCV reports no error if the disk is full."""
         written = max(0, int(cv2.VideoCapture(str(self.path)).get(cv2.CAP_PROP_FRAME_COUNT)))
         if written != self._added:
             raise PipelineError(
@@ -62,7 +62,7 @@ class SideBySideVideo:
             )
 
     def add(self, result: Result) -> None:
-        """The next pair. Without a scale of its own, the first pair's 99th percentile of speed sets the colours."""
+        """Add the next pair. The first sets the colour scale: its own, or 1.25 times its 99th percentile of speed."""
         if self._scale is None:
             speed = np.hypot(*np.moveaxis(result.prediction.flow, 2, 0))
             self._scale = result.scale or max(1.25 * float(np.percentile(speed, 99)), 1.0)
@@ -86,7 +86,7 @@ class SideBySideVideo:
 
 
 def _panels(result: Result, scale: float, *, with_truth: bool) -> npt.NDArray[np.uint8]:
-    """Frame and flow; below them, black where this pair has none, truth and error."""
+    """Frame and flow; below them, if asked for, truth and error, which are black for a pair without truth."""
     flow = titled(flow_to_image(result.prediction.flow, scale), "flow")
     top = np.hstack([titled(result.pair.frame0, result.pair.name), flow])
     if not with_truth:
@@ -100,13 +100,13 @@ def _panels(result: Result, scale: float, *, with_truth: bool) -> npt.NDArray[np
 
 
 def _nearest_rate(rate: float) -> float:
-    """OpenCV writes a rate as a whole number over 1, 10, 100 or 1000."""
+    """The nearest rate that OpenCV can write: a whole number over 1, 10, 100 or 1000."""
     decimals = next(n for n in (3, 2, 1) if rate * 10**n <= _LARGEST_NUMERATOR)
     return round(rate, decimals)
 
 
 def _fitted(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """With even sides that MPEG-4 holds."""
+    """The picture with even sides that MPEG-4 can hold."""
     scale = min(1.0, _LONGEST_SIDE / max(picture.shape))
     height, width = (int(side * scale) // 2 * 2 for side in picture.shape[:2])
     if scale == 1:

@@ -3,9 +3,9 @@
     Sintel    clean/ambush_1/frame0001.flo    final/…            of the subsets test-clean and test-final
     KITTI     flow/000000_10.png, 16 bit                         of the subset testing
 
-KITTI's server takes a ZIP file, which lies beside the folder; Sintel's what `bundler`, a program of its download, makes
-of the folder: how to call it is said. The last line on stdout is the path of the ZIP file or of the folder. The same
-command again goes on where it stopped.
+KITTI's server takes a ZIP file, which is written beside the folder. Sintel's server takes what `bundler`, a program in
+the dataset's download, makes of the folder; its command line is printed. The last line on stdout is the path of the
+ZIP file or of the folder. Run the same command again to continue where it stopped.
 """
 
 import argparse
@@ -46,12 +46,12 @@ class Benchmark:
     """What a server asks for.
 
     Attributes:
-        subsets: all that must be handed in.
-        padding: of the images.
-        path: of a sample's file.
-        encode: a prediction as that file.
-        pairs: in the whole submission.
-        bundled: whether the benchmark's own program makes of the files what is handed in; otherwise a ZIP file is.
+        subsets: all subsets that must be handed in.
+        padding: how the images are padded.
+        path: gives the path of a sample's file.
+        encode: gives the content of that file for a prediction.
+        pairs: number of pairs in the whole submission.
+        bundled: whether the benchmark's own program packs the files to hand in; otherwise they go into a ZIP file.
     """
 
     subsets: tuple[str, ...]
@@ -63,7 +63,7 @@ class Benchmark:
 
 
 def _sintel_path(sample: FlowSample) -> str:
-    """`clean/ambush_1/frame0001.flo`, after the frame's own number, which begins at 1."""
+    """A path such as `clean/ambush_1/frame0001.flo`, with the frame's own number, which begins at 1."""
     return f"{sample.subset.removeprefix('test-')}/{sample.scene}/{sample.frame.replace('_', '')}.flo"
 
 
@@ -109,7 +109,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def benchmark_of(manifest: Manifest) -> Benchmark:
-    """Raises PipelineError for a dataset without a server, or a manifest without a test subset."""
+    """The benchmark of a manifest's dataset. Raises PipelineError if it has no server, or a test subset is missing."""
     benchmark = BENCHMARKS.get(manifest.dataset)
     if benchmark is None:
         raise PipelineError(f"{manifest.url}: {manifest.dataset} has no server; {' and '.join(BENCHMARKS)} have")
@@ -125,7 +125,7 @@ def benchmark_of(manifest: Manifest) -> Benchmark:
 def predict_submission(
     model: GMFlow, manifest: Manifest, folder: Path, precision: Precision = "fp32", *, overwrite: bool = False
 ) -> list[str]:
-    """Write every file that is missing in `folder`; returns all their paths in it."""
+    """Write every file that is missing in `folder`. Returns the paths of all files in it."""
     benchmark = benchmark_of(manifest)
     output = FileStore(folder)
     job = {"weights": weights_digest(model), "data": manifest.version, "precision": precision}
@@ -151,7 +151,7 @@ def predict_submission(
 
 
 def archive_of(folder: Path) -> Path:
-    """`FOLDER.zip`. Raises PipelineError where that is a folder."""
+    """The path `FOLDER.zip`. Raises PipelineError if that is a folder."""
     archive = folder.with_name(f"{folder.name}.zip")
     if archive.is_dir():
         raise PipelineError(f"{archive}: a folder where the archive goes; give another --output")
@@ -159,10 +159,10 @@ def archive_of(folder: Path) -> Path:
 
 
 def zip_submission(folder: Path, paths: list[str]) -> Path:
-    """`FOLDER.zip` with these files, under their paths in the folder and no others; there whole or not at all."""
+    """Write `FOLDER.zip`, whole or not at all, with only these files, under their paths in the folder."""
 
     def write(beside: str) -> None:
-        # Flow hardly gets smaller, and the time stamp is ZIP's earliest: the same files give the same archive.
+        # Flow hardly gets smaller. The time stamp is ZIP's earliest, so that the same files give the same archive.
         with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as file:
             for path in sorted(paths):
                 file.writestr(zipfile.ZipInfo(path), (folder / path).read_bytes(), zipfile.ZIP_DEFLATED)
@@ -180,7 +180,7 @@ def main() -> None:
     folder = arguments.output.absolute()
     lasting_store(str(folder), "--output")
     if not benchmark.bundled:
-        archive_of(folder)  # before anything is computed
+        archive_of(folder)  # fails before anything is computed
     model = resolve_model(arguments.model)
     prepare_model(model, ExecutionConfig(arguments.precision, replay=True), arguments.device)
     paths = predict_submission(model, manifest, folder, arguments.precision, overwrite=arguments.overwrite)

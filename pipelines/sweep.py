@@ -1,8 +1,8 @@
 """Sweep windows and radii: `python pipelines/sweep.py --config FILE [key=value …]`.
 
-Two phases from one config. The probe evaluates given weights at every setting of a grid, without training. Tuning
-trains trials on Ray Tune, each a stage like the curriculum's with another config, the probe's best settings first. The
-same command again goes on where it was.
+One config describes two phases. The probe evaluates given weights at every setting of a grid, without training. Tuning
+trains trials on Ray Tune, the probe's best settings first; each trial is a stage like the curriculum's with another
+config. Run the same command again to continue where it stopped.
 """
 
 import argparse
@@ -72,7 +72,7 @@ class Sweep:
 def prepare(config: SweepConfig) -> Sweep:
     """Read the manifests and check every setting against every size, before anything starts.
 
-    Raises PipelineError or DataError for what the user can mend.
+    Raises PipelineError or DataError for what the user can fix.
     """
     manifests: dict[str, Manifest] = {}
     for part in config.reads:
@@ -87,7 +87,7 @@ def prepare(config: SweepConfig) -> Sweep:
 
 
 def run_sweep(sweep: Sweep, *, retry: bool = False) -> list[Row]:
-    """Both phases, as far as configured, and the report. Needs a connected Ray with its dashboard."""
+    """Run the phases that are configured, and make the report. Needs a connected Ray with its dashboard."""
     config = sweep.config
     check_room(config, nodes())
     with claimed({f"sweep {config.name}": sweep.store}, sweep.view.say):
@@ -99,7 +99,7 @@ def _run_phases(sweep: Sweep, *, retry: bool) -> list[Row]:
     weights = keep_weights(sweep)
     run = SweepRun(config, weights, sweep.manifests, sweep.view.say)
     machine = config.tune.machine if config.tune else MachineConfig()
-    # From here on storage is known to be there: an outage is waited for.
+    # From here on storage is known to exist, so an outage is waited for.
     with run.parent.running(run.run_id), waiting_for_storage(machine.storage_patience_s):
         with sweep.view.showing():
             rows = []
@@ -119,10 +119,10 @@ def _run_phases(sweep: Sweep, *, retry: bool) -> list[Row]:
 
 
 def keep_weights(sweep: Sweep) -> Weights | None:
-    """The weights on storage, where every node reaches them: those that the reference stood for when the sweep began.
+    """Keep on storage, where every node reaches them, the weights the reference stood for when the sweep began.
 
-    An alias may move, not least to a trial of this sweep, and a file may be replaced: what was found is pinned, once.
-    Raises GMFlowError where they are not of the config's model.
+    An alias may move, even to a trial of this sweep, and a file may be replaced, so what was found first is pinned.
+    Returns None if the config names no weights. Raises GMFlowError if they are not of the config's model.
     """
     config = sweep.config
     if config.weights is None:
@@ -146,12 +146,12 @@ def keep_weights(sweep: Sweep) -> Weights | None:
         save_weights(model, kept)
         weights = _kept_weights(sweep.store, found)
         sweep.store.upload(kept, weights.url.rpartition("/")[2])
-        sweep.store.write(pin, json.dumps(found).encode())  # last: it says that the weights are there
+        sweep.store.write(pin, json.dumps(found).encode())  # written last, because it says that the weights are there
     return weights
 
 
 def _weights_pin(reference: str) -> str:
-    """Where a sweep keeps what a reference stood for."""
+    """Key of the file in which a sweep keeps what a reference stood for."""
     return f"weights-of-{hashlib.sha256(reference.encode()).hexdigest()[:16]}.json"
 
 
@@ -160,7 +160,7 @@ def _kept_weights(store: ObjectStore, pinned: Mapping[str, str]) -> Weights:
 
 
 def _tell_if_moved(sweep: Sweep, reference: str, pinned: Mapping[str, str]) -> None:
-    """Where it cannot be looked up nothing is known, and nothing said: the sweep has what it needs."""
+    """Say if a reference now stands for other weights. A failed look-up is ignored: the sweep has what it needs."""
     with contextlib.suppress(*USER_ERRORS, MlflowException):
         if stands_for(reference, sweep.config.mlflow.tracking_uri) != pinned["source"]:
             sweep.view.say(
@@ -170,7 +170,7 @@ def _tell_if_moved(sweep: Sweep, reference: str, pinned: Mapping[str, str]) -> N
 
 
 def probe(sweep: Sweep, weights: Weights, run: SweepRun) -> list[Row]:
-    """The accuracy of the weights at every setting of the grid."""
+    """Measure the accuracy of the weights at every setting of the grid."""
     config = sweep.config
     assert config.probe is not None
     jobs = [
@@ -202,7 +202,7 @@ def probe(sweep: Sweep, weights: Weights, run: SweepRun) -> list[Row]:
 
 
 def with_costs(sweep: Sweep, rows: Sequence[Row]) -> list[Row]:
-    """The rows with latency and memory, each model measured once, and the front among them."""
+    """The rows with latency and memory, for which each model is measured once, and with the front marked."""
     config = sweep.config
     names = {row.model: row.setting.name for row in rows if row.status != "failed"}
     costs = measure_costs(sweep.store, names, config.cost, config.precision, sweep.view.say)
@@ -229,7 +229,7 @@ def plan_trials(sweep: Sweep, weights: Weights | None) -> TrialPlan:
 def tune(
     sweep: Sweep, weights: Weights | None, seeds: Sequence[Setting], run: SweepRun, *, retry: bool = False
 ) -> list[Row]:
-    """Train the trials; a row for each, however it ended."""
+    """Train the trials. Returns a row for each, however it ended."""
     plan = plan_trials(sweep, weights)
     if retry:
         sweep.view.say(f"{retry_failed(plan)} failed trial(s) will be tried again")
@@ -241,7 +241,7 @@ def tune(
 
 
 class _TrialBoard(Listener):
-    """Trials as rows of the table and runs of MLflow. Tune's loop and the feed's thread both call it."""
+    """Keeps trials as rows of the table and as runs of MLflow. Tune's loop and the feed's thread both call it."""
 
     def __init__(self, view: SweepView, run: SweepRun) -> None:
         self.view = view
@@ -278,9 +278,9 @@ class _TrialBoard(Listener):
             self.view.log(f"{self._of(record)}: {record.line}")
 
     def keep(self, record: Record) -> None:
-        """Training metrics and pictures: validations come from Tune's loop, so that all agree on where a trial ended.
+        """Log training metrics and pictures; validations come from Tune's loop, so all agree on where a trial ended.
 
-        The workers of a trial that was stopped go on for a moment.
+        Records of a stopped trial are dropped, because its workers go on for a moment.
         """
         row = self.rows.get(self._of(record))
         if row is not None and row.status != "stopped":
@@ -297,7 +297,7 @@ class _TrialBoard(Listener):
 
 
 def report(sweep: Sweep, rows: Sequence[Row], run: SweepRun) -> None:
-    """Table and plots on storage and in MLflow, the front on the terminal."""
+    """Write the table and plots to storage and MLflow, and print the front."""
     config = sweep.config
     size = config.cost.size
     files = {
@@ -321,7 +321,7 @@ def report(sweep: Sweep, rows: Sequence[Row], run: SweepRun) -> None:
 
 
 def register_best(sweep: Sweep, rows: Sequence[Row], run: SweepRun, plan: TrialPlan) -> None:
-    """Register the best finished trials, the very best last: the alias of the sweep's name stays with it."""
+    """Register the best finished trials, the very best last, so that the alias with the sweep's name stays on it."""
     config = sweep.config
     if config.registration is None:
         return
@@ -354,7 +354,7 @@ def register_best(sweep: Sweep, rows: Sequence[Row], run: SweepRun, plan: TrialP
 
 
 def show_plan(sweep: Sweep) -> None:
-    """What `--dry-run` prints: every setting and trial, in order. Raises DataError or PipelineError without weights."""
+    """Print every setting and trial in order (`--dry-run`). Raises DataError or PipelineError without weights."""
     config = sweep.config
     if config.weights is not None and sweep.store.size(_weights_pin(config.weights)) is None:
         check_reference(config.weights, config.mlflow.tracking_uri)

@@ -1,4 +1,4 @@
-"""What Ray's tasks return, with errors as the tasks raised them."""
+"""Fetch the results of Ray tasks, with errors as the tasks raised them."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from pipelines.errors import USER_ERRORS
 
 
 def fetched(reference: ray.ObjectRef) -> Any:
-    """What a task returned. An error of the user's is raised as the task raised it, without Ray's trace around it."""
+    """What a task returned. A user error is raised as the task raised it, without Ray's traceback around it."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:

@@ -45,7 +45,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def up(folder: Path, given: dict[str, Any]) -> int:
-    """Start what does not run. What is given now is kept for the next time."""
+    """Start the servers that do not run. Options given now are kept for the next `up`. Returns the exit code."""
     before = Stack.load(folder) or Stack.create(folder)
     stack = before.changed(given)
     with _alone(stack.folder):
@@ -57,7 +57,7 @@ def up(folder: Path, given: dict[str, Any]) -> int:
         stack.save()
         missing = [each for each in services(stack) if each.process(stack).find() is None]
         for service in missing:
-            service.process(stack).stop()  # what a server that was killed may have left behind
+            service.process(stack).stop()  # a server that was killed may have left processes behind
             for port, option in service.ports.items():
                 require_free(port, service.name, option)
         started: list[ServerProcess] = []
@@ -82,7 +82,7 @@ def _start(service: Service, stack: Stack) -> None:
 
 
 def show(stack: Stack) -> bool:
-    """The table of health; whether all is healthy."""
+    """Print the table of health. Returns whether all servers are healthy."""
     table = Table(title=f"local stack in {_shown(stack.folder)}", title_justify="left")
     for name in ("server", "health", "address", "pid", "up for", "what it says"):
         table.add_column(name, justify="right" if name in ("pid", "up for") else "left", overflow="fold")
@@ -91,7 +91,7 @@ def show(stack: Stack) -> bool:
         process = service.process(stack).find()
         try:
             said, state = service.probe(), "healthy"
-        except Exception as error:  # noqa: BLE001 (whatever the client of a broken server raises is what it says)
+        except Exception as error:  # noqa: BLE001 (any error of a broken server's client is shown)
             said, state = " ".join(str(error).split()), "down" if process is None else "not well"
         if process is None and state == "healthy":
             said, state = f"somebody else's server answers ({said})", "down"
@@ -137,7 +137,7 @@ def _existing(folder: Path) -> Stack:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Two `up` at a time would start everything twice."""
+    """Hold the stack's lock, because two `up` at the same time would start everything twice."""
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -147,7 +147,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _shown(path: Path) -> str:
-    """Relative where that is shorter."""
+    """The path, relative if it is below the working directory."""
     path = path.absolute()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
@@ -164,7 +164,7 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code of a task."""
+    """Run a task. Returns the exit code."""
     if arguments.task == "up":
         names = {field.name for field in fields(Settings)}
         given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}

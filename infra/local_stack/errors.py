@@ -1,5 +1,5 @@
-"""What a user of the stack can mend."""
+"""Errors that a user of the stack can fix."""
 
 
 class StackError(Exception):
-    """A taken port, a missing program, a folder that is no stack: one line saying what, where and what to do."""
+    """A taken port, a missing program or a folder that is no stack; one line says what, where and what to do."""

@@ -1,4 +1,4 @@
-"""Servers as processes that outlive the command which starts them, and are known again by pid and start time."""
+"""Server processes that outlive the command which starts them, and are recognised later by pid and start time."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from infra.local_stack.errors import StackError
 
 _START_SECONDS = 120
 _STOP_SECONDS = 20
-_CHILDREN_STOP_SECONDS = 3  # those that their dead parent has not ended
+_CHILDREN_STOP_SECONDS = 3  # for children that outlive the server
 _POLL_SECONDS = 0.2
 
 
@@ -26,8 +26,8 @@ class Launch:
     Attributes:
         command: its program and arguments.
         environment: its whole environment.
-        user: the account it runs as; None for this one's.
-        working_folder: where relative paths of its own lead.
+        user: the account it runs as; None for the account of this process.
+        working_folder: the folder that its relative paths start from.
     """
 
     command: Sequence[str]
@@ -38,7 +38,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class _Identity:
-    """A pid may be given to another process later; with its start time it is the same one."""
+    """A pid may be given to another process later; the start time tells whether it is still the same process."""
 
     pid: int
     started: float
@@ -67,9 +67,9 @@ class ServerProcess:
             return None
 
     def start(self, launch: Launch, ready: Callable[[], object]) -> None:
-        """Returns once `ready` returns without an exception.
+        """Start the server. Returns once `ready` returns without an exception.
 
-        Raises StackError with the last line of the log where the server ends before that, or takes too long.
+        Raises StackError with the last line of the log if the server ends before that or takes too long.
         """
         with self.log.open("ab") as log:
             process = subprocess.Popen(
@@ -103,7 +103,7 @@ class ServerProcess:
             return
 
     def stop(self) -> bool:
-        """End it and every process it started, also where it is itself dead; whether there was anything to end."""
+        """End the server, if it is alive, and every process it started. Returns whether there was anything to end."""
         known, process = self._known(), self.find()
         if known is None:
             return False
@@ -131,7 +131,7 @@ def _process(pid: int) -> psutil.Process | None:
 
 
 def _session(leader: int) -> list[psutil.Process]:
-    """Processes of a session. Its number is given to no other process while one of them lives."""
+    """Processes of a session. The session's number is given to no other process while one of them lives."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(ProcessLookupError):
@@ -141,7 +141,7 @@ def _session(leader: int) -> list[psutil.Process]:
 
 
 def _signal(processes: Iterable[psutil.Process], send: Callable[[psutil.Process], None]) -> None:
-    """psutil signals no other process that took over a pid."""
+    """Signal processes. psutil does not signal another process that has got the pid since."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             send(process)
@@ -149,7 +149,7 @@ def _signal(processes: Iterable[psutil.Process], send: Callable[[psutil.Process]
 
 @contextlib.contextmanager
 def undone_on_failure(processes: list[ServerProcess]) -> Iterator[None]:
-    """Stops, last first, the processes that the block put into the list, where the block fails."""
+    """If the block fails, stop the processes that it put into the list, the last one first."""
     try:
         yield
     except BaseException:

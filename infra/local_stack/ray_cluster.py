@@ -40,12 +40,12 @@ def main() -> None:
         "include_dashboard": True,
         "dashboard_host": HOST,
         "dashboard_port": arguments.dashboard_port,
-        # Its usual port may be that of another Ray on this machine: it would live on without it, and refuse jobs.
+        # Another Ray on this machine may have the agent's usual port; the head would run without it and refuse jobs.
         "dashboard_agent_listen_port": arguments.agent_port,
         "temp_dir": str(arguments.temp / "head"),
     }
     cluster = Cluster(initialize_head=True, head_node_args=common | head)
-    # Where the job server looks for its own cluster; without it, it takes any other that runs on this machine.
+    # The job server looks here for its own cluster; otherwise it would take any other that runs on this machine.
     write_ray_address(cluster.gcs_address, head["temp_dir"])
     try:
         for number in range(arguments.workers):

@@ -21,7 +21,7 @@ def weed() -> str:
 
 
 def command(folder: Path, s3_port: int, host: str = HOST) -> list[str]:
-    """Its command line. Only S3 has authentication, so all listens on `host` alone; inner ports are any free ones."""
+    """Its command line. Only S3 has authentication, so every port is on `host` alone; inner ports are any free ones."""
     inner = free_ports(2 * len(_INNER) + 1)
     admin, admin_grpc = _admin_ports()
     flags = [f"-s3.port={s3_port}", f"-s3.port.grpc={inner.pop()}"]
@@ -36,7 +36,7 @@ def command(folder: Path, s3_port: int, host: str = HOST) -> list[str]:
 
 
 def _admin_ports() -> tuple[int, int]:
-    """The administrator's HTTP and gRPC ports: its own worker looks for the second 10,000 above the first."""
+    """The administrator's HTTP and gRPC ports. Its own worker expects the second to be 10,000 above the first."""
     while True:
         (http,) = free_ports(1, below=22_768)
         if is_free(http + 10_000):
@@ -44,7 +44,7 @@ def _admin_ports() -> tuple[int, int]:
 
 
 def environment(access_key: str, secret_key: str, buckets: tuple[str, ...]) -> dict[str, str]:
-    """The server's: its administrator's credentials, and the buckets it makes."""
+    """The server's environment, with its administrator's credentials and the buckets that it makes."""
     return {
         **os.environ,
         "AWS_ACCESS_KEY_ID": access_key,

@@ -35,11 +35,11 @@ class Service:
     """One server.
 
     Attributes:
-        name: what it is called by, in messages and file names.
-        address: where its users find it.
+        name: its name in messages and file names.
+        address: the address at which its users reach it.
         ports: port → the option that sets it.
-        launch: prepares its folder and says how it is started.
-        probe: asks it something only a working server with our credentials answers; returns facts in a line.
+        launch: prepares the server's folder and returns how to start it.
+        probe: asks something that only a working server with our credentials answers; returns facts in one line.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Service:
 
 
 def services(stack: Stack) -> list[Service]:
-    """Those of a stack, each after the ones it needs."""
+    """The services of a stack, each after the ones it needs."""
     chosen = [_s3(stack)]
     if stack.settings.database == "postgresql":
         chosen.append(_postgresql(stack))
@@ -84,7 +84,7 @@ def _s3(stack: Stack) -> Service:
                 s3={"addressing_style": "path"},
             ),
         )
-        client.put_object(Bucket=BUCKETS[0], Key=".probe", Body=b"")  # it may answer before it can store
+        client.put_object(Bucket=BUCKETS[0], Key=".probe", Body=b"")  # the server may answer before it can store
         client.delete_object(Bucket=BUCKETS[0], Key=".probe")
         return "buckets " + ", ".join(bucket["Name"] for bucket in client.list_buckets()["Buckets"])
 
@@ -125,9 +125,10 @@ def _postgresql_url(stack: Stack, database: str) -> str:
 
 
 def require_postgresql(folder: Path) -> tuple[Path, str | None]:
-    """Folder of PostgreSQL's server programs, and the account to run them as (it refuses root; None: this account).
+    """Folder of PostgreSQL's server programs, and the account to run them as, since they refuse root.
 
-    Raises StackError where they are missing or that account cannot reach `folder`.
+    The account is None for that of this process. Raises StackError if the programs or the account are missing, or if
+    the account cannot reach `folder`.
     """
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: float(path.parts[-3]))
     on_path = shutil.which("initdb")
@@ -151,7 +152,7 @@ def require_postgresql(folder: Path) -> tuple[Path, str | None]:
 
 
 def _initialise_postgresql(stack: Stack, programs: Path, account: str | None, data: Path) -> None:
-    shutil.rmtree(data, ignore_errors=True)  # half made by an `up` that was killed
+    shutil.rmtree(data, ignore_errors=True)  # an `up` that was killed may have left it half made
     data.mkdir(mode=0o700)
     with tempfile.NamedTemporaryFile("w", prefix="gmflow-", suffix=".pw") as password:
         password.write(stack.secrets.postgres_password)
@@ -182,7 +183,7 @@ def _mlflow(stack: Stack) -> Service:
     def database(name: str) -> str:
         if stack.settings.database == "sqlite":
             return f"sqlite:///{stack.folder}/{name}.db"
-        return _postgresql_url(stack, name).replace("://", "+psycopg2://")  # SQLAlchemy's own choice is another driver
+        return _postgresql_url(stack, name).replace("://", "+psycopg2://")  # by default SQLAlchemy uses another driver
 
     def launch() -> Launch:
         runs, users = _DATABASES
@@ -190,7 +191,7 @@ def _mlflow(stack: Stack) -> Service:
         accounts["mlflow"] = {
             "default_permission": "READ",
             "database_uri": database(users),
-            "auth_cache_ttl_seconds": "60",  # else every request hashes the password anew, for tenths of a second
+            "auth_cache_ttl_seconds": "60",  # otherwise every request takes tenths of a second to hash the password
         }
         path = stack.folder / "mlflow_auth.ini"
         path.touch(mode=0o600)
@@ -234,7 +235,7 @@ def _ray(stack: Stack) -> Service:
         command += ["--workers", str(settings.workers)]
         command += ["--cpus-per-worker", str(settings.cpus_per_worker), "--temp", str(_made(ray_folder(stack)))]
         environment = _clean_environment() | stack.environment
-        # A job's `python` is the one that runs this; its code is what it uploads.
+        # The `python` of a job is the one that runs this process; a job's code is what it uploads.
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         environment["RAY_USAGE_STATS_ENABLED"] = "0"
         del environment["RAY_API_SERVER_ADDRESS"]
@@ -256,13 +257,13 @@ def _ray(stack: Stack) -> Service:
 
 
 def ray_folder(stack: Stack) -> Path:
-    """For the nodes' temporary directories: not in the stack's folder, a socket's path has 107 characters at most."""
+    """Folder for the nodes' temporary directories, not in the stack's: a socket's path has at most 107 characters."""
     name = hashlib.sha256(str(stack.folder).encode()).hexdigest()[:8]
     return Path(tempfile.gettempdir()) / f"gmflow-ray-{getpass.getuser()}-{name}"
 
 
 def _clean_environment() -> dict[str, str]:
-    """This process's, less what would reach into servers: paths to modules, and other servers' addresses."""
+    """This process's environment without what would affect servers: module paths, and other servers' addresses."""
     foreign = ("PYTHON", "AWS_", "MLFLOW_", "RAY_")
     return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
 

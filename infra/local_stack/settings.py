@@ -1,4 +1,4 @@
-"""What a stack is: ports, sizes and generated secrets, kept in its folder; and the environment its users need."""
+"""What makes up a stack: ports, sizes and generated secrets, kept in its folder; and the environment for its users."""
 
 import json
 import os
@@ -23,12 +23,12 @@ _TOKEN = "ray_token"
 
 @dataclass(frozen=True)
 class Settings:
-    """What may be chosen at `up`; kept for the next one.
+    """What may be chosen at `up`. The choices are kept for the next `up`.
 
     Attributes:
         database: where MLflow keeps its runs.
         workers: Ray nodes beside the head, which runs drivers but no training.
-        cpus_per_worker: CPUs each of them offers.
+        cpus_per_worker: CPUs that each of these nodes offers.
     """
 
     s3_port: int = 8333
@@ -48,7 +48,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Secrets:
-    """Generated once a stack."""
+    """Secrets, generated once for each stack."""
 
     s3_access_key: str
     s3_secret_key: str
@@ -72,7 +72,7 @@ class Stack:
 
     @classmethod
     def load(cls, folder: Path) -> Self | None:
-        """The stack in a folder; None where there is none."""
+        """The stack in a folder; None if there is none."""
         folder = folder.absolute()
         if not (folder / _SETTINGS).exists():
             return None
@@ -84,12 +84,12 @@ class Stack:
 
     @classmethod
     def create(cls, folder: Path) -> Self:
-        """A new one, in a folder that is empty or not there."""
+        """A new stack, in a folder that is empty or does not exist."""
         folder = folder.absolute()
         if folder.exists() and any(folder.iterdir()):
             raise StackError(f"{folder}: not empty and no stack; give another --dir")
         folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o711)  # PostgreSQL runs as another account when this one is root: it may pass, not look around
+        folder.chmod(0o711)  # if this is root, PostgreSQL runs as another account, which may enter but not list
         return cls(folder, Settings(), Secrets.fresh())
 
     def changed(self, given: dict[str, Any]) -> Self:
@@ -141,7 +141,7 @@ class Stack:
 
 
 def _write_private(path: Path, content: str) -> None:
-    """Whole or not at all, and never readable for others, not even for a moment."""
+    """Write a file whole or not at all, and never readable for others, not even for a moment."""
     beside = path.with_name(f".{path.name}.part")
     beside.unlink(missing_ok=True)
     with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -150,7 +150,7 @@ def _write_private(path: Path, content: str) -> None:
 
 
 def require_free(port: int, service: str, option: str) -> None:
-    """Raises StackError where somebody listens on the port."""
+    """Raises StackError if something listens on the port."""
     if not is_free(port):
         raise StackError(f"port {port}, for {service}, is taken; free it or give {option} PORT")
 
@@ -166,10 +166,10 @@ def is_free(port: int) -> bool:
 
 
 def free_ports(count: int, below: int = 32768) -> list[int]:
-    """Ports from 20,000 on that nobody listens on now.
+    """Ports from 20,000 to below `below` on which nothing listens now.
 
-    Not those the system gives away by itself (from 32,768 on): until they are used, others might get them, and gRPC
-    servers even share a port without a word. Nor those of Ray's workers (10,002 to 19,999).
+    The system itself hands out ports from 32,768 on, so these are left out: others might get them before they are used,
+    and gRPC servers even share a port silently. The ports of Ray's workers (10,002 to 19,999) are left out too.
     """
     found: list[int] = []
     while len(found) < count:

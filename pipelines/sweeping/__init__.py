@@ -1,1 +1,1 @@
-"""What pipelines/sweep.py is made of: the grid and its rules, accuracy and cost of a setting, tuning, the front."""
+"""The parts of pipelines/sweep.py: the grid and its rules, accuracy and cost of a setting, tuning, the front."""

@@ -1,8 +1,9 @@
-"""The accuracy of trained weights at many settings: Ray tasks that score a set, each result kept by its content.
+"""The accuracy of trained weights at many settings: Ray tasks score a set, and each result is stored by its inputs.
 
-Settings that differ in the last scale's radii only share everything up to it: backbone and transformer run once for
-all of them, and the figures are those of separate runs, to the bit. Nothing is searched or stopped here, so these are
-plain Ray tasks: a pure function of weights, settings and set, which Tune would only wrap into an actor each.
+Settings that differ only in the last scale's radii share every computation before these: backbone and transformer run
+once for all of them, and the metrics are those of separate runs, to the bit. Nothing is searched or stopped early here,
+so plain Ray tasks are enough: each is a pure function of weights, settings and set, and Tune would only wrap it into an
+actor.
 """
 
 import hashlib
@@ -35,9 +36,9 @@ class Weights:
     """Weights on storage.
 
     Attributes:
-        url: of the `.safetensors`.
+        url: URL of the `.safetensors`.
         version: the first 16 hex digits of their source's SHA-256.
-        source: what they are: "models:/NAME/N", or a file with its SHA-256's start.
+        source: where they come from: "models:/NAME/N", or a file with the start of its SHA-256.
     """
 
     url: str
@@ -47,7 +48,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """Settings that differ in the last radii only, to be scored on one set."""
+    """Settings that differ only in the last scale's radii, to be scored on one set."""
 
     weights: Weights
     settings: tuple[Setting, ...]
@@ -57,7 +58,7 @@ class ScoreJob:
     precision: Precision
 
     def key(self, setting: Setting) -> str:
-        """Names all that decides a setting's figures."""
+        """A key that identifies everything that determines a setting's metrics."""
         decides = [self.weights.version, asdict(setting), self.manifest_version, self.chosen.subset, self.chosen.limit]
         content = json.dumps([*decides, self.precision], sort_keys=True)
         return f"accuracy/{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
@@ -70,7 +71,7 @@ OnScored = Callable[[Setting, SetConfig, Scores], None]
 def measure_accuracy(
     store: ObjectStore, jobs: Sequence[ScoreJob], cpus: int, use_gpu: bool, on_scored: OnScored
 ) -> None:
-    """Score what storage does not hold yet; `on_scored` hears of every setting and set, stored or fresh."""
+    """Score what storage does not hold yet; `on_scored` is called for every setting and set, stored or new."""
     waiting: dict[Any, ScoreJob] = {}
     task = score_settings.options(num_cpus=cpus, num_gpus=1 if use_gpu else 0)
     for job in jobs:
@@ -115,7 +116,7 @@ def score_jobs(
 
 @ray.remote(max_retries=3)
 def score_settings(job: ScoreJob, threads: int, use_gpu: bool) -> list[Scores]:
-    """Figures of each of the job's settings; a figure without a pixel is left out."""
+    """The metrics of each of the job's settings; a metric that no pixel counts for (NaN) is left out."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if use_gpu else "cpu")
     with tempfile.TemporaryDirectory(prefix="gmflow-probe-") as folder:
@@ -136,9 +137,9 @@ def score_settings(job: ScoreJob, threads: int, use_gpu: bool) -> list[Scores]:
 
 
 class SharedFeatures:
-    """Models of the same weights and windows, of which the first computes the features for all.
+    """Models with the same weights and windows; the first one computes the features for all.
 
-    Backbone and transformer see the same inputs in each of them: the last radii come after.
+    Backbone and transformer get the same inputs in each of them, because the last scale's radii are used after both.
     """
 
     def __init__(self, models: Sequence[GMFlow]) -> None:
@@ -148,7 +149,7 @@ class SharedFeatures:
             model.backbone, model.transformer = self._parts  # type: ignore[assignment]
 
     def each(self) -> Iterator[GMFlow]:
-        """The models in turn, for one and the same pair of images."""
+        """The models in turn, for use on one pair of images."""
         for part in self._parts:
             part.forget()
         for model in self._models:
@@ -158,7 +159,7 @@ class SharedFeatures:
 
 
 class _Once(nn.Module):
-    """Remembers the results of a row of calls, and gives them again after `rewind`."""
+    """Stores the results of a sequence of calls, and returns them again after `rewind`."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

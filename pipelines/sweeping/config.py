@@ -1,4 +1,4 @@
-"""The sweep's config: what is probed, what it costs, what is tuned, what becomes of the best."""
+"""The sweep's config: what is probed, how cost is measured, what is tuned, and how the best are registered."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -26,10 +26,10 @@ from pipelines.training.config import (
 
 
 class GridConfig(Frozen):
-    """Values to combine. What is left out stays as in the config's model.
+    """Values to combine. A field that is left out stays as in the config's model.
 
     Attributes:
-        attn_splits: for each scale, coarse to fine, the windows on a side to try.
+        attn_splits: for each scale, coarse to fine, the numbers of windows on a side to try.
         corr_radius: matching radii of the second scale to try; a model of one scale matches globally.
         prop_radius: propagation radii of the last scale to try.
     """
@@ -43,7 +43,7 @@ class GridConfig(Frozen):
 
 
 class RangeConfig(Frozen):
-    """A range searched on a logarithmic scale."""
+    """A range that is searched on a logarithmic scale."""
 
     low: PositiveFloat
     high: PositiveFloat
@@ -56,7 +56,7 @@ class RangeConfig(Frozen):
 
 
 class SpaceConfig(GridConfig):
-    """What trials differ in. What is left out stays as in the config's model and stage."""
+    """What trials differ in. A field that is left out stays as in the config's model and stage."""
 
     peak_lr: tuple[PositiveFloat, ...] | RangeConfig | None = None
     num_layers: tuple[PositiveInt, ...] | None = None
@@ -69,13 +69,13 @@ class SpaceConfig(GridConfig):
 
 
 class ProbeConfig(Frozen):
-    """The weights at every setting of a grid, without training.
+    """The probe: it scores the weights at every setting of a grid, without training.
 
     Attributes:
-        grid: the settings; the config's own is always added, as the reference.
+        grid: the settings; the setting of the config's model is always added, as the reference.
         validation: the sets to score on.
-        cpus: of a task, and its threads.
-        use_gpu: a task gets a GPU too.
+        cpus: number of CPUs of a task, and of its threads.
+        use_gpu: whether a task gets a GPU too.
     """
 
     grid: GridConfig
@@ -90,14 +90,14 @@ class ProbeConfig(Frozen):
 
 
 class CostConfig(Frozen):
-    """How latency and memory are measured: one pair at a time, settings in turn, on one process of its own.
+    """How latency and memory are measured: one pair at a time, settings in turn, in one separate process.
 
     Attributes:
-        height, width: of the images, before they are padded as the setting asks.
-        rounds: timings of each setting; the median counts. A warm-up in every process comes before.
-        cpus: threads, and CPUs kept free for them.
-        use_gpu: on a GPU.
-        clock: "wall", or on a machine that others use too "cpu": processor time, of all threads together.
+        height, width: size of the images, before they are padded as the setting needs.
+        rounds: number of timings of each setting; the median counts. A new process first warms up each setting.
+        cpus: number of threads, and of CPUs reserved for them.
+        use_gpu: whether to measure on a GPU.
+        clock: "wall"; or "cpu", for a machine that others use too: processor time, summed over all threads.
     """
 
     height: PositiveInt = 436
@@ -119,20 +119,20 @@ class CostConfig(Frozen):
 
 
 class TuneConfig(Frozen):
-    """Trials: stages with another config, trained as the curriculum trains its own.
+    """Trials: variants of one stage, trained as the curriculum trains its stages.
 
     Attributes:
-        stage: what every trial is, but for what `space` changes.
-        machine: of one trial.
+        stage: the stage of every trial, except for what `space` changes.
+        machine: machine config of one trial.
         space: what trials differ in.
-        start: "trained": from the sweep's weights; "random".
-        searcher: "grid": all of the space; "random" and "optuna": `trials` of it.
-        trials: how many; None for all of a grid.
-        seeds: settings from the probe's front to try first, best first.
-        scheduler: "asha" stops trials that fall behind; "none".
-        grace_steps: steps no trial is stopped before; None: until its first validation.
-        reduction_factor: of ASHA: one in so many goes on from each rung to the next.
-        max_concurrent: trials at a time; None: as many as the cluster holds.
+        start: "trained": trials start from the sweep's weights; "random": from random weights.
+        searcher: "grid": try every point of the space; "random" and "optuna": try `trials` points of it.
+        trials: maximum number of trials; None (only for a grid): all points.
+        seeds: how many settings from the probe's front are tried first, best first.
+        scheduler: "asha" stops trials that fall behind the others; "none" stops no trial.
+        grace_steps: no trial is stopped before this many steps; None: before its first validation.
+        reduction_factor: ASHA's factor: one trial in this many continues from each rung to the next.
+        max_concurrent: maximum number of trials at a time; None: as many as the cluster holds.
     """
 
     stage: StageConfig
@@ -175,10 +175,10 @@ class TuneConfig(Frozen):
 
 
 class RegistrationConfig(Frozen):
-    """The best finished trials become model versions, the very best with the sweep's name as alias.
+    """The best finished trials become model versions; the sweep's name becomes an alias of the very best.
 
     Attributes:
-        best: how many. `champion` moves as in the curriculum: when the objective improves on the reigning one's.
+        best: how many trials. `champion` moves as in the curriculum: if the objective is better than the champion's.
     """
 
     best: PositiveInt = 1
@@ -188,15 +188,15 @@ class SweepConfig(Frozen):
     """A whole sweep.
 
     Attributes:
-        name: leads the names of its runs; its folder on storage.
-        storage: URL or path; every node must reach it.
+        name: name of its MLflow run and of its folder on storage; the names of its trials' Ray runs begin with it.
+        storage: URL or path; every node must be able to reach it.
         data: name → manifest URL.
         model: the architecture; its windows and radii are the reference setting.
-        weights: models:/…, .pth or .safetensors that are probed and that trials start from.
-        objective: what is best: a metric, lower is better, of a set validated on.
-        seed: of random points, and of trials.
-        precision: of forward passes.
-        cluster_grows: machines are added on demand, so what has no room yet waits for them instead of being refused.
+        weights: models:/…, .pth or .safetensors: the weights that are probed and that trials start from.
+        objective: the metric that defines "best" (lower is better), of a set that is validated on.
+        seed: seed of random points, and of trials.
+        precision: precision of forward passes.
+        cluster_grows: whether machines are added on demand, so that work without room waits instead of being refused.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
@@ -236,7 +236,7 @@ class SweepConfig(Frozen):
         return self
 
     def _check_space(self) -> None:
-        """Before anything starts: the settings fit the model, trials' settings fit the crop."""
+        """Check, before anything starts, that all settings fit the model, and trials' settings the crop."""
         scales = self.model.build().num_scales
         for phase, grid in self._grids:
             if grid.attn_splits is not None and len(grid.attn_splits) != scales:
@@ -266,7 +266,7 @@ class SweepConfig(Frozen):
                     raise ValueError(str(error)) from None
 
     def check_sizes(self, manifests: Mapping[str, Manifest]) -> None:
-        """Every setting on every image size it will meet. Raises PipelineError listing the valid values."""
+        """Check every setting on every image size it will meet. Raises PipelineError, which lists the valid values."""
         for phase, settings, chosen in self._evaluated:
             sizes = {f"the cost's size ({phase})": {self.cost.size}}
             for one in chosen:
@@ -281,7 +281,7 @@ class SweepConfig(Frozen):
 
     @property
     def reference(self) -> Setting:
-        """The setting that others are compared with: the model's own."""
+        """The setting that others are compared with: that of the config's model."""
         return Setting.of(self.architecture)
 
     @property
@@ -293,7 +293,7 @@ class SweepConfig(Frozen):
 
     @property
     def metric(self) -> str:
-        """The objective as workers report it."""
+        """The name of the objective in the metrics that workers report."""
         return self.objective.name
 
     @property
@@ -335,6 +335,6 @@ class SweepConfig(Frozen):
 
 
 def image_sizes(manifest: Manifest, chosen: SetConfig) -> set[tuple[int, int]]:
-    """The sizes of a set's images, pixels."""
+    """The sizes (height, width) of a set's images, in pixels."""
     entries = (manifest.samples[int(number)] for number in manifest.select(chosen.subset)[: chosen.limit])
     return {(entry.height, entry.width) for entry in entries}

@@ -1,8 +1,9 @@
-"""What a setting costs: latency and peak memory of one forward pass at a stated size.
+"""What a setting costs: latency and peak memory of one forward pass at a given image size.
 
-One process measures everything, with the CPUs or the GPU it was given and nothing else of ours beside it. Settings take
-turns: a round times each of them once, every other round backwards, so what disturbs the machine disturbs them alike.
-Every figure is kept as soon as it is measured; figures of another machine, size or thread count are other figures.
+One process measures everything, on the CPUs or GPU reserved for it, while nothing else of the sweep runs. Settings take
+turns: a round times each of them once, and every other round runs backwards, so that a disturbance of the machine
+affects all alike. Every figure is stored as soon as it is measured; figures for another machine, image size, thread
+count, clock or precision are stored separately.
 """
 
 import hashlib
@@ -27,16 +28,16 @@ from gmflow.replay import WARM_UPS
 from pipelines.errors import PipelineError
 from pipelines.sweeping.config import CostConfig
 
-_METERS = 4  # one after another, where each is lost
+_METERS = 4  # at most this many processes, each started because the one before was lost
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one forward pass.
+    """The cost of one forward pass.
 
     Attributes:
         latency_ms: median over the rounds.
-        peak_mib: the most that torch held for tensors beyond the weights and the two images.
+        peak_mib: the most memory that torch held for tensors at once, beyond the weights and the two images.
     """
 
     latency_ms: float
@@ -55,16 +56,16 @@ def measure_costs(
 ) -> dict[GMFlowConfig, Cost]:
     """The cost of each model; weights do not matter, so they are random. Measures what storage does not hold yet.
 
-    The process that measures is replaced where it is lost: killed, or with its machine.
+    If the measuring process is lost (it was killed, or its machine was lost), another one replaces it.
 
     Args:
-        store: of the sweep.
-        models: each with what to call it.
+        store: the sweep's folder on storage.
+        models: each model, with its name for messages.
         config: how to measure.
-        precision: of the forward pass.
-        on_measured: gets a line for every timing, and for every loss.
+        precision: precision of the forward pass.
+        on_measured: called with a line for every timing, and for every lost process.
 
-    Raises PipelineError where the process was lost too often.
+    Raises PipelineError if the process was lost too often.
     """
     lost = 0
     while True:
@@ -72,7 +73,7 @@ def measure_costs(
             return _measure_with_one_meter(store, models, config, precision, on_measured)
         except (RayActorError, OutOfMemoryError) as error:
             if isinstance(error, RayActorError) and error.actor_init_failed:
-                raise  # nor would another one start
+                raise  # another process would not start either
             lost += 1
             if lost == _METERS:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
@@ -116,7 +117,7 @@ def _key(model: GMFlowConfig, config: CostConfig, precision: Precision, machine:
 
 @dataclass
 class _Record:
-    """What is known of one model's cost, as it lies on storage."""
+    """The measurements of one model that storage holds."""
 
     key: str
     peak_bytes: int
@@ -155,17 +156,17 @@ class _Meter:
         self.peaks: dict[GMFlowConfig, int] = {}
 
     def machine(self) -> dict[str, str]:
-        """What figures must share to be compared."""
+        """What figures must have in common to be comparable."""
         device = torch.cuda.get_device_name() if self.config.use_gpu else _processor()
         return {"device": device, "torch": torch.__version__}
 
     def measure(self, model: GMFlowConfig) -> tuple[int, float]:
-        """(peak bytes, seconds); the first pass of a model in this process warms up and tells its memory."""
+        """(peak bytes, seconds); the first pass of a model in this process warms up and measures its peak memory."""
         built = GMFlow(model).eval()
         prepare_model(built, ExecutionConfig(self.precision, replay=True), self.device, keep_freed_memory=False)
         if model not in self.peaks:
             self.peaks[model] = self._peak_bytes(built)
-        if self.config.use_gpu:  # each model anew: recordings are its own
+        if self.config.use_gpu:  # every time: a newly built model has no recordings yet
             for _ in range(WARM_UPS):
                 self._forward(built)
         now = time.process_time if self.config.clock == "cpu" else time.perf_counter
@@ -189,10 +190,10 @@ class _Meter:
 
 
 def _allocated_on_cpu(run: Callable[[], None]) -> int:
-    """The most bytes torch's CPU allocator had out at once: what `torch.cuda.max_memory_allocated` tells of a GPU.
+    """Peak bytes allocated at once by torch's CPU allocator: what `torch.cuda.max_memory_allocated` gives for a GPU.
 
-    Resident memory would tell how the system's allocator happened to keep its pages: it differs from run to run by more
-    than settings do.
+    Resident memory would depend on how the system's allocator happened to keep its pages: it differs between runs by
+    more than between settings.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:

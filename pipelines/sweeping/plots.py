@@ -1,4 +1,4 @@
-"""Pictures of a sweep: the front, the heat map over windows and radius, and a page to look closer."""
+"""Pictures of a sweep: the front, the heat map over windows and radius, and an interactive page."""
 
 import io
 import json
@@ -19,7 +19,7 @@ _REFERENCE = "#d62728"
 
 
 def front_png(rows: Sequence[Row], metric: str, cost_size: Size) -> bytes:
-    """Objective against latency, coloured by memory; the front connected and named, the reference marked."""
+    """Objective against latency, coloured by memory. The front is connected and named, the reference is marked."""
     shown = [row for row in rows if row.cost is not None and metric in row.metrics]
     figure = Figure(figsize=(9, 5.5), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
@@ -69,7 +69,7 @@ def front_png(rows: Sequence[Row], metric: str, cost_size: Size) -> bytes:
 
 
 def _front_in_sight(rows: Sequence[Row], metric: str) -> list[Row]:
-    """The part of the front that is one without memory too, fastest first: each more accurate than all before."""
+    """The front if memory did not count, fastest first: each row is more accurate than all before it."""
     found: list[Row] = []
     for row in sorted((row for row in rows if row.front), key=lambda row: (_cost(row)[0], row.metrics[metric])):
         if not found or row.metrics[metric] < found[-1].metrics[metric]:
@@ -78,8 +78,8 @@ def _front_in_sight(rows: Sequence[Row], metric: str) -> list[Row]:
 
 
 def _name(axes: Any, front: Sequence[Row], metric: str) -> None:
-    """Names below and left of the points, where nothing can be; none over another."""
-    axes.figure.draw_without_rendering()  # so that places in pixels are known
+    """Write names below and left of the points, where no finished row can be; skip names that would overlap."""
+    axes.figure.draw_without_rendering()  # so that positions in pixels are known
     named: list[tuple[float, float]] = []
     for row in sorted(front, key=lambda row: not row.reference):
         place = (_cost(row)[0], row.metrics[metric])
@@ -92,7 +92,7 @@ def _name(axes: Any, front: Sequence[Row], metric: str) -> None:
 
 
 def heat_map_png(rows: Sequence[Row], metric: str) -> bytes | None:
-    """The objective over windows and radius, a panel for each propagation radius; None without two probed settings."""
+    """The objective over windows and radius, one panel per propagation radius; None if fewer than two are probed."""
     shown = [row for row in rows if row.phase == "probe" and metric in row.metrics]
     if len(shown) < 2:
         return None
@@ -129,9 +129,9 @@ def heat_map_png(rows: Sequence[Row], metric: str) -> bytes | None:
 
 
 def front_html(rows: Sequence[Row], metric: str, cost_size: Size, name: str) -> bytes:
-    """A page that needs nothing else: points to hover over, axes to choose, a table to sort.
+    """A page that needs no other file: points to hover over, axes to choose, a table to sort.
 
-    Our own few lines of SVG: an inlined plotting library would be 300 times the size of the page.
+    It draws its own SVG in a few lines: an inlined plotting library would be 300 times the size of the page.
     """
     data = {
         "name": name,

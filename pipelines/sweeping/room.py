@@ -1,4 +1,4 @@
-"""Whether a cluster has room for what a sweep asks of it: what never fits would wait for ever."""
+"""Whether a cluster has room for a sweep: work that never fits would wait for ever."""
 
 from collections.abc import Mapping
 
@@ -7,12 +7,12 @@ from pipelines.errors import PipelineError
 from pipelines.sweeping.config import SweepConfig
 from pipelines.training.launch import room_for_workers
 
-# Of a trial's driver and Ray Train's controller, which sits beside it.
+# Memory of a trial's driver together with Ray Train's controller, which runs on the same node.
 _DRIVER_BYTES = 2**30
 
 
 def check_room(config: SweepConfig, nodes: Nodes) -> None:
-    """Every phase, before the first begins. Raises PipelineError naming what does not fit."""
+    """Check every phase before the first begins. Raises PipelineError, which names what does not fit."""
     if config.cluster_grows:
         return
     tasks = [("cost", config.cost.cpus, config.cost.use_gpu)]
@@ -29,15 +29,15 @@ def check_room(config: SweepConfig, nodes: Nodes) -> None:
 
 
 def drivers_at_once(node: Mapping[str, float]) -> int:
-    """How many trials' drivers the memory of a node is enough for, by its resources; one in any case."""
+    """How many trials' drivers fit into the memory of a node with these resources; at least one."""
     return max(1, int(node.get("memory", 0) // _DRIVER_BYTES))
 
 
 def concurrent_trials(config: SweepConfig, nodes: Nodes) -> int:
-    """How many trials to run at once: as many as fit on the cluster, and no more than asked for.
+    """How many trials to run at once: as many as fit on the cluster, but at most `tune.max_concurrent`.
 
-    A trial's driver needs no CPU beside its workers'. Raises PipelineError where not even one fits on a cluster that
-    does not grow.
+    A trial's driver needs no CPU besides those of its workers. Raises PipelineError if not even one trial fits on a
+    cluster that does not grow.
     """
     tune = config.tune
     assert tune is not None

@@ -1,7 +1,7 @@
 """Settings of a trained model, and which of them make sense at an image size.
 
-Windows and radii change no parameter's shape, so one set of weights runs at all of them. What they must fit is the
-feature map: windows divide it evenly, and a radius reaches no further than it is large.
+Windows and radii change no parameter's shape, so the same weights run at all settings. Settings must fit the feature
+map: windows must divide it evenly, and the (2r+1)² neighbourhood of a radius r must fit on it.
 """
 
 import itertools
@@ -13,15 +13,15 @@ from gmflow.config import GLOBAL
 from pipelines.errors import PipelineError
 
 Size = tuple[int, int]
-"""Height and width, pixels."""
+"""Height and width, in pixels."""
 
 _LEAST_WINDOW = 2
-"""Feature pixels on a window's side: windows move by half their size from layer to layer, and one pixel has no half."""
+"""Least feature pixels on a window's side: windows shift by half their size from layer to layer, so 1 is too few."""
 
 
 @dataclass(frozen=True, order=True)
 class Setting:
-    """What can be chosen for a trained model; one value a scale, coarse to fine, as in `GMFlowConfig`."""
+    """What can be chosen for a trained model: one value for each scale, coarse to fine, as in `GMFlowConfig`."""
 
     attn_splits: tuple[int, ...]
     corr_radius: tuple[int, ...]
@@ -37,12 +37,12 @@ class Setting:
 
     @property
     def splits(self) -> str:
-        """As in "2×8": windows on a side, coarse × fine."""
+        """Windows on a side, coarse × fine, such as "2×8"."""
         return "×".join(str(value) for value in self.attn_splits)
 
     @property
     def name(self) -> str:
-        """As in "2x8-r4-p1": windows, matching and propagation radius of the finest scale; g is global."""
+        """Windows, matching and propagation radius of the finest scale, such as "2x8-r4-p1"; g means global."""
         corr, prop = ("g" if value == GLOBAL else str(value) for value in (self.corr_radius[-1], self.prop_radius[-1]))
         return f"{'x'.join(str(value) for value in self.attn_splits)}-r{corr}-p{prop}"
 
@@ -53,7 +53,7 @@ def grid_settings(
     corr_radius: Sequence[int] | None,
     prop_radius: Sequence[int] | None,
 ) -> list[Setting]:
-    """Every combination, in order; what is None stays as in `reference`. Radii are those of the finest scale."""
+    """Every combination, in order; an argument that is None keeps `reference`. Radii are of the finest scale."""
     splits = itertools.product(*(attn_splits or [(value,) for value in reference.attn_splits]))
     radii = itertools.product(corr_radius or reference.corr_radius[-1:], prop_radius or reference.prop_radius[-1:])
     return [
@@ -63,15 +63,15 @@ def grid_settings(
 
 
 def padded_size(model: GMFlowConfig, size: Size) -> Size:
-    """What images of a size are padded to before a model with this setting sees them: its own `size_multiple`."""
+    """The size to which images are padded for a model: multiples of its `size_multiple`."""
     height, width = (length + -length % model.size_multiple for length in size)
     return height, width
 
 
 def check_crop(model: GMFlowConfig, crop: Size, where: str) -> None:
-    """Training crops are not padded: each scale's windows must divide the crop's feature map.
+    """Check that each scale's windows divide the feature map of a training crop, which is not padded.
 
-    Raises PipelineError with the valid values for this crop.
+    Raises PipelineError, which lists the valid values for this crop.
     """
     for scale, stride in enumerate(model.strides):
         if crop[0] % stride or crop[1] % stride:
@@ -88,9 +88,9 @@ def check_crop(model: GMFlowConfig, crop: Size, where: str) -> None:
 
 
 def check_size(model: GMFlowConfig, size: Size, where: str) -> None:
-    """Evaluated images are padded to the setting's own `size_multiple`; no window may hold nothing but padding.
+    """Check that no window of an evaluated image, padded to the setting's `size_multiple`, is all padding or too small.
 
-    Raises PipelineError with the valid values for this size.
+    Raises PipelineError, which lists the valid values for this size.
     """
     for scale in range(model.num_scales):
         if not _windows_fit(model, size, scale):
@@ -120,7 +120,7 @@ def _with_splits(model: GMFlowConfig, scale: int, value: int) -> GMFlowConfig:
 
 
 def _check_radii(model: GMFlowConfig, size: Size, where: str) -> None:
-    """A finest-scale radius is local in a model of two scales, and its (2r+1)² neighbourhood fits on the map."""
+    """Check that finest-scale radii are local in a model of two scales, and that each (2r+1)² area fits on the map."""
     most = (min(size) // model.strides[-1] - 1) // 2
     for name in ("corr_radius", "prop_radius"):
         value = getattr(model, name)[-1]

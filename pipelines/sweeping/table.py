@@ -1,4 +1,4 @@
-"""The sweep's result: a row for every probed setting and every trial, and which of them are on the front."""
+"""The sweep's result: a row for every probed setting and every trial, and which rows are on the front."""
 
 import csv
 import io
@@ -18,18 +18,18 @@ class Row:
     """A probed setting, or a trial.
 
     Attributes:
-        name: of the setting, or of the trial.
+        name: name of the setting, or of the trial.
         phase: "probe" or "trial".
-        key: names all that decides its figures.
-        model: what it is.
+        key: identifies everything that determines its metrics.
+        model: config of its model.
         status: "waiting", "running", "finished", "stopped" (early, by the scheduler) or "failed".
         reason: why it failed, or where it was stopped.
         step: training steps done; 0 in the probe.
         metrics: "val/DATA/SUBSET/METRIC" → newest value.
-        cost: None before it is measured.
-        choices: what else a trial differs in, such as its learning rate.
-        reference: whether it is probed at the setting that others are compared with.
-        front: whether nothing else is at least as good in objective, latency and memory and better in one.
+        cost: its cost; None before it is measured.
+        choices: the other dimensions that trials differ in, such as the learning rate.
+        reference: whether it is the probe of the setting that others are compared with.
+        front: whether no other row is at least as good in objective, latency and memory, and better in one of them.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Row:
 
     @property
     def point(self) -> dict[str, float]:
-        """What tells it from others, by the names of the space's dimensions."""
+        """What distinguishes the row from others: dimension of the space → value."""
         setting = self.setting
         splits = {f"attn_splits_{scale}": value for scale, value in enumerate(setting.attn_splits, start=1)}
         return {
@@ -81,7 +81,7 @@ class Row:
 
 
 def mark_front(rows: Sequence[Row], metric: str) -> list[Row]:
-    """The rows with `front` set: of those that were measured in all three, the ones that none dominates.
+    """The rows with `front` set. On the front are the finished rows with objective and cost that none dominates.
 
     Latency and memory are compared in steps of one percent.
     """
@@ -94,14 +94,14 @@ def mark_front(rows: Sequence[Row], metric: str) -> list[Row]:
 
 
 def _goals(row: Row, metric: str) -> tuple[float, float, float] | None:
-    """(objective, latency, memory), each better when lower. What was stopped on its way is no model to choose."""
+    """(objective, latency, memory), lower is better; None for rows that were not measured, or that did not finish."""
     if row.cost is None or metric not in row.metrics or row.status != "finished":
         return None
     return row.metrics[metric], _percent_steps(row.cost.latency_ms), _percent_steps(row.cost.peak_mib)
 
 
 def _percent_steps(cost: float) -> int:
-    """Costs are compared in steps of one percent: less is noise in a timing, and no reason to choose a setting."""
+    """A cost in steps of one percent: a smaller difference is noise in a timing, and no reason to choose a setting."""
     return round(math.log(cost) / math.log(1.01))
 
 
@@ -110,13 +110,13 @@ def _dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 
 
 def best_settings(rows: Sequence[Row], metric: str, count: int) -> list[Setting]:
-    """The settings of the front, best objective first."""
+    """Up to `count` settings of the front, best objective first."""
     front = [row for row in rows if row.front]
     return [row.setting for row in sorted(front, key=lambda row: (row.metrics[metric], row.name))][:count]
 
 
 def to_csv(rows: Sequence[Row], cost_size: Size) -> bytes:
-    """Columns are those of any row; a figure that a row lacks is empty."""
+    """A CSV with all columns that any row has; a value that a row lacks is empty."""
     lines = [row.flat(cost_size) for row in rows]
     columns = list(dict.fromkeys(name for line in lines for name in line))
     text = io.StringIO()

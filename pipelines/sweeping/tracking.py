@@ -1,4 +1,4 @@
-"""The sweep in MLflow: one parent run, a child for every probed setting and every trial, comparable in its UI."""
+"""The sweep in MLflow: a parent run with a child for every probed setting and trial, comparable in MLflow's UI."""
 
 import hashlib
 import json
@@ -24,14 +24,14 @@ from pipelines.training.feed import Record
 class SweepRun:
     """The parent run and its children.
 
-    A sweep that is continued finds its parent again: how much is searched, how, and on which machines is no part of the
-    parent's key. A child's key names what decides its own figures, so whoever continues finds that too.
+    A sweep that is continued finds its parent again: the parent's key does not contain how much is searched, how, and
+    on which machines. A child's key identifies what determines its own metrics, so a continued sweep finds that too.
 
-    Callable from any thread: Tune's loop and the feed both tell of trials.
+    Callable from any thread: both Tune's loop and the feed report on trials.
 
     Args:
-        config, weights, manifests: of the sweep.
-        tell: called with a line when MLflow is waited for.
+        config, weights, manifests: those of the sweep.
+        tell: called with a line when waiting for MLflow begins.
     """
 
     def __init__(
@@ -69,16 +69,16 @@ class SweepRun:
             return self._children[label]
 
     def describe(self, row: Row, stage: StageConfig) -> None:
-        """A trial's stage, whole."""
+        """Log the complete config of a trial's stage."""
         self.child(row).log_json(stage.model_dump(mode="json"), "stage.json")
 
     def log(self, row: Row, record: Record) -> None:
-        """Metrics of a row, each step once."""
+        """Log a row's metrics, those of each step once."""
         with self._lock:
             self.child(row).log(record)
 
     def end(self, row: Row) -> None:
-        """What a row has come to: a setting's metrics; how it ended, and why."""
+        """Log how a row ended and why, and for a probed setting its metrics."""
         if row.phase == "probe":
             self.log(row, Record(0, row.metrics))
         run_id = self.child(row).run_id
@@ -86,16 +86,16 @@ class SweepRun:
         self._patience(self.client.set_terminated, run_id, "FAILED" if row.status == "failed" else "FINISHED")
 
     def judge(self, row: Row) -> None:
-        """What only the whole tells: cost and front."""
+        """Log what is known only after all rows: cost, and whether the row is on the front or the reference."""
         run_id = self.child(row).run_id
-        now = int(time.time() * 1000)  # measured again they are logged again, and MLflow shows the newest
+        now = int(time.time() * 1000)  # a repeated sweep logs them again; MLflow shows the newest
         metrics = [Metric(name, value, now, 0) for name, value in vars(row.cost).items()] if row.cost else []
         self._patience(self.client.log_batch, run_id, metrics=metrics)
         marks = {"sweep.front": row.front, "sweep.reference": row.reference}
         self._tag(run_id, {name: str(holds).lower() for name, holds in marks.items()})
 
     def keep(self, files: Mapping[str, bytes]) -> None:
-        """The report, as artifacts of the parent."""
+        """Log the report's files as artifacts of the parent."""
         with tempfile.TemporaryDirectory(prefix="gmflow-report-") as folder:
             for name, content in files.items():
                 (Path(folder) / name).write_bytes(content)
@@ -107,7 +107,7 @@ class SweepRun:
 
 
 def _identity(config: SweepConfig, weights: Weights | None, manifests: Mapping[str, Manifest]) -> list[Any]:
-    """What a sweep cannot change and remain the same: all that decides the figures of its settings and trials."""
+    """What must not change if a sweep is to remain the same: what determines the metrics of any setting or trial."""
     probe, tuned = config.probe, config.tune
     return [
         config.name,

@@ -1,8 +1,8 @@
-"""Trials: what each is, in which order they come, and what storage keeps of them.
+"""Trials: what each one is, in which order they come, and what storage keeps of them.
 
-A trial is named by all that decides it, so the same config finds the same trials again. Its folder is its stage's, with
-three files more: `trial.json` (what it is, and when in the search it came), `history.json` (its validations so
-far) and `result.json`, written last, once it is decided how it ended.
+A trial's name contains a hash of everything that determines it, so the same config finds the same trials again. Its
+folder is that of its stage, with three more files: `trial.json` (what it is, and its number in the search),
+`history.json` (its validations so far), and `result.json` (how it ended), which is written last.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ _MOST_DRAWS = 1000
 
 @dataclass(frozen=True)
 class Trial:
-    """One point of the space as a stage. `key` names all that decides it; `folder` is its URL."""
+    """One point of the space as a stage. `key` identifies everything that determines it; `folder` is its URL."""
 
     name: str
     key: str
@@ -47,11 +47,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class TrialPlan:
-    """What all trials share, as it travels to their drivers.
+    """What all trials share; it is sent to their drivers.
 
     Attributes:
-        config: of the sweep.
-        weights: that trials start from; None: random.
+        config: config of the sweep.
+        weights: the weights that trials start from; None: random.
         data: name → manifest URL of what trials read.
         versions: name → manifest version.
         folder: URL of the trials' folders.
@@ -87,7 +87,7 @@ class TrialPlan:
 
 
 def stage_identity(stage: StageConfig) -> list[Any]:
-    """What decides a trial's figures in its stage: the recipe, and what is validated when."""
+    """The part of a stage that determines a trial's metrics: the recipe, and what is validated when."""
     return [stage.recipe(), stage.model_dump(mode="json", include={"validation", "validate_every"})]
 
 
@@ -96,7 +96,7 @@ def _chosen(point: Mapping[str, float], names: Sequence[str]) -> Point:
 
 
 def setting_of(point: Mapping[str, float], reference: Setting) -> Setting:
-    """The setting of a point; dimensions it lacks are the reference's."""
+    """The setting of a point; dimensions it lacks are taken from the reference."""
     splits = tuple(
         int(point.get(f"attn_splits_{scale}", value)) for scale, value in enumerate(reference.attn_splits, start=1)
     )
@@ -118,7 +118,7 @@ def dimensions(tune: TuneConfig) -> dict[str, tuple[float, ...] | RangeConfig]:
 
 
 def seed_points(config: SweepConfig, settings: Sequence[Setting]) -> list[Point]:
-    """Points of the space at these settings, the rest as the config's model and stage have it.
+    """Points of the space at these settings; other dimensions are as near to the config's model and stage as possible.
 
     Settings outside the space are left out.
     """
@@ -150,7 +150,7 @@ def _nearest(value: float, values: tuple[float, ...] | RangeConfig) -> float:
 
 
 def listed_points(config: SweepConfig, seeds: Sequence[Setting]) -> list[Point]:
-    """The points of a grid or random search in order: those at the seeds' settings first."""
+    """The points of a grid or random search, in order; those at the seeds' settings come first."""
     assert config.tune is not None
     space = dimensions(config.tune)
     if config.tune.searcher == "grid":
@@ -182,8 +182,8 @@ class TrialResult:
 
     Attributes:
         status: "finished", "stopped" by the scheduler, or "failed".
-        reason: why, in a line.
-        step: steps done.
+        reason: why it ended, in a line.
+        step: number of steps done.
     """
 
     status: str
@@ -220,7 +220,7 @@ class TrialRecords:
         return None if content is None else TrialResult(**content)
 
     def end(self, result: TrialResult) -> TrialResult:
-        """Keep how it ended, and return it: an end that is there stays, as when the driver of a stopped trial fails."""
+        """Store how it ended, and return it. An earlier end is kept, for example if a stopped trial's driver fails."""
         if (earlier := self.result) is not None:
             return earlier
         self.store.write(_RESULT, json.dumps(asdict(result)).encode())
@@ -231,7 +231,7 @@ class TrialRecords:
 
 
 def announce(trial: Trial, number: int) -> None:
-    """Keep what the trial is, before it starts: a search that is continued meets the same points again."""
+    """Store what the trial is before it starts, so that a continued search tries the same points again."""
     store = open_store(trial.folder)
     if store.size(_TRIAL) is None:
         content = {"name": trial.name, "key": trial.key, "number": number, "point": trial.point}
@@ -239,7 +239,7 @@ def announce(trial: Trial, number: int) -> None:
 
 
 def announced(plan: TrialPlan) -> list[Trial]:
-    """The trials of earlier attempts that are still trials of this config, in the order they came."""
+    """The announced trials that are still trials of this config, in the order in which they came."""
     store = open_store(plan.folder)
     found = []
     for entry in store.walk():
@@ -253,7 +253,7 @@ def announced(plan: TrialPlan) -> list[Trial]:
 
 
 def retry_failed(plan: TrialPlan) -> int:
-    """Take back the end of every trial that failed: it goes on from its newest checkpoint. Returns how many."""
+    """Take back the end of every failed trial, so that it resumes from its newest checkpoint. Returns how many."""
     failed = 0
     for trial in announced(plan):
         records = TrialRecords.open(trial.folder)

@@ -1,8 +1,8 @@
-"""Tuning on Ray Tune: each trial's driver trains a stage as the curriculum does, and tells Tune of its validations.
+"""Tuning on Ray Tune: each trial's driver trains a stage as the curriculum does, and reports validations to Tune.
 
-Continuing is ours, not Tune's: a trial that is on storage tells its history again, so that scheduler and searcher know
-it, and then goes on from its stage's checkpoint, or ends as it ended. So a killed sweep depends on no pickled state of
-Tune's, and may be continued with more trials than it was begun with.
+This module resumes a sweep itself, without Tune's restore: a trial that is on storage reports its history again, so
+that scheduler and searcher know it, and then resumes from its stage's checkpoint, or ends as it ended before. So a
+killed sweep does not depend on Tune's pickled state, and may be continued with more trials than at its start.
 """
 
 import logging
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Read when Tune is imported: ^C and the terminal are ours, and nobody reads Tune's CSV and TensorBoard files.
+# Tune reads these on import. The sweep handles Ctrl-C and the terminal; nobody reads Tune's CSV and TensorBoard files.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -53,7 +53,7 @@ from pipelines.training.stage import StageJob
 log = logging.getLogger(__name__)
 
 OBJECTIVE = "objective"
-"""What Tune compares by: the config's objective, lower is better."""
+"""The metric by which Tune compares trials: the config's objective, lower is better."""
 
 _STEP = "step"
 _REDRAWS = 100
@@ -67,7 +67,7 @@ class TrialRecord(Record):
 
 
 class Listener:
-    """What the sweep's driver wants to hear of its trials, from Tune's loop and, of their workers, from the feed."""
+    """Interface of the sweep's driver: called with news of trials by Tune's loop, and of their workers by the feed."""
 
     def started(self, trial: Trial) -> None:
         raise NotImplementedError
@@ -79,21 +79,21 @@ class Listener:
         raise NotImplementedError
 
     def show(self, record: Record) -> None:
-        """Each `TrialRecord`, at once."""
+        """Called with each `TrialRecord`, at once."""
         raise NotImplementedError
 
     def keep(self, record: Record) -> None:
-        """Each `TrialRecord`, in a thread of its own."""
+        """Called with each `TrialRecord`, in a separate thread."""
         raise NotImplementedError
 
 
 def tune_trials(plan: TrialPlan, seeds: Sequence[Setting], listener: Listener) -> None:
-    """Train the trials to their ends; failing ones end alone. Needs a connected Ray with its dashboard.
+    """Train the trials to their ends; one that fails does not end the others. Needs a connected Ray with its dashboard.
 
     Args:
-        plan: what they share.
+        plan: what all trials share.
         seeds: settings to try first.
-        listener: hears of them.
+        listener: called with news of the trials.
     """
     if ended := _all_ended(plan, seeds):
         _tell_again(ended, listener)
@@ -128,22 +128,22 @@ def tune_trials(plan: TrialPlan, seeds: Sequence[Setting], listener: Listener) -
 
 
 def driver_resources() -> tune.PlacementGroupFactory:
-    """What a trial's driver asks for: a place beside the sweep's own driver, so that no other machine takes it along.
+    """What a trial's driver asks for: the node of the sweep's own driver, so that losing another node does not end it.
 
-    It only waits: with whole CPUs, drivers would starve the workers they wait for. A request may not be empty, so it
-    asks for a byte.
+    The driver only waits: if drivers took CPUs, they would starve the workers they wait for. A request may not be
+    empty, so it asks for one byte of memory.
     """
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     return tune.PlacementGroupFactory([{"memory": 1}], bundle_label_selector=[here])
 
 
 def _is_no_trials_failure(record: logging.LogRecord) -> bool:
-    """A trial that fails is told in a line and kept with its reason; Tune would print a trace of every process."""
+    """False for Tune's own traces of a failed trial: its failure is already reported in a line, and stored."""
     return not record.getMessage().startswith(("Trial task failed", "Trials did not complete"))
 
 
 def _all_ended(plan: TrialPlan, seeds: Sequence[Setting]) -> list[tuple[Trial, TrialRecords, TrialResult]]:
-    """The trials of a search of which every one has ended, in the order they came; none while one is to run."""
+    """The trials of the search, in the order they came, if all of them have ended; otherwise an empty list."""
     trials = announced(plan)
     if plan.tune.searcher == "optuna":
         wanted = plan.tune.trials or 1
@@ -161,7 +161,7 @@ def _all_ended(plan: TrialPlan, seeds: Sequence[Setting]) -> list[tuple[Trial, T
 
 
 def _tell_again(ended: Sequence[tuple[Trial, TrialRecords, TrialResult]], listener: Listener) -> None:
-    """What Tune's loop would tell of trials that only replay."""
+    """Tell the listener of ended trials what Tune's loop would tell if they were replayed."""
     for trial, records, result in ended:
         listener.started(trial)
         for step, metrics in records.history:
@@ -191,16 +191,17 @@ def _search(plan: TrialPlan, seeds: Sequence[Setting]) -> tuple[dict[str, Any] |
 
 
 class DistinctOptuna(OptunaSearch):
-    """Optuna's TPE over the space, without repeats: a point's trial is the same stage in the same folder.
+    """Optuna's TPE over the space, without repeats: a repeated point would be the same stage in the same folder.
 
     Args:
-        plan: with the space.
+        plan: has the space.
         first: points to begin with.
-        drawn: how many were drawn in earlier attempts; seeds the sampler, which would else draw those again.
+        drawn: number of points of earlier attempts. It is added to the sampler's seed; otherwise the sampler would draw
+            those points again.
     """
 
     def __init__(self, plan: TrialPlan, first: Sequence[Point], drawn: int) -> None:
-        import optuna  # only where it is asked for
+        import optuna  # imported only if it is used
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         space: dict[str, Any] = {}
@@ -232,7 +233,7 @@ class DistinctOptuna(OptunaSearch):
 
 
 def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
-    """A trial's driver: replay what storage holds, train on, keep the final weights, and only then tell the end."""
+    """A trial's driver: replay what storage holds, continue training, store the final weights, then report the end."""
     with waiting_for_storage(plan.tune.machine.storage_patience_s):
         _replay_and_train(plan.trial(config["point"]), plan)
 
@@ -247,19 +248,19 @@ def _replay_and_train(trial: Trial, plan: TrialPlan) -> None:
         if ended is not None or step < trial.stage.steps:
             tune.report(_report(plan, step, metrics))
     if ended is not None and ended.status == "failed":
-        raise PipelineError(ended.reason)  # Tune takes no other end of a trial that may never have told a metric
+        raise PipelineError(ended.reason)  # Tune needs this: the trial may never have reported a metric
     if ended is None:
         try:
             _train(trial, plan)
         except RayActorError:
-            raise  # its controller is lost, stopped by Tune or with its machine: that says nothing of the trial
+            raise  # its controller is gone, stopped by Tune or with its machine: that is not the trial's fault
         except Exception as error:
             if isinstance(error, USER_ERRORS) and not isinstance(error, LASTING_ERRORS):
-                raise  # storage was away for too long: neither does that
+                raise  # storage was unreachable for too long: not its fault either
             told = error if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {error}"
             records.end(TrialResult("failed", " ".join(str(told).split())[:500], records.last_step))
             raise
-        # The end is told after the weights are safe: Tune may stop a trial that told it of its last step.
+        # Report the last step only after the weights are stored: Tune may stop a trial that has reported it.
         step, metrics = TrialRecords.open(trial.folder).history[-1]
         records.end(TrialResult("finished", "", step))
         tune.report(_report(plan, step, metrics))
@@ -301,13 +302,13 @@ def _train(trial: Trial, plan: TrialPlan) -> None:
 
 
 def _catch_up(trial: Trial, plan: TrialPlan, snapshot: dict[str, Any] | None) -> None:
-    """Add what a checkpoint knows of and the history does not: its attempt was killed between the two."""
+    """Add the validations of a checkpoint that the history lacks: the attempt was killed between the two writes."""
     for step, metrics in snapshot["records"] if snapshot else ():
         _remember(trial, plan, step, metrics)
 
 
 def _remember(trial: Trial, plan: TrialPlan, step: int, told: dict[str, Any]) -> dict[str, float] | None:
-    """Add a validation to the trial's history, in its place; None where it is none, or there already."""
+    """Add a due validation to the trial's history. Returns its scores; None if it is not one, or is there already."""
     stage = trial.stage
     due = step == stage.steps or (stage.validate_every is not None and step % stage.validate_every == 0)
     records = TrialRecords.open(trial.folder)
@@ -319,9 +320,9 @@ def _remember(trial: Trial, plan: TrialPlan, step: int, told: dict[str, Any]) ->
 
 
 class _ReportValidations(TuneReportCallback):
-    """Carries a stage's validations to storage and to Tune; the last one to storage only, see `run_trial`.
+    """Passes a stage's validations to storage and to Tune; the last one only to storage, see `run_trial`.
 
-    Lives in Ray Train's controller.
+    It runs in Ray Train's controller.
     """
 
     def __init__(self, trial: Trial, plan: TrialPlan) -> None:
@@ -338,7 +339,7 @@ class _ReportValidations(TuneReportCallback):
 
 
 class _Bookkeeping(tune.Callback):
-    """Tune's loop, told to the sweep's driver, which alone prints and writes to MLflow."""
+    """Passes the events of Tune's loop to the sweep's driver, the only one that prints and writes to MLflow."""
 
     def __init__(self, plan: TrialPlan, listener: Listener) -> None:
         self.plan = plan
@@ -346,7 +347,7 @@ class _Bookkeeping(tune.Callback):
         self.number = len(announced(plan))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its run for `Tuner.restore`, which is not how we go on; a listener holds open connections."""
+        """Leave out the listener, which has open connections: Tune pickles its run for `Tuner.restore`, unused here."""
         return {"plan": self.plan}
 
     def _trial(self, trial: Any) -> Trial:
@@ -367,12 +368,12 @@ class _Bookkeeping(tune.Callback):
         ended = self._trial(trial)
         records = TrialRecords.open(ended.folder)
         step = int(trial.last_result[_STEP])
-        # Unless it told its end itself.
+        # `end` keeps an end that the trial has already stored.
         result = records.end(TrialResult("stopped", f"behind the others at step {step}", step))
         self.listener.ended(ended, result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ended = self._trial(trial)
-        # Where nothing says that the trial is at fault, the same command tries it again.
+        # If no stored result says that the trial itself failed, the same command retries it.
         silent = TrialResult("failed", "its driver or storage was lost; the same command tries it again")
         self.listener.ended(ended, TrialRecords.open(ended.folder).result or silent)

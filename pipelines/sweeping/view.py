@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: a live table on a terminal, plain lines in a job's log, the front at the end."""
+"""The display of a sweep: a live table on a terminal, plain lines in a job's log, and the front at the end."""
 
 import contextlib
 import threading
@@ -16,7 +16,7 @@ _STYLES = {"running": "bold", "failed": "red", "stopped": "yellow", "finished": 
 
 
 class SweepView:
-    """Rows as they change. Callable from any thread.
+    """Shows rows as they change. Callable from any thread.
 
     Args:
         metric: the objective, "val/DATA/SUBSET/METRIC".
@@ -31,7 +31,7 @@ class SweepView:
 
     @contextlib.contextmanager
     def showing(self) -> Iterator[None]:
-        """The live table, on a terminal, for the length of a `with`."""
+        """Show the live table for the length of a `with`, if this is a terminal."""
         if not self.console.is_terminal:
             yield
             return
@@ -40,7 +40,7 @@ class SweepView:
         self._live = None
 
     def show(self, row: Row) -> None:
-        """A row is new, or has changed; in a log, a change of status is a line."""
+        """Show a row that is new or has changed; a log gets a line if the status changed."""
         with self._lock:
             before = self._rows.get(f"{row.phase} {row.name}")
             self._rows[f"{row.phase} {row.name}"] = row
@@ -48,12 +48,12 @@ class SweepView:
             self.log(_line(row, self.metric))
 
     def log(self, line: str) -> None:
-        """A line in a log; a terminal has the table."""
+        """Print a line in a log only; a terminal shows the table instead."""
         if not self.console.is_terminal:
             self.say(line)
 
     def say(self, line: str) -> None:
-        """A line above the table."""
+        """Print a line; on a terminal it appears above the table."""
         self.console.print(f"{datetime.now():%H:%M:%S} {line}", markup=False, highlight=False, soft_wrap=True)
 
     def _table(self) -> Table:
@@ -66,7 +66,7 @@ class SweepView:
         for name in ("step", self.metric.removeprefix("val/"), "ms", "MiB"):
             table.add_column(name, justify="right")
         table.add_column("why", overflow="ellipsis", no_wrap=True)
-        # What runs, what ended, what waits; a terminal shows no more than fits.
+        # Order: running, ended, waiting rows. A terminal shows only as many as fit.
         order = sorted(rows, key=lambda row: (row.status != "running", row.status == "waiting"))
         room = min(_SHOWN_ROWS, max(self.console.height - 8, 3))
         for row in order[:room]:
@@ -94,7 +94,7 @@ def _line(row: Row, metric: str) -> str:
 
 
 def front_table(rows: Sequence[Row], metric: str, size: str) -> Table:
-    """The front, best objective first, and the reference wherever it is."""
+    """A table of the front and the reference, best objective first."""
     shown = sorted((row for row in rows if row.front or row.reference), key=lambda row: row.metrics.get(metric, 1e9))
     speeds = [f"{metric.rpartition('/')[0]}/{name}" for name in ("s0_10", "s10_40", "s40_plus")]
     table = Table(title=f"Pareto front: {metric.removeprefix('val/')} × latency × memory at {size}")

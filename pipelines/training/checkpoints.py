@@ -1,8 +1,8 @@
-"""Checkpoints of a stage on storage: written beside the training, whole or not there, checked when read.
+"""Checkpoints of a stage on storage: written while training continues, complete or absent, verified when read.
 
-A checkpoint is two objects in the stage's folder: `checkpoints/step_00000100-HASH.pt`, named by its content, and then,
-vouching for it, `checkpoints/step_00000100.json`. One without its facts does not exist; one that is replaced stands
-until the facts of the new one do.
+A checkpoint is two objects in the stage's folder: first `checkpoints/step_00000100-HASH.pt`, named by its content, and
+then `checkpoints/step_00000100.json`, its facts, which vouch for it. Without its facts a checkpoint does not exist. A
+checkpoint that is being replaced stays valid until the facts of the new one are written.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from pipelines.training.code_version import code_version
 FORMAT_VERSION = 5
 
 INITIAL_WEIGHTS = "init.safetensors"
-"""In a stage's folder, beside its checkpoints: what it starts from, with the model's configuration."""
+"""File in a stage's folder, beside its checkpoints: the weights it starts from, with the model's configuration."""
 
 _PREFIX = "checkpoints/step_"
 _OURS = re.compile(r"checkpoints/step_(?P<step>\d{8})(\.json|-[0-9a-f]{16}\.pt)")
@@ -37,25 +37,25 @@ _DATA = re.compile(r"step_\d{8}-(?P<sha256>[0-9a-f]{16})\.pt")
 
 @dataclass(frozen=True)
 class KeepPolicy:
-    """Which checkpoints stay: the newest `last`, and the best by a metric (lower is better) where one is named."""
+    """Which checkpoints are kept: the newest `last`, and the best by a metric (lower is better) if one is named."""
 
     last: int
     best_by: str | None = None
 
 
 class OtherFormatError(PipelineError):
-    """A checkpoint that another version of this software wrote: nothing is wrong with it."""
+    """A checkpoint in the format of another version of this software; the checkpoint itself is not damaged."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What vouches for a checkpoint.
+    """The facts that vouch for a checkpoint.
 
     Attributes:
-        step: steps done.
-        sha256: of the stored bytes.
-        metrics: of the validation at that step, if there was one.
-        format, torch, code: versions that wrote it.
+        step: number of steps done.
+        sha256: SHA-256 of the stored bytes.
+        metrics: metrics of the validation at that step; empty if there was none.
+        format, torch, code: the versions that wrote it.
     """
 
     step: int
@@ -73,26 +73,26 @@ class CheckpointStore:
         self.folder = folder
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints there are, newest first."""
+        """The steps of all checkpoints, newest first."""
         return sorted((step for key, step in self._stored() if key.endswith(".json")), reverse=True)
 
     def _stored(self) -> list[tuple[str, int]]:
-        """Keys and steps of what belongs to checkpoints; what somebody else keeps beside them is nobody's business."""
+        """Keys and steps of the objects that belong to checkpoints; all other files in the folder are left alone."""
         named = (_OURS.fullmatch(found.key) for found in self.folder.walk(_PREFIX))
         return [(match[0], int(match["step"])) for match in named if match]
 
     def write(self, snapshot: dict[str, Any], metrics: Mapping[str, float]) -> None:
-        """Store a snapshot of `TrainingState`; one of the same step is replaced."""
+        """Store a snapshot of `TrainingState`; it replaces a checkpoint of the same step."""
         data = state.to_bytes(snapshot)
         facts = Facts(snapshot["step"], hashlib.sha256(data).hexdigest(), dict(metrics), code=code_version())
         self.folder.write(_data_key(facts), data)
         self.folder.write(f"{_key(facts.step)}.json", json.dumps(asdict(facts)).encode())
 
     def read(self, step: int) -> dict[str, Any]:
-        """The snapshot of a step. Raises PipelineError where it is damaged or of another version."""
+        """The snapshot of a step. Raises PipelineError if it is damaged or in another version's format."""
         facts = self._facts(step)
         if self.folder.size(_data_key(facts)) is None:
-            facts = self._facts(step)  # replaced meanwhile, by rank 0 or by workers that a killed driver left
+            facts = self._facts(step)  # just replaced, by rank 0 or by workers that a killed driver left
         key = _data_key(facts)
         where = f"{self.folder.url}/{key}"
         if self.folder.size(key) is None:
@@ -103,10 +103,13 @@ class CheckpointStore:
         return state.from_bytes(data)
 
     def newest(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
-        """The newest whole snapshot. What is damaged is told, set aside for good, and the one before it is taken.
+        """The newest undamaged snapshot; None if there is none.
+
+        For a damaged checkpoint a warning is given and its facts are deleted, so that it is never tried again; then the
+        one before it is tried.
 
         Raises:
-            OtherFormatError: it is whole, and another version's.
+            OtherFormatError: the first one without damage is in another version's format.
         """
         for step in self.steps():
             try:
@@ -119,7 +122,7 @@ class CheckpointStore:
         return None
 
     def prune(self, policy: KeepPolicy) -> None:
-        """Delete what the policy does not keep, and what no facts vouch for."""
+        """Delete the checkpoints that the policy does not keep, and data that no facts vouch for."""
         steps = self.steps()
         facts = {step: self._sound_facts(step) for step in (steps[: policy.last] if policy.best_by is None else steps)}
         keep = set(steps[: policy.last])
@@ -133,7 +136,7 @@ class CheckpointStore:
                 self.folder.delete(key)
 
     def _sound_facts(self, step: int) -> Facts | None:
-        """None where they are damaged, or another version's."""
+        """The facts of a step; None if they are damaged or in another version's format."""
         try:
             return self._facts(step)
         except PipelineError:
@@ -162,7 +165,7 @@ def _data_key(facts: Facts) -> str:
 
 
 def initial_model(folder: ObjectStore) -> GMFlow:
-    """What the stage of a folder starts from, in evaluation mode."""
+    """The model that the stage of a folder starts from, in evaluation mode."""
     with tempfile.TemporaryDirectory(prefix="gmflow-init-") as scratch:
         path = Path(scratch) / INITIAL_WEIGHTS
         path.write_bytes(folder.read(INITIAL_WEIGHTS))
@@ -170,13 +173,13 @@ def initial_model(folder: ObjectStore) -> GMFlow:
 
 
 def checkpoint_model(url: str) -> GMFlow:
-    """The model of a stage's checkpoint, in evaluation mode: with averaged weights where the stage keeps them.
+    """The model of a stage's checkpoint, in evaluation mode, with averaged weights if the stage keeps them.
 
     Args:
-        url: of a `.pt` in a stage's `checkpoints/`.
+        url: URL of a `.pt` in a stage's `checkpoints/`.
 
     Raises:
-        PipelineError: it is none, or damaged.
+        PipelineError: the URL is not that of a checkpoint, or the checkpoint is damaged.
     """
     store, name = split_url(url)
     named = _DATA.fullmatch(name)
@@ -191,16 +194,16 @@ def checkpoint_model(url: str) -> GMFlow:
 
 
 class CheckpointWriter:
-    """Writes snapshots in a thread, so that training goes on meanwhile.
+    """Writes snapshots in a background thread, so that training continues.
 
-    While one is written only the newest waits, beside the best one where that is kept. A write that fails (storage away
-    for longer than it is waited for, a full disk) is told and left at that: the checkpoint before stays, the next one
-    is tried.
+    While one is being written, at most two wait: the newest, and the best if the best is kept. If a write fails
+    (storage unreachable for longer than the patience, a full disk), a warning is given and the write is not retried:
+    the previous checkpoint stays, and the next one is written when it is due.
 
     Args:
-        store: where they go.
-        policy: what is deleted after each.
-        warn: told, in a line, of a write that failed; called from the thread.
+        store: where snapshots are stored.
+        policy: which checkpoints are kept; the others are deleted after each write.
+        warn: called with a line of text when a write or a deletion fails, from the background thread.
     """
 
     def __init__(self, store: CheckpointStore, policy: KeepPolicy, warn: Callable[[str], None]) -> None:
@@ -216,7 +219,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def submit(self, snapshot: dict[str, Any], metrics: Mapping[str, float]) -> None:
-        """Have a snapshot written as soon as the one before is; returns at once."""
+        """Queue a snapshot, to be written after the one in progress; returns at once."""
         with self._changed:
             best = min([*self._waiting, (snapshot, metrics)], key=lambda one: self._score(one[1]))
             self._waiting = [(snapshot, metrics)]
@@ -225,18 +228,18 @@ class CheckpointWriter:
             self._changed.notify_all()
 
     def _score(self, metrics: Mapping[str, float]) -> float:
-        """By what the best is kept; infinite where none is."""
+        """The metric by which the best is kept; infinite if no best is kept or the metric has no value."""
         return math.inf if self._policy.best_by is None else metrics.get(self._policy.best_by, math.inf)
 
     def flush(self) -> None:
-        """Wait until the newest snapshot is stored. Raises what its write met."""
+        """Wait until the newest snapshot is stored. Raises the error of its write if that failed."""
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting and not self._busy)
             if self._failure is not None:
                 raise self._failure
 
     def close(self) -> None:
-        """End the thread after what it is writing."""
+        """End the thread once it has written all waiting snapshots."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -257,11 +260,11 @@ class CheckpointWriter:
     def _written(self, snapshot: dict[str, Any], metrics: Mapping[str, float]) -> Exception | None:
         try:
             self._store.write(snapshot, metrics)
-        except Exception as error:  # noqa: BLE001 (raised by `flush`; without this thread there would be none)
+        except Exception as error:  # noqa: BLE001 (`flush` raises it; the thread must live on for later writes)
             self._warn(f"checkpoint of step {snapshot['step']} could not be written ({error}); the one before stays")
             return error
         try:
             self._store.prune(self._policy)
-        except Exception as error:  # noqa: BLE001 (what is stored is stored)
+        except Exception as error:  # noqa: BLE001 (the checkpoint itself is stored)
             self._warn(f"checkpoints that need not be kept could not be deleted ({error})")
         return None

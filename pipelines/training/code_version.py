@@ -1,4 +1,4 @@
-"""Which code ran: a commit where there is one, and always a hash of the sources."""
+"""Which code ran: the commit if there is one, and always a hash of the sources."""
 
 import functools
 import hashlib
@@ -11,9 +11,9 @@ _PACKAGES = ("gmflow", "datasets_etl", "pipelines")
 
 @functools.cache
 def code_version() -> str:
-    """`git:COMMIT sources:HASH`; without the commit where the code runs outside a checkout (a submitted job)."""
+    """`git:COMMIT sources:HASH`; without the commit if the code runs outside a checkout (a submitted job)."""
     hashed = f"sources:{_source_hash()}"
-    # Not the commit of whatever repository the installed package happens to lie in.
+    # Without this check, git would name the commit of any repository the installed package happens to lie in.
     if not (_ROOT / ".git").exists():
         return hashed
     git = subprocess.run(

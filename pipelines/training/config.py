@@ -1,4 +1,4 @@
-"""The curriculum's config: frozen pydantic models that know no unknown key."""
+"""The curriculum's config: frozen pydantic models that reject unknown keys."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from pipelines.config_file import Frozen
 
 
 class ModelConfig(Frozen):
-    """A variant of the model; what is None is the variant's own."""
+    """A variant of the model; a field that is None keeps the variant's value."""
 
     variant: Literal["base", "refine"] = "base"
     backbone_channels: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
@@ -30,13 +30,13 @@ class ModelConfig(Frozen):
     prop_radius: tuple[int, ...] | None = None
 
     def build(self) -> GMFlowConfig:
-        """The model library's config. Raises GMFlowError where the values do not make a model."""
+        """The model library's config. Raises GMFlowError if the values do not describe a valid model."""
         variant = GMFlowConfig.refine() if self.variant == "refine" else GMFlowConfig.base()
         return GMFlowConfig.from_dict(variant.to_dict() | self.model_dump(exclude={"variant"}, exclude_none=True))
 
 
 class PartConfig(Frozen):
-    """A part of a stage's mixture: a subset of a dataset, how often an epoch holds it, how it is augmented.
+    """A part of a stage's mixture: a subset of a dataset, how often an epoch repeats it, and how it is augmented.
 
     Scales are log2, as in the paper's recipe; flips are probabilities.
     """
@@ -66,7 +66,7 @@ class PartConfig(Frozen):
 
 
 def _no_alias_of_the_registry(name: str) -> str:
-    """A stage's name becomes an alias of its model."""
+    """Refuses names that the registry reserves: a stage's name becomes an alias of its model."""
     if name in ("champion", "latest") or re.fullmatch(r"v\d+", name):
         raise ValueError(f"{name!r} means something else in the model registry; give the stage another name")
     return name
@@ -81,19 +81,19 @@ class SetConfig(Frozen):
 
     @property
     def name(self) -> str:
-        """What metrics are called by, such as "sintel/training-clean"."""
+        """The name of the set in metrics, such as "sintel/training-clean"."""
         return f"{self.data}/{self.subset}"
 
 
 def check_named_once(sets: Sequence[SetConfig], whose: str) -> None:
-    """Raises ValueError where a validation names a set again, with another limit: its figures have but one name."""
+    """Raises ValueError if a validation names a set twice, even with another limit: metric names would be the same."""
     names = [chosen.name for chosen in sets]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{whose}: validation names {twice[0]} twice; its figures would be of one of them")
 
 
 class MetricConfig(Frozen):
-    """A metric of a validation set; lower is better. Not every dataset tells what is matched: Sintel and KITTI do."""
+    """A metric of a validation set; lower is better. Only Sintel and KITTI can give "matched" and "unmatched"."""
 
     data: str
     subset: str
@@ -105,18 +105,18 @@ class MetricConfig(Frozen):
 
     @property
     def name(self) -> str:
-        """As it is tracked, such as "val/sintel/training-clean/epe"."""
+        """The name it is tracked under, such as "val/sintel/training-clean/epe"."""
         return f"val/{self.set_name}/{self.metric}"
 
 
 class GateConfig(MetricConfig):
-    """What a finished stage must reach before anything is built on it."""
+    """A value that a finished stage must stay below before anything is built on it."""
 
     below: PositiveFloat
 
 
 class StageConfig(Frozen):
-    """One stage of the curriculum: the recipe (which decides the weights) and what is watched on the way."""
+    """One stage of the curriculum: the recipe (which determines the weights), and how training is monitored."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$"), pydantic.AfterValidator(_no_alias_of_the_registry)]
     steps: PositiveInt
@@ -154,27 +154,29 @@ class StageConfig(Frozen):
 
     @property
     def compared(self) -> list[tuple[str, MetricConfig]]:
-        """What the stage itself decides by: (purpose, metric)."""
+        """The metrics that the stage itself bases decisions on, as (purpose, metric)."""
         best = [] if self.keep_best is None else [("keep_best", self.keep_best)]
         return [*best, *(("gates", gate) for gate in self.gates)]
 
     def check_validated(self, purpose: str, metric: MetricConfig) -> None:
-        """Raises ValueError where the stage does not validate on a metric's set."""
+        """Raises ValueError if the stage does not validate on a metric's set."""
         if metric.set_name not in [chosen.name for chosen in self.validation]:
             raise ValueError(
                 f"stage {self.name}: validation lacks {metric.set_name}, which {purpose} compares by; add it"
             )
 
     def recipe(self) -> dict[str, Any]:
-        """The part that decides the weights."""
+        """The part of the config that determines the weights."""
         watched = {"validation", "validate_every", "checkpoint_every", "keep_last", "keep_best", "log_every", "gates"}
-        watched.add("max_skipped_in_a_row")  # ends a stage, and changes no weight
+        watched.add("max_skipped_in_a_row")  # it may end a stage, but changes no weight
         return self.model_dump(mode="json", exclude=watched)
 
 
 class CacheConfig(Frozen):
-    """A folder on each machine's own disk that keeps samples read from storage, up to a size in GiB, and for as long as
-    a twentieth of the disk is free, or 2 GiB.
+    """A folder on each machine's own disk that keeps samples read from storage.
+
+    It holds at most `gib` GiB. It takes no more samples once a twentieth of the disk or less is free, or 2 GiB or less
+    if that is smaller.
     """
 
     folder: str
@@ -183,7 +185,7 @@ class CacheConfig(Frozen):
     @pydantic.field_validator("folder")
     @classmethod
     def _is_the_same_for_all(cls, folder: str) -> str:
-        """Workers have working folders of their own, which are gone with Ray."""
+        """Refuses a relative path: each worker has its own working folder, which disappears with Ray."""
         if not Path(folder).expanduser().is_absolute():
             raise ValueError(f"{folder}: give an absolute path, such as /scratch/gmflow")
         return folder
@@ -193,27 +195,27 @@ class CacheConfig(Frozen):
 
 
 class MachineConfig(Frozen):
-    """What the machine is: changes speed and memory, never the result.
+    """How the machine is used: this changes speed and memory, never the result.
 
     Attributes:
-        num_workers: data-parallel workers.
-        min_workers: go on with as few as this many while machines are missing; None: wait for all of them.
-        grow_interval_s: how often to look whether more fit again, once it went on with fewer; Ray itself sees a machine
-            that came within 20 s.
-        cpus_per_worker, use_gpu: what each worker takes of the cluster.
-        placement: pack workers on as few nodes as hold them, spread them over as many as there are, or insist on a node
-            for each.
-        micro_batch: samples a worker computes at a time; gradients are accumulated up to the recipe's batch.
-        loader_workers: processes of each worker that read and augment; 0: the worker itself does.
-        cache: keeps samples on the machines' own disks; None: each is read from storage every time.
-        checkpointing: activations recomputed in the backward pass instead of kept.
-        compile: the model through torch.compile, with a compiler that the machine has (as the image does).
-        replay: on GPUs, record a step's operations once and replay them, unless the model is compiled: the same bits in
-            less time where micro-batches are small, for memory that validation cannot use.
-        max_failures: how often a stage is started again after a worker failed, without a new checkpoint in between; 0:
+        num_workers: number of data-parallel workers.
+        min_workers: continue with as few workers as this while machines are missing; None: wait for all of them.
+        grow_interval_s: how often (s) to check whether more workers fit, while training runs with fewer; Ray itself
+            notices a new machine within 20 s.
+        cpus_per_worker, use_gpu: the resources that each worker takes from the cluster.
+        placement: "pack": workers on as few nodes as possible; "spread": on as many nodes as possible; "strict_spread":
+            each worker must have its own node.
+        micro_batch: samples that a worker computes at a time; gradients are accumulated up to the recipe's batch.
+        loader_workers: processes of each worker that read and augment samples; 0: the worker does it itself.
+        cache: keeps samples on the machines' own disks; None: each sample is read from storage every time.
+        checkpointing: which activations are recomputed in the backward pass instead of kept.
+        compile: run the model through torch.compile; the machine must have a compiler (the image has one).
+        replay: on GPUs, record a step's operations once and replay them, unless the model is compiled. The bits are the
+            same. Small micro-batches take less time, but the recordings hold memory that validation cannot use.
+        max_failures: how often a stage is restarted after a worker failed, without a new checkpoint in between; 0:
             never.
-        hang_timeout_s: a worker without progress for as long is ended, so that the stage resumes.
-        storage_patience_s: for how long workers and driver wait for storage that is away.
+        hang_timeout_s: a worker without progress for this long is ended, so that the stage resumes.
+        storage_patience_s: how long workers and driver wait for storage that is unreachable.
     """
 
     num_workers: PositiveInt = 1
@@ -249,7 +251,7 @@ class MachineConfig(Frozen):
         return self
 
     def execution(self, precision: Precision, *, ddp: bool = False) -> ExecutionConfig:
-        """How a model is trained on this machine."""
+        """How a model is run for training on this machine."""
         return ExecutionConfig(
             precision=precision,
             checkpointing=self.checkpointing,
@@ -261,14 +263,14 @@ class MachineConfig(Frozen):
 
 
 def shown_uri(uri: str) -> str:
-    """A URI for people and records: without the password that one of a database, or of a server, may hold."""
-    return re.sub(r"(?<=://)[^/@]*@", "", uri)
+    """A URI for people and records: without the user name and password that a database or server URI may hold."""
+    return re.sub(r"(?<=://)[^/]*@", "", uri)
 
 
 class MlflowConfig(Frozen):
     """Where runs and models go. Without a URI: MLFLOW_TRACKING_URI, or SQLite in `runs/` of the working folder.
 
-    A server that is away while a stage runs is waited for, `patience_s` at most; training goes on meanwhile.
+    If the server is unreachable while a stage runs, the driver waits up to `patience_s`; training continues meanwhile.
     """
 
     tracking_uri: str | None = None
@@ -285,16 +287,16 @@ class CurriculumConfig(Frozen):
     """A whole curriculum.
 
     Attributes:
-        name: of the curriculum, leads the names of its runs.
-        storage: URL or path for checkpoints and weights; every node must reach it.
-        data: name → manifest URL, the datasets that mixtures and validation sets refer to.
-        stages: in order; each starts from the weights of the one before.
-        init_from: weights the first selected stage starts from: models:/…, .pth or .safetensors. None: random, or what
-            the stage before it ended with.
-        only: run these stages alone; the first goes on from the stage before it unless `init_from` is given.
-        seed: of initial weights, order and augmentation.
+        name: name of the curriculum; the names of its runs begin with it.
+        storage: URL or path for checkpoints and weights; every node must be able to reach it.
+        data: name → manifest URL of the datasets that mixtures and validation sets refer to.
+        stages: the stages in order; each starts from the weights of the one before.
+        init_from: weights the first selected stage starts from: models:/…, .pth or .safetensors. None: the final
+            weights of the stage before it, or random weights if it is the first of all.
+        only: run only these stages; the first continues from the stage before it unless `init_from` is given.
+        seed: seed of initial weights, sample order and augmentation.
         precision: arithmetic of the forward pass.
-        promotion: None promotes every finished stage.
+        promotion: the metric that must improve before a finished stage is promoted; None promotes every one.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
@@ -352,18 +354,18 @@ class CurriculumConfig(Frozen):
 
     @property
     def chain(self) -> tuple[StageConfig, ...]:
-        """The selected stages, after the finished ones that lead to them where no `init_from` says otherwise."""
+        """The selected stages, and before them, unless `init_from` is given, the finished stages that lead to them."""
         selected = self.selected_stages
         before = self.stages[: self.stages.index(selected[0])]
         return selected if self.init_from else (*before, *selected)
 
     def stage_hash(self, stage: StageConfig, versions: Mapping[str, str], parent: str) -> str:
-        """Names everything that decides a stage's weights.
+        """A hash that identifies everything that determines a stage's weights.
 
         Args:
             stage: one of the stages.
             versions: data name → content hash of its manifest.
-            parent: hash of the stage, or reference, whose weights it starts from.
+            parent: hash of the stage, or reference of the model, whose weights it starts from.
         """
         manifests = {part.data: versions[part.data] for part in stage.mixture}
         decides = [stage.recipe(), manifests, self.model.build().to_dict(), self.seed, self.precision, parent]

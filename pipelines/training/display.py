@@ -1,4 +1,4 @@
-"""What a person sees of a running curriculum: a live table on a terminal, lines with the same figures in a log."""
+"""The display of a running curriculum: a live table on a terminal, or lines with the same figures in a log."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,15 +12,15 @@ from rich.table import Table
 
 from pipelines.training.feed import Record
 
-# A job's log has no width of its own.
+# The width used for a job's log, which has none.
 LOG_WIDTH = 160
 
 WAITING = "waiting for workers"
-"""The state of a stage whose workers have not come up."""
+"""The state of a stage whose workers have not started yet."""
 
 
 def output() -> Console:
-    """Standard output."""
+    """A console that writes to standard output."""
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else LOG_WIDTH)
 
 
@@ -33,11 +33,11 @@ class _Row:
 
 
 class Display:
-    """Shows the stages of a curriculum and what is said about them.
+    """Shows the stages of a curriculum and the messages about them.
 
     Args:
-        title: of the table.
-        stages: (name, steps) in order.
+        title: title of the table.
+        stages: (name, steps) of each stage, in order.
         shown_sets: validation sets whose EPE gets a column, such as "sintel/training-final".
     """
 
@@ -50,7 +50,7 @@ class Display:
 
     @contextmanager
     def showing(self) -> Iterator[None]:
-        """The table stays on the terminal for the length of a `with`, below what is said."""
+        """Keep the table on the terminal for the length of a `with`, below the messages."""
         if not self._console.is_terminal:
             yield
             return
@@ -66,14 +66,14 @@ class Display:
             print(text, flush=True)
 
     def state(self, stage: str, state: str) -> None:
-        """What a stage is doing, in a word or two."""
+        """Set what a stage is doing, in a word or two."""
         row = self._rows[stage]
         row.state = state
         if state == "finished":
             row.step = row.steps
 
     def record(self, stage: str, record: Record) -> None:
-        """What a worker told, or who waits for workers."""
+        """Show a record from a worker, or from the driver that waits for workers."""
         row = self._rows[stage]
         if record.waiting:
             row.state = WAITING

@@ -1,4 +1,4 @@
-"""`curriculum.py --dry-run`: the resolved config, and what every stage would take."""
+"""`curriculum.py --dry-run`: the resolved config, and the time and memory that every stage would take."""
 
 from datetime import timedelta
 
@@ -16,9 +16,9 @@ from pipelines.training.plan import StagePlan, plan_curriculum
 
 
 def show_dry_run(config: CurriculumConfig) -> None:
-    """The resolved config, and for every stage its samples, where it stands and what it would take.
+    """Print the resolved config, and for every stage its samples, its state, and the time and memory it would take.
 
-    Raises DataError or PipelineError for data or weights that are not there.
+    Raises DataError or PipelineError if data or weights are missing.
     """
     plans = plan_curriculum(config)
     if config.init_from is not None and not weights_are_pinned(plans[0].folder):
@@ -58,7 +58,7 @@ def show_dry_run(config: CurriculumConfig) -> None:
 
 
 def _cost(config: CurriculumConfig, stage: StageConfig) -> tuple[str, str]:
-    """Time of all steps and memory of a worker, for the table."""
+    """Time of all steps and memory of a worker, as text for the table."""
     try:
         cost = estimate(config, stage)
     except TooLargeError:

@@ -1,4 +1,4 @@
-"""What a stage's steps would take, measured on one worker without training anything."""
+"""The time and memory of a stage's steps, measured on one worker without training anything."""
 
 import math
 import time
@@ -22,7 +22,7 @@ _PATIENCE_S = 120
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one step of a worker: seconds of computing, and its process's peak memory in GiB."""
+    """The cost of one step of a worker: computing time in seconds, and peak memory of its process in GiB."""
 
     step_s: float
     memory_gib: float
@@ -33,13 +33,13 @@ class TooLargeError(Exception):
 
 
 def estimate(config: CurriculumConfig, stage: StageConfig) -> StepCost | None:
-    """Measure forward and backward of a micro-batch on a worker of this Ray.
+    """Measure the forward and backward pass of a micro-batch on a worker of this Ray.
 
-    None where it has no room for one, or where that took longer than `_PATIENCE_S`: others have what there is, or it is
-    slow.
+    Returns None if the cluster is too small for a worker, or if this took longer than `_PATIENCE_S`: others use the
+    resources, or the pass is slow.
 
     Raises:
-        TooLargeError: it does not fit into memory.
+        TooLargeError: the micro-batch does not fit into memory.
         GMFlowError: the model cannot be run as configured.
     """
     machine = config.machine
@@ -67,7 +67,7 @@ def estimate(config: CurriculumConfig, stage: StageConfig) -> StepCost | None:
 
 @ray.remote(max_calls=1)
 def _measure(config: CurriculumConfig, stage: StageConfig) -> tuple[float, float]:
-    """Seconds of one micro-batch, peak GiB of this process. A process of its own, so that the peak is its own."""
+    """Seconds of one micro-batch, and peak GiB of this process, which runs nothing else (`max_calls=1`)."""
     machine = config.machine
     device = torch.device("cuda" if machine.use_gpu else "cpu")
     if device.type == "cpu":

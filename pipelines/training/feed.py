@@ -1,7 +1,7 @@
-"""What workers tell the driver while a stage runs: records on a queue that outlives any worker.
+"""What workers report to the driver while a stage runs: records on a queue that outlives any worker.
 
-The driver is the only one who prints and who writes to MLflow, so workers need no tracking server, and a lost worker
-leaves no half-told run behind.
+Only the driver prints and writes to MLflow, so workers need no access to the tracking server, and a lost worker leaves
+no half-written run behind.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _POLL_SECONDS = 0.5
-# How long what was told before an error, or ^C, may take to be kept: the server may be away, and checkpoints hold the
-# newest records.
+# After an error or Ctrl-C, the records sent before it get this long to be kept. More is not needed: the server may be
+# unreachable, and checkpoints hold the newest records.
 _KEPT_AFTER_AN_ERROR_S = 10.0
 
 
@@ -26,12 +26,12 @@ class Record:
     """One message.
 
     Attributes:
-        step: steps finished when it was made.
+        step: number of steps finished when it was made.
         metrics: name → value, tracked against the step.
-        line: what a person reads of it; empty where nothing is to be shown.
+        line: text to show to people; empty if there is nothing to show.
         pictures: file name → PNG.
-        time_ms: when it was made, milliseconds since 1970: told twice, it is the same entry.
-        waiting: told by who waits for workers, not by one of them.
+        time_ms: when it was made, in milliseconds since 1970; a retried write to MLflow is then the same entry.
+        waiting: whether it comes from the driver that waits for workers, not from a worker.
     """
 
     step: int
@@ -76,60 +76,60 @@ class _Queue:
 
 
 class FeedWriter:
-    """A worker's end."""
+    """The sending end of the queue, for workers."""
 
     def __init__(self, name: str) -> None:
         self._queue = ray.get_actor(name)
 
     def send(self, record: Record) -> None:
-        """In order, without waiting for the driver."""
+        """Send a record, in order, without waiting for the driver."""
         self._queue.put.remote(record)
 
     def give_up(self, error: Exception) -> None:
-        """Tell everyone that trying again would meet the same error; the first one told counts."""
+        """Tell everyone that a retry would fail with the same error; only the first error given is kept."""
         ray.get(self._queue.give_up.remote(error))
 
     def gave_up_for(self) -> Exception | None:
-        """What somebody gave up for; None while all go on."""
+        """The error that a worker gave up for; None if no worker gave up."""
         error: Exception | None = ray.get(self._queue.gave_up_for.remote())
         return error
 
     def arrive(self) -> None:
-        """Say that workers have come up."""
+        """Count one start of the workers."""
         self._queue.arrive.remote()
 
     def arrivals(self) -> int:
-        """How often workers have come up."""
+        """How often the workers have started."""
         times: int = ray.get(self._queue.arrivals.remote())
         return times
 
     def depart(self) -> None:
-        """Say that all workers leave, because a machine of theirs is about to be taken away."""
+        """Count one departure: all workers leave because of a preemption notice for one of their machines."""
         ray.get(self._queue.depart.remote())
 
     def departures(self) -> int:
-        """How often workers have left like that."""
+        """How often the workers have left because of a preemption notice."""
         times: int = ray.get(self._queue.departures.remote())
         return times
 
 
 @contextlib.contextmanager
 def listening(name: str, show: Callable[[Record], None], keep: Callable[[Record], None]) -> Iterator[None]:
-    """The driver's end, for the length of a `with`: every record is shown at once and kept as soon as possible.
+    """The driver's end of the queue, for the length of a `with`: each record is shown at once, and kept soon after.
 
     Args:
-        name: of the queue.
+        name: name of the queue.
         show: called with every record, in order; must be quick.
-        keep: called with every record, in order, in a thread of its own: it may wait for a server. What it raises is
-            shown at once. The end of the `with` waits until all is kept, and raises what `keep` raised; where the block
-            raised, it waits for some seconds only. After that `keep` is not called again: a record that is told later
-            than its successors would leave a gap for good.
+        keep: called with every record, in order, in a separate thread, so it may wait for a server. An error it raises
+            is shown at once. The end of the `with` waits until all records are kept, and raises the error of `keep`, if
+            any; after an error in the block it waits for only `_KEPT_AFTER_AN_ERROR_S`. After that `keep` is not called
+            again: a record kept later than its successors would leave a permanent gap.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # One that dies is started again: what it held is in the next checkpoint, and its name still leads to it.
+    # Ray restarts a queue that dies, under the same name. The metrics it held are in the next checkpoint.
     options = {"scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
     queue = _Queue.options(name=name, **options).remote()  # type: ignore[attr-defined]
-    ray.get(queue.drain.remote())  # it must stand before a worker looks for it
+    ray.get(queue.drain.remote())  # the queue must exist before a worker looks for it
     ended = threading.Event()
     keeper = _Keeper(keep, show)
 
@@ -161,7 +161,7 @@ def listening(name: str, show: Callable[[Record], None], keep: Callable[[Record]
 
 
 class _Keeper:
-    """Keeps records in order, in a thread whose end the process need not wait for."""
+    """Keeps records in order, in a daemon thread: the process can exit without waiting for it."""
 
     def __init__(self, keep: Callable[[Record], None], show: Callable[[Record], None]) -> None:
         self.failure: Exception | None = None
@@ -176,7 +176,7 @@ class _Keeper:
             self._records.put(record)
 
     def finish(self, seconds: float | None = None) -> None:
-        """Wait until all is kept, or for that long; no further record is kept then."""
+        """Wait until all records are kept, at most `seconds`; after that no further record is kept."""
         self._records.put(None)
         self._thread.join(seconds)
         self._left = True
@@ -185,7 +185,7 @@ class _Keeper:
         while not self._left and (record := self._records.get()) is not None:
             try:
                 self._keep(record)
-            except Exception as error:  # noqa: BLE001 (raised where the driver waits)
+            except Exception as error:  # noqa: BLE001 (the driver raises it, see `listening`)
                 self.failure = error
                 line = f"nothing further is tracked of this stage, which ends with this error: {error}"
                 self._show(Record(record.step, line=" ".join(line.split())))

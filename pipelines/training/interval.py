@@ -1,4 +1,4 @@
-"""What is tracked of the steps between two records."""
+"""The metrics of the steps between two records."""
 
 import time
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ from gmflow.metrics import ErrorMetrics
 
 
 class StepTotals(NamedTuple):
-    """One step over all ranks, whether its update was applied, and for how long data was waited for (seconds)."""
+    """One step over all ranks, whether its update was applied, and how long it waited for data (seconds)."""
 
     loss: float
     metrics: ErrorMetrics
@@ -17,17 +17,17 @@ class StepTotals(NamedTuple):
 
 
 class Interval:
-    """Sums over the steps since the last record. Part of a checkpoint, so that no step is missing from a curve.
+    """Sums over the steps since the last record. They are part of a checkpoint, so no step is missing from a curve.
 
-    Skipped steps count for the time only: a single NaN would make the interval's mean NaN.
+    Skipped steps count for the times only: a single NaN would make the interval's mean NaN.
     """
 
     def __init__(self) -> None:
-        self.steps = 0  # applied ones
+        self.steps = 0  # only those that were applied
         self.loss = 0.0
         self.grad_norm = 0.0
         self.scores = ErrorMetrics()
-        # Of this attempt's steps only, and not of its first, which the loaders start in: neither says how fast it goes.
+        # Steps of this attempt only, without its first, in which the loaders start: the others do not show its speed.
         self.timed_steps = 0
         self.data_wait = 0.0
         self.seconds = 0.0
@@ -47,19 +47,19 @@ class Interval:
         self._since = now
 
     def following(self) -> "Interval":
-        """An empty one, whose first step begins where this one's last ended."""
+        """An empty interval, whose first step begins where the last step of this one ended."""
         interval = Interval()
         interval._since = self._since
         return interval
 
     def restart_clock(self) -> None:
-        """The next step begins here: what came before it, such as a validation, is no step's."""
+        """Let the next step begin now: time spent before it, such as on a validation, belongs to no step."""
         if self._since is not None:
             self._since = time.perf_counter()
 
     def metrics(self, global_batch: int) -> dict[str, float]:
-        """Means over the interval, as they are tracked; those of the training where a step was applied, of the time
-        where one was timed.
+        """Means over the interval, by tracked name: training metrics if any step was applied, times if any step was
+        timed.
         """
         return (self._of_training() if self.steps else {}) | (self._of_time(global_batch) if self.timed_steps else {})
 

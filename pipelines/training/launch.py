@@ -1,6 +1,6 @@
-"""One stage from the outside: its initial weights, Ray Train around its workers, its final weights.
+"""One stage as its driver runs it: its initial weights, Ray Train around its workers, its final weights.
 
-The curriculum and the sweep both train through this; there is no other loop.
+The curriculum and the sweep both train through this module; there is no other training loop.
 """
 
 import logging
@@ -38,31 +38,31 @@ from pipelines.training.state import result_weights
 log = logging.getLogger(__name__)
 
 _INITIAL_SOURCE = "init.txt"
-# PyTorch gives up on other ranks this much later than our watchdog, which says what was waited for; PyTorch would not.
+# Collectives time out this many seconds after our watchdog: it reports what the worker was doing; PyTorch would not.
 _WATCHDOG_FIRST_S = 300
 _LOOK_S = 20.0
 _SLOW_START_S = 180.0
 
 
 def weights_are_pinned(folder: ObjectStore) -> bool:
-    """Whether a stage's folder holds what it starts from already."""
+    """Whether a stage's folder already holds its initial weights."""
     return folder.size(_INITIAL_SOURCE) is not None
 
 
 def provide_initial_weights(
     folder: ObjectStore, model: ModelConfig, seed: int, reference: str | None, tracking_uri: str | None
 ) -> str:
-    """Pin what a stage starts from in its folder, once: an alias may move, a file may be replaced.
+    """Pin a stage's initial weights in its folder, once: later an alias may move, or a file may be replaced.
 
     Returns what was pinned, for the lineage: "models:/NAME/N", a file with the first 16 hex digits of its SHA-256, or
     "random".
 
     Args:
-        folder: of the stage, on storage.
-        model: to build.
-        seed: of the random weights.
+        folder: the stage's folder on storage.
+        model: config of the model to build.
+        seed: seed of the random weights.
         reference: models:/…, .pth or .safetensors to take the weights from; None leaves them random.
-        tracking_uri: of the registry that knows models:/… references.
+        tracking_uri: URI of the registry that resolves models:/… references.
     """
     if weights_are_pinned(folder):
         return folder.read(_INITIAL_SOURCE).decode()
@@ -83,16 +83,16 @@ def provide_initial_weights(
 
 
 def room_for_workers(machine: MachineConfig, nodes: Nodes) -> tuple[int, str]:
-    """How many workers a cluster holds at once; and what each takes, for a person."""
+    """How many workers a cluster holds at once, and what each takes, as text for people."""
     alone = machine.placement == "strict_spread"
     each = f"{listed(machine.cpus_per_worker, machine.use_gpu)} each{' on a node of its own' if alone else ''}"
     return slots(nodes, machine.cpus_per_worker, machine.use_gpu, one_a_node=alone), each
 
 
 def room_lacking(machine: MachineConfig) -> str:
-    """What workers will wait for, in a line; empty where the cluster has room for them. Needs a connected Ray.
+    """What workers will wait for, in a line; empty if the cluster has room for them. Needs a connected Ray.
 
-    No error: a cluster may grow, or be waited for by somebody who starts another machine.
+    This is no error: a cluster may grow by itself, or somebody may start another machine.
     """
     fewest = machine.min_workers or machine.num_workers
     fitting, each = room_for_workers(machine, nodes())
@@ -106,19 +106,19 @@ def room_lacking(machine: MachineConfig) -> str:
 
 
 def fit_stage(job: StageJob, name: str, callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
-    """Train a stage on Ray to its end, resuming what storage holds of it. Its initial weights must be in its folder.
+    """Train a stage on Ray to its end, resuming from its newest checkpoint. Its folder must hold its initial weights.
 
-    Workers end early when Ray says that their machine will be taken; they are started again elsewhere, even if they had
-    made no progress. Workers that fail are started again until `machine.max_failures` failures pass without a new
-    checkpoint. While none come up, the feed is told why.
+    All workers end early after a preemption notice for a machine of theirs; they are restarted elsewhere, even if they
+    had made no progress. Workers that fail are restarted, until `machine.max_failures` + 1 failures bring no new
+    checkpoint. While no workers come up, the feed is told why.
 
     Args:
-        job: what the workers are told.
-        name: of the run on Ray; the last part of `job.folder`.
-        callbacks: Ray Train's, such as the one that reports to Ray Tune.
+        job: everything the workers need to know.
+        name: name of the run on Ray; the last part of `job.folder`.
+        callbacks: callbacks for Ray Train, such as the one that reports to Ray Tune.
 
     Returns the snapshot of the last step.
-    Raises an error of ours: what a worker met, or that workers failed too often.
+    Raises one of this project's errors: the one that a worker raised, or that workers failed too often.
     """
     checkpoints = CheckpointStore(open_store(job.folder))
     feed = FeedWriter(job.feed)
@@ -144,7 +144,7 @@ def _progress(snapshot: dict[str, Any] | None) -> tuple[int, int]:
 def _failed_too_often(job: StageJob, failure: TrainingFailedError) -> PipelineError:
     reason = (str(failure).strip().splitlines() or [type(failure).__name__])[-1][:300]
     allowed = job.machine.max_failures
-    if isinstance(failure, ControllerError):  # which Ray does not try again
+    if isinstance(failure, ControllerError):  # Ray does not retry after it
         told = f"the workers could not be started, or not be connected: {reason}"
     elif allowed:
         told = f"workers failed {allowed + 1} times without a new checkpoint, the last: {reason}"
@@ -157,8 +157,8 @@ def _failed_too_often(job: StageJob, failure: TrainingFailedError) -> PipelineEr
 
 
 def _fit(job: StageJob, name: str, callbacks: Sequence[UserCallback]) -> TrainingFailedError | None:
-    """One run of Ray Train; returns what its workers failed of, if they failed too often. Raises errors of ours that
-    trying again would meet again.
+    """One run of Ray Train. Returns its failure, if workers failed too often; raises `LASTING_ERRORS` of the workers,
+    which a retry would meet again.
     """
     feed = FeedWriter(job.feed)
     with tempfile.TemporaryDirectory(prefix="gmflow-ray-train-") as scratch:
@@ -175,10 +175,10 @@ def _fit(job: StageJob, name: str, callbacks: Sequence[UserCallback]) -> Trainin
 
 
 def _trainer(job: StageJob, name: str, callbacks: Sequence[UserCallback], scratch: str) -> TorchTrainer:
-    """Ray Train around a stage.
+    """Ray Train's trainer for a stage.
 
-    Its own storage is a folder of the driver's machine, on which its controller runs too: what counts is ours to keep,
-    and Ray would not wait for storage that is away.
+    Ray Train's own storage is a folder on the driver's machine, where its controller runs too: this project stores
+    everything that matters itself, and Ray would not wait for storage that is unreachable.
     """
     machine = job.machine
     fewest = machine.min_workers or machine.num_workers
@@ -203,7 +203,7 @@ def _trainer(job: StageJob, name: str, callbacks: Sequence[UserCallback], scratc
 
 
 class _Wait:
-    """Says what workers wait for that do not come up, each time that changes."""
+    """Reports what workers wait for while they do not come up, each time that changes."""
 
     def __init__(self, job: StageJob, feed: FeedWriter) -> None:
         self._job, self._feed = job, feed
@@ -217,7 +217,7 @@ class _Wait:
         self._told = news
 
     def _slow_start(self) -> str:
-        """Ray starts workers that die before they have begun again and again, and says so in its logs alone."""
+        """A line if no worker has come up: Ray retries workers that die while starting; only its logs say so."""
         if time.monotonic() - self._since < _SLOW_START_S or self._feed.arrivals() > self._arrivals:
             return ""
         return (
@@ -227,17 +227,18 @@ class _Wait:
 
 
 def _train_interruptibly(trainer: TorchTrainer, look: Callable[[], None]) -> None:
-    """`trainer.fit()` with Ctrl-C as a KeyboardInterrupt at once, as everywhere; `look` is called now and then.
+    """Run `trainer.fit()` so that Ctrl-C raises KeyboardInterrupt at once; call `look` every `_LOOK_S` seconds.
 
-    In the main thread Ray Train takes it for itself: it does nothing about it as long as workers wait for room, and
-    exits without a word when they have ended. Here who connected to Ray ends them, by leaving it.
+    In the main thread Ray Train would handle Ctrl-C itself: it ignores it while workers wait for room, and exits
+    without a message once they have ended. So it runs in another thread here, and the code that connected to Ray ends
+    the workers by disconnecting.
     """
     ended: Future[None] = Future()
 
     def train() -> None:
         try:
             trainer.fit()
-        except BaseException as error:  # noqa: BLE001 (raised where it is waited for)
+        except BaseException as error:  # noqa: BLE001 (raised by `ended.result()` below)
             ended.set_exception(error)
         else:
             ended.set_result(None)
@@ -250,7 +251,7 @@ def _train_interruptibly(trainer: TorchTrainer, look: Callable[[], None]) -> Non
 
 
 def _user_error(error: BaseException | None) -> Exception | None:
-    """An error of ours that Ray carried home inside its own."""
+    """The error of this project that a Ray error wraps; None if there is none."""
     while error is not None:
         if isinstance(error, USER_ERRORS):
             return error
@@ -264,12 +265,12 @@ def _user_error(error: BaseException | None) -> Exception | None:
 
 
 def final_weights(last: dict[str, Any], model: ModelConfig, path: Path) -> dict[str, float]:
-    """Write the weights a stage ends with to `path`; returns the newest value of every metric.
+    """Write a stage's final weights to `path`; return its `newest_metrics`.
 
     Args:
-        last: of `fit_stage`.
-        model: as it was trained.
-        path: a `.safetensors` file.
+        last: the snapshot that `fit_stage` returned.
+        model: config of the model that was trained.
+        path: the `.safetensors` file to write.
     """
     final = GMFlow(model.build())
     final.load_state_dict(result_weights(last))

@@ -1,4 +1,4 @@
-"""Pictures of a prediction beside the truth."""
+"""Pictures of a prediction beside the ground truth."""
 
 import cv2
 import numpy as np
@@ -11,7 +11,7 @@ from pipelines.training.validation import Scored
 
 
 def comparison_png(scored: Scored) -> bytes:
-    """Three rows: both frames; true and predicted flow on the truth's scale; the error, its figures and its scale.
+    """A picture of three rows: both frames; true and predicted flow on the truth's scale; the error with a key to it.
 
     Returns a PNG.
     """
@@ -29,7 +29,7 @@ def comparison_png(scored: Scored) -> bytes:
 
 
 def _key(scored: Scored) -> npt.NDArray[np.uint8]:
-    """The error's figures and the scale of its colours, uint8 [H, W, 3]."""
+    """A panel with the error's metrics and the scale of its colours, uint8 [H, W, 3]."""
     figures = scored.metrics.compute()
     height, width = scored.sample.image0.shape[:2]
     panel = np.zeros((height, width, 3), np.uint8)
@@ -45,7 +45,7 @@ def _key(scored: Scored) -> npt.NDArray[np.uint8]:
 
 
 def coloured_truth(flow: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.uint8], float]:
-    """Flow [H, W, 2] on the scale of its fastest valid pixel, black where not valid [H, W].
+    """Flow [H, W, 2] coloured on the scale of its fastest valid pixel, and black where `valid` [H, W] is false.
 
     Returns uint8 [H, W, 3], RGB, and the scale in pixels, never zero.
     """

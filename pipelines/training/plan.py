@@ -1,4 +1,4 @@
-"""What a curriculum will do: its stages, what decides their weights, where each one's files are."""
+"""What a curriculum will do: its stages, what determines their weights, and where the files of each are."""
 
 import json
 from collections.abc import Mapping
@@ -13,23 +13,23 @@ from pipelines.training.config import CurriculumConfig, MetricConfig, StageConfi
 from pipelines.training.stage import StageJob
 
 FINAL_WEIGHTS = "final.safetensors"
-"""In a finished stage's folder."""
+"""File in a finished stage's folder."""
 
 _RESULT = "result.json"
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """A finished stage; written last, so its presence means the stage is done.
+    """The result of a finished stage. It is written last, so its presence means that the stage is done.
 
     Attributes:
-        stage: its name.
-        config_hash: names all that decided the weights.
+        stage: name of the stage.
+        config_hash: identifies everything that determined the weights.
         weights: URL of the final weights.
-        metrics: of the last validation and training record.
-        model: registered version, as a reference.
+        metrics: metrics of the last validation and of the last training record.
+        model: the registered version, as a reference.
         mlflow_run: id of the stage's run.
-        mlflow: where that and the model are; stages that were finished before this was kept do not say.
+        mlflow: where that run and the model are; results that are older than this field have its default.
     """
 
     stage: str
@@ -43,14 +43,14 @@ class StageResult:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage of a curriculum and where it happens.
+    """A stage of a curriculum and where its files are.
 
     Attributes:
-        config: the whole one.
-        stage: of it.
-        hash: names all that decides the stage's weights.
-        folder: on storage; its name holds the hash.
-        manifests: every dataset of the curriculum.
+        config: config of the whole curriculum.
+        stage: config of this stage.
+        hash: identifies everything that determines the stage's weights.
+        folder: folder on storage; its name contains the hash.
+        manifests: data name → manifest of every dataset that is used.
     """
 
     config: CurriculumConfig
@@ -65,12 +65,12 @@ class StagePlan:
 
     @property
     def used_data(self) -> dict[str, str]:
-        """Data name → manifest URL of all the stage reads."""
+        """Data name → manifest URL of every dataset the stage reads."""
         names = {used.data for used in self.stage.reads}
         return {name: self.manifests[name].url for name in sorted(names)}
 
     def result(self) -> StageResult | None:
-        """Of a finished stage. Raises PipelineError where what says so is damaged, or its weights are gone."""
+        """None if the stage is not finished. Raises PipelineError if the result is damaged or its weights are gone."""
         if self.folder.size(_RESULT) is None:
             return None
         again = f"delete {self.result_url}, and the same command registers the stage again from its newest checkpoint"
@@ -88,7 +88,7 @@ class StagePlan:
         return f"{self.folder.url}/{_RESULT}"
 
     def finish(self, result: StageResult) -> None:
-        """Say that the stage is finished."""
+        """Store the result, which marks the stage as finished."""
         self.folder.write(_RESULT, json.dumps(asdict(result), indent=1, sort_keys=True).encode())
 
     @property
@@ -105,9 +105,9 @@ class StagePlan:
 
 
 def plan_curriculum(config: CurriculumConfig) -> list[StagePlan]:
-    """The stages that lead from the start to the last selected one, without doing any of it.
+    """Plans of the stages that lead from the start to the last selected one; nothing is run.
 
-    Raises DataError or PipelineError where a dataset is missing or lacks a subset.
+    Raises DataError or PipelineError if a dataset is missing, lacks a subset, or cannot give a metric that is needed.
     """
     manifests = _load_manifests(config)
     versions = {name: manifest.version for name, manifest in manifests.items()}
@@ -122,7 +122,7 @@ def plan_curriculum(config: CurriculumConfig) -> list[StagePlan]:
 
 
 def _load_manifests(config: CurriculumConfig) -> dict[str, Manifest]:
-    """The datasets the stages use, with every subset they name, and with masks where a decision needs them."""
+    """The datasets the stages use; checks that they have every named subset, and masks if a decision needs them."""
     manifests: dict[str, Manifest] = {}
     for stage in config.chain:
         for part in stage.reads if stage in config.selected_stages else stage.mixture:
@@ -138,7 +138,7 @@ def _load_manifests(config: CurriculumConfig) -> dict[str, Manifest]:
 
 
 def check_measurable(purpose: str, metric: MetricConfig, manifest: Manifest) -> None:
-    """Raises PipelineError where a dataset cannot give the figure that something is decided by."""
+    """Raises PipelineError if a dataset cannot give the metric that a decision is based on."""
     if metric.metric in ("matched", "unmatched") and not manifest.tells_occlusion:
         raise PipelineError(
             f"{purpose}: {metric.name} will have no value: {manifest.dataset} does not tell which pixels are occluded; "

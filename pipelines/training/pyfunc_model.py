@@ -1,6 +1,6 @@
 """The registered model as MLflow loads it: code and safetensors, no pickle (MLflow's "models from code").
 
-It knows of this project what `code_paths` carries along: `gmflow`, nothing else.
+Of this project it may import only `gmflow`, which is all that `code_paths` ships with the model.
 """
 
 import base64
@@ -22,17 +22,17 @@ _JPEG_MAGIC, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 
 
 class GMFlowPyfunc(PythonModel):
-    """Image pairs → flow."""
+    """Computes flow from image pairs."""
 
     def load_context(self, context: PythonModelContext) -> None:
         self.model = load_model(context.artifacts["weights"]).eval()
 
-    # MLflow reads hints on model_input as a schema of its own, which knows no arrays: the signature says what goes in.
+    # No type hints: MLflow would make a schema of them, which cannot express arrays. The signature states the input.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """One flow a pair.
+        """One flow for each pair.
 
         Args:
-            context: MLflow's.
+            context: given by MLflow; not used.
             model_input: rows with `image0` and `image1`: a list of dicts, or a DataFrame. An image is RGB, uint8
                 [H, W, 3] as array or nested lists, or a PNG or JPEG file as bytes or in base64.
                 Pairs may differ in size.
@@ -40,7 +40,7 @@ class GMFlowPyfunc(PythonModel):
                 in base64, which is much smaller than an array over HTTP.
 
         Raises:
-            MlflowException: what was sent is no pair of images of one size.
+            MlflowException: unknown encoding, or a row is not a pair of images of the same size.
         """
         encoding = (params or {}).get("encoding", "array")
         if encoding not in ("array", "flo"):
@@ -66,7 +66,7 @@ def _image(value: Any) -> npt.NDArray[np.uint8]:
         array = np.asarray(value)
         if array.dtype.kind in "iu" and array.size and array.min() >= 0 and array.max() <= 255:
             array = array.astype(np.uint8)  # nested lists of JSON are int64
-        return array  # anything that is no RGB image is refused by predict_flow
+        return array  # predict_flow refuses anything that is not an RGB image
     _check_file(value)
     try:
         picture = cv2.imdecode(np.frombuffer(value, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -79,7 +79,10 @@ def _image(value: Any) -> npt.NDArray[np.uint8]:
 
 
 def _check_file(data: bytes | bytearray) -> None:
-    """Raises ValueError for no whole JPEG or 8-bit PNG: OpenCV reads more, rounds 16 bits, and fills up halves."""
+    """Raises ValueError unless it is a complete JPEG, or PNG of at most 8 bits a channel.
+
+    OpenCV would also read other formats, round 16 bits to 8, and fill in the missing part of a truncated file.
+    """
     is_png = data.startswith(_PNG_MAGIC)
     if not is_png and not data.startswith(_JPEG_MAGIC):
         raise ValueError(f"{len(data)} bytes that are no PNG or JPEG image")

@@ -8,6 +8,7 @@ import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from importlib.metadata import version as package_version
 from pathlib import Path
 
@@ -32,13 +33,13 @@ log = logging.getLogger(__name__)
 CHAMPION = "champion"
 
 MEASURED_TAG = "measured."
-"""Of a version, followed by a validation set: what its figures there were measured on."""
+"""Prefix of a version's tag; a validation set's name follows. Its value says which pairs the metrics come from."""
 
 _WEIGHTS_TAG = "weights_sha256"
 
-_REMEMBERED = 100  # versions an alias can be rolled back over
+_REMEMBERED = 100  # how many versions an alias can be rolled back
 
-# Any type: an array, the bytes of an image file, or those in base64. MLflow has no name for "one of these".
+# AnyType stands for an array, or the bytes of an image file, plain or in base64: MLflow has no type for "one of these".
 _SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(AnyType(), "image0"), ColSpec(AnyType(), "image1")]),
     params=ParamSchema([ParamSpec("encoding", DataType.string, "array")]),
@@ -47,16 +48,16 @@ _SIGNATURE = ModelSignature(
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where a model comes from: all of it becomes tags of the version.
+    """Where a model comes from. All of it becomes tags of the version.
 
     Attributes:
         stage: name of the stage.
         parent: "models:/NAME/N" of the stage before, the reference it was initialised from, or "random".
-        manifests: data name → manifest URL the stage trained on.
-        config_hash: names all that decided the weights.
-        code_version: of this project.
-        metrics: of the last validation, such as "val/sintel/training-clean/epe".
-        measured: what they were measured on, of `measured_on`: figures of other pairs do not compare.
+        manifests: data name → URL of the manifest that the stage trained on.
+        config_hash: identifies everything that determined the weights.
+        code_version: version of this project's code.
+        metrics: metrics of the last validation, such as "val/sintel/training-clean/epe".
+        measured: which pairs they were measured on, from `measured_on`: metrics on other pairs are not comparable.
     """
 
     stage: str
@@ -80,10 +81,10 @@ class Lineage:
 
 
 def measured_on(sets: Sequence[SetConfig], data: Mapping[str, str]) -> dict[str, str]:
-    """Name of a validation set → version of its manifest, with how many of its first pairs where not all are meant.
+    """Name of a validation set → version of its manifest; with a limit, the number of its first pairs is added.
 
     Args:
-        sets: that a stage is validated on.
+        sets: the sets that a stage is validated on.
         data: data name → manifest URL.
     """
     versions = {name: url.rpartition("/manifest-")[2].removesuffix(".json") for name, url in data.items()}
@@ -102,9 +103,9 @@ def register(
     lineage: Lineage,
     promotion: MetricConfig | None,
 ) -> ModelVersion:
-    """Register a finished stage's weights, once: a second call of the same run and weights returns the first version.
+    """Register a finished stage's weights once: a second call with the same run and weights returns the first version.
 
-    The alias of the stage's name moves to it; `champion` too, if the promotion rule says so.
+    The alias with the stage's name moves to the version; `champion` moves too, if the promotion rule says so.
     """
     tags = lineage.tags() | {_WEIGHTS_TAG: file_sha256(weights)}
     version = _registered(client, model_name, run_id, tags) or _log_model(model_name, run_id, weights, tags)
@@ -115,21 +116,21 @@ def register(
 
 
 def move_alias(client: MlflowClient, model_name: str, alias: str, version: str) -> str | None:
-    """Point an alias to a version, and keep in the model's tags where it was. Returns that, None where it is new."""
+    """Point an alias to a version, and keep the one before in the model's tags. Returns that; None for a new alias."""
     before = _alias(client, model_name, alias)
     if before == str(version):
         return before
     earlier = _earlier_versions(client, model_name, alias)
-    if before is not None and earlier[-1:] != [before]:  # else an attempt that was killed has said so
+    if before is not None and earlier[-1:] != [before]:  # otherwise an attempt that was then killed has stored it
         _remember(client, model_name, alias, [*earlier, before])
     client.set_registered_model_alias(model_name, alias, version)
     return before
 
 
 def roll_back(client: MlflowClient, model_name: str, alias: str) -> tuple[str, str]:
-    """Point an alias to the version it was on before; again, to the one before that. Returns (was, is now).
+    """Point an alias to its previous version; a second call goes to the one before that. Returns (old, new) version.
 
-    Raises PipelineError where there is no such alias, or nothing before.
+    Raises PipelineError if there is no such alias, or no earlier version.
     """
     before = _alias(client, model_name, alias)
     if before is None:
@@ -137,7 +138,7 @@ def roll_back(client: MlflowClient, model_name: str, alias: str) -> tuple[str, s
             f"models:/{model_name}@{alias}: no such model at {tracking.place_of(client)}; there is: {_known(client)}"
         )
     versions = _earlier_versions(client, model_name, alias)
-    while versions and versions[-1] == before:  # a rollback that was killed halfway
+    while versions and versions[-1] == before:  # left by a rollback that was killed halfway
         versions.pop()
     if not versions:
         raise PipelineError(f"models:/{model_name}@{alias}: no earlier version is left; it is on {before}")
@@ -153,17 +154,17 @@ def _alias(client: MlflowClient, model_name: str, alias: str) -> str | None:
 
 
 def _version_by_alias(client: MlflowClient, model_name: str, alias: str) -> ModelVersion | None:
-    """None where there is no such alias; a server that did not answer has not said so."""
+    """None if there is no such alias or model. Raises MLflow's error if it does not say so: it is away, or refuses."""
     try:
         return client.get_model_version_by_alias(model_name, alias)
     except MlflowException as error:
-        if tracking.may_pass(error):
+        if error.get_http_status_code() not in (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND):
             raise
         return None
 
 
 def _earlier_versions(client: MlflowClient, model_name: str, alias: str) -> list[str]:
-    """Versions an alias was on, the last one last."""
+    """Versions that an alias pointed to before, the most recent one last."""
     tags = client.get_registered_model(model_name).tags
     found: list[str] = json.loads(tags.get(f"earlier.{alias}", "[]"))
     return found
@@ -174,7 +175,7 @@ def _remember(client: MlflowClient, model_name: str, alias: str, versions: list[
 
 
 def _registered(client: MlflowClient, model_name: str, run_id: str, tags: Mapping[str, str]) -> ModelVersion | None:
-    """The version of an attempt that ended between registering and saying so."""
+    """The version that an earlier attempt registered before it could store its result; None if there is none."""
     versions = client.search_model_versions(f"run_id = '{run_id}'")
     same = [
         found
@@ -186,7 +187,7 @@ def _registered(client: MlflowClient, model_name: str, run_id: str, tags: Mappin
 
 
 def _log_model(model_name: str, run_id: str, weights: Path, tags: dict[str, str]) -> ModelVersion:
-    # MLflow advises type hints on predict (but knows none for arrays) and tells what it does; failures are raised.
+    # Silences MLflow: it recommends type hints (but has none for arrays) and reports its steps. Failures are raised.
     with contextlib.redirect_stderr(io.StringIO()), mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
             name="model",
@@ -204,7 +205,7 @@ def _log_model(model_name: str, run_id: str, weights: Path, tags: dict[str, str]
 
 
 def _example() -> list[dict[str, str]]:
-    """A pair as one sends it over HTTP: two PNG files in base64."""
+    """A pair as a client sends it over HTTP: two PNG files in base64."""
     frames = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     names = ("image0", "image1")
     return [{n: base64.b64encode(encode_frame_png(f)).decode() for n, f in zip(names, frames, strict=True)}]
@@ -214,7 +215,7 @@ def _improves(client: MlflowClient, model_name: str, lineage: Lineage, promotion
     if promotion is None:
         return True
     figure = lineage.metrics.get(promotion.name)
-    if figure is None:  # a model that was not measured reigns over none
+    if figure is None:  # a model that was not measured replaces no champion
         return False
     champion = _version_by_alias(client, model_name, CHAMPION)
     reigning = None if champion is None else champion.tags.get(promotion.name.replace("/", "."))
@@ -232,16 +233,16 @@ def _improves(client: MlflowClient, model_name: str, lineage: Lineage, promotion
 
 
 def numbered(version: ModelVersion) -> str:
-    """Its reference by number."""
+    """A version's reference by number."""
     return f"models:/{version.name}/{version.version}"
 
 
 def look_up(reference: str, tracking_uri: str | None) -> tuple[MlflowClient, ModelVersion]:
-    """A client of the registry, and the version that a reference is there. Raises PipelineError where there is none.
+    """A client of the registry, and the version that a reference stands for. Raises PipelineError if there is none.
 
     Args:
         reference: models:/NAME@ALIAS or models:/NAME/VERSION.
-        tracking_uri: of the registry; None as in `tracking.tracking_uri`.
+        tracking_uri: URI of the registry; for None, see `tracking.tracking_uri`.
     """
     try:
         client = tracking.connect_existing(tracking_uri)
@@ -251,7 +252,7 @@ def look_up(reference: str, tracking_uri: str | None) -> tuple[MlflowClient, Mod
 
 
 def find_version(client: MlflowClient, reference: str) -> ModelVersion:
-    """The version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` is. Raises PipelineError where there is none."""
+    """The version of `models:/NAME@ALIAS` or `models:/NAME/VERSION`. Raises PipelineError if there is none."""
     name, _, alias = reference.removeprefix("models:/").partition("@")
     name, _, number = name.partition("/")
     if not reference.startswith("models:/") or not name or not (alias or number):
@@ -266,13 +267,13 @@ def find_version(client: MlflowClient, reference: str) -> ModelVersion:
 
 
 def version_weights(client: MlflowClient, version: ModelVersion) -> bytes:
-    """The `.safetensors` of a version. Raises PipelineError where it has none."""
+    """Content of the `.safetensors` of a version. Raises PipelineError if it has none."""
     with tempfile.TemporaryDirectory(prefix="gmflow-model-") as folder:
         return download(client, version, Path(folder)).read_bytes()
 
 
 def download(client: MlflowClient, version: ModelVersion, folder: Path) -> Path:
-    """The `.safetensors` of a version, in a local folder. Raises PipelineError where it has none."""
+    """Download a version; returns the path of its `.safetensors`. Raises PipelineError if it has none."""
     uri = numbered(version)
     try:
         local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))

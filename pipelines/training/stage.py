@@ -1,4 +1,4 @@
-"""One stage, as every worker runs it: load, accumulate, decide, step, validate, checkpoint, report."""
+"""One stage, as every worker runs it: load, accumulate, apply or skip the step, validate, checkpoint, report."""
 
 import logging
 import math
@@ -37,23 +37,23 @@ from pipelines.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-# How often the ranks ask Ray whether one of their machines is about to be taken away: asking is a collective.
+# The ranks ask Ray only this often whether one of their machines has a preemption notice: asking is a collective.
 _LOOK_OUT_S = 2.0
-# How often a long validation says how far it is.
+# How often a long validation reports its progress.
 _VALIDATION_NEWS_S = 30.0
 
 
 @dataclass(frozen=True)
 class StageJob:
-    """All a worker needs to know.
+    """Everything a worker needs to know.
 
     Attributes:
-        stage, machine: from the config.
-        data: name → manifest URL.
-        folder: URL of the stage's folder on storage; its initial weights lie there, its checkpoints go there.
+        stage, machine: these sections of the config.
+        data: dataset name → manifest URL.
+        folder: URL of the stage's folder on storage; it holds the initial weights, and checkpoints are written there.
         feed: name of the queue the driver listens to.
-        seed: of order and augmentation.
-        precision: of the forward pass.
+        seed: seed of sample order and augmentation.
+        precision: precision of the forward pass.
     """
 
     stage: StageConfig
@@ -66,9 +66,10 @@ class StageJob:
 
 
 def train_stage(config: dict[str, Any]) -> None:
-    """What Ray Train runs on every worker: from the newest checkpoint to the end, or until its machine is to go.
+    """Ray Train runs this on every worker: from the newest checkpoint to the end, or until a preemption notice.
 
-    Ray starts all workers again after any error. After one that lasts they leave at once, and the driver raises it.
+    Ray restarts all workers after any error. After a permanent one (`LASTING_ERRORS`) the restarted workers return at
+    once, and the driver raises it.
     """
     job: StageJob = config["job"]
     os.environ[PATIENCE_VARIABLE] = str(job.machine.storage_patience_s)  # loader processes inherit it
@@ -93,7 +94,7 @@ def train_stage(config: dict[str, Any]) -> None:
 
 def _train(worker: "_Worker") -> None:
     worker.resume()
-    staying = worker.validate_when_due()  # where an attempt ended before it did
+    staying = worker.validate_when_due()  # in case the previous attempt ended before its validation did
     for step, batches in worker.stream() if staying else ():
         sums = worker.accumulate(batches)
         totals = worker.update(sums)
@@ -106,7 +107,7 @@ def _train(worker: "_Worker") -> None:
 
 
 class _StepSums(NamedTuple):
-    """Of one step over all ranks: the same on each. `data_wait` is that of the rank which waited longest."""
+    """Totals of one step over all ranks, the same on each rank. `data_wait` (s) is that of the longest-waiting rank."""
 
     loss: float
     metrics: ErrorMetrics
@@ -156,7 +157,7 @@ class _Worker:
         return prepare_model(self.model, execution)
 
     def resume(self) -> None:
-        """From the newest whole checkpoint, which rank 0 chooses for all."""
+        """Resume from the newest undamaged checkpoint; rank 0 chooses it for all ranks."""
         self.watchdog.progress("looking for the newest checkpoint, or waiting for rank 0 to", 0)
         saved = self.checkpoints.newest(self._warn) if self.rank == 0 else None
         step = broadcast_from_rank_zero(None if saved is None else saved["step"])
@@ -172,14 +173,14 @@ class _Worker:
         self._say(f"resumes: {self._sizes()}")
 
     def _read_by_others(self, step: int) -> dict[str, Any]:
-        """What rank 0 has read whole. Where it is not so here, rank 0 is to look again, once all are started again."""
+        """The checkpoint that rank 0 could read. If this rank cannot, Ray restarts all workers, to choose again."""
         try:
             return self.checkpoints.read(step)
         except PipelineError as error:
             raise DataError(str(error)) from error
 
     def stream(self) -> Iterator[tuple[int, Iterator[FlowBatch]]]:
-        """Every step still to run with this rank's micro-batches."""
+        """Every step still to run, each with this rank's micro-batches."""
         yield from TrainingStream(
             self.dataset,
             range(self.state.step, self.job.stage.steps),
@@ -192,7 +193,7 @@ class _Worker:
         )
 
     def accumulate(self, batches: Iterator[FlowBatch]) -> _StepSums:
-        """Forward and backward over the micro-batches; gradients meet in the last one's backward."""
+        """Run forward and backward passes over the micro-batches; the last backward pass all-reduces the gradients."""
         stage = self.job.stage
         self.prepared.train()
         self.state.optimizer.zero_grad(set_to_none=True)
@@ -213,7 +214,7 @@ class _Worker:
                     current.valid,
                     gamma=stage.gamma,
                     max_flow=stage.max_flow,
-                    # DDP averages over ranks: with this divisor the average is the mean over the global batch.
+                    # DDP averages over ranks; with this divisor that average is the mean over the global batch.
                     normalizer=stage.global_batch / self.world_size,
                 )
                 self.state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -229,7 +230,7 @@ class _Worker:
         return self.prepared.no_sync()
 
     def _over_ranks(self, loss_sum: torch.Tensor, metrics: ErrorMetrics, waited: float) -> _StepSums:
-        """The sums, and whether it is time to look out for machines that go: rank 0's clock decides for all."""
+        """All-reduce the sums, and whether to look for a preemption notice now; rank 0's clock decides for all."""
         now = self._next_is("waiting for the other workers")
         look_out = self.rank == 0 and now - self.looked_out > _LOOK_OUT_S
         waits = loss_sum.new_zeros(self.world_size)
@@ -243,7 +244,7 @@ class _Worker:
         return _StepSums(float(loss), ErrorMetrics.from_state(errors), bool(leaving), float(waits.max()))
 
     def update(self, sums: _StepSums) -> StepTotals:
-        """Clip and step, unless loss or gradients are not finite: all ranks hold the same sums, so they agree."""
+        """Clip and step, unless loss or gradient norm is not finite. All ranks have the same values, so they agree."""
         state = self.state
         state.scaler.unscale_(state.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.job.stage.clip_norm))
@@ -261,7 +262,7 @@ class _Worker:
     def _skip(self, loss: float, norm: float) -> None:
         state, stage = self.state, self.job.stage
         state.skipped += 1
-        # A scale for fp16 that proves too large is how the scaler finds the right one.
+        # With fp16, the scaler finds its scale by trying values that prove too large: such skips do not count.
         searching = state.scaler.is_enabled() and math.isfinite(loss) and state.scaler.get_scale() > 1
         state.skipped_in_a_row += not searching
         self._say(f"skipped: loss {loss}, gradient norm {norm}")
@@ -272,7 +273,7 @@ class _Worker:
             )
 
     def track(self, totals: StepTotals) -> None:
-        """Metrics of the steps since the last record, when one is due."""
+        """Record and send the metrics of the steps since the last record, when a record is due."""
         stage, state = self.job.stage, self.state
         state.interval.add(totals)
         if state.step % stage.log_every and state.step != stage.steps:
@@ -283,7 +284,7 @@ class _Worker:
         metrics["system/memory_gib"] = peak_bytes(self.device) / 2**30
         state.interval = state.interval.following()
         state.record(state.step, metrics)
-        loss, epe = (metrics.get(f"train/{name}", math.nan) for name in ("loss", "epe"))  # all were skipped
+        loss, epe = (metrics.get(f"train/{name}", math.nan) for name in ("loss", "epe"))  # NaN: all were skipped
         told = f"loss={loss:.3f} epe={epe:.3f} lr={metrics['train/lr']:.2e}"
         if (step_s := metrics.get("time/step_s")) is not None:
             left = (stage.steps - state.step) * step_s
@@ -294,7 +295,7 @@ class _Worker:
         self._say(told, metrics)
 
     def validate_when_due(self) -> bool:
-        """Every set, where the step asks for it. False where the workers left meanwhile; it is made up for then."""
+        """Validate on every set if it is due. False if the workers leave meanwhile; the next attempt repeats it."""
         if not self._validation_is_due():
             return True
         step = self.state.step
@@ -308,7 +309,7 @@ class _Worker:
             if scored is None:
                 return False
             scores, first = scored
-            # A speed range without a pixel has no figure.
+            # A metric of a speed range without any pixel is NaN: it is left out.
             found |= {f"val/{name}/{metric}": v for metric, v in scores.items() if not math.isnan(v)}
             if first is not None and self.rank == 0:
                 pictures[f"{name.replace('/', '_')}_step_{step:06d}.png"] = comparison_png(first)
@@ -328,11 +329,11 @@ class _Worker:
             shown = " ".join(f"{name}={value:.3f}" for name, value in found.items() if name.endswith("/epe"))
             self._say(f"validated {shown}", found, pictures)
         if self._checkpoint_is_due() or stage.keep_best is not None:
-            self._checkpoint(found)  # in the place of the one from before the validation
+            self._checkpoint(found)  # replaces the one this step wrote before the validation, if any
         self._report()
 
     def _leaves_meanwhile(self) -> bool:
-        """Between the samples of a validation: whether the workers leave. A collective."""
+        """Whether the workers leave, asked between the samples of a validation. A collective."""
         look_out = torch.tensor(float(self.rank == 0 and time.monotonic() - self.looked_out > _LOOK_OUT_S))
         if self.world_size > 1:
             look_out = look_out.to(self.device)
@@ -351,29 +352,29 @@ class _Worker:
         return tell
 
     def checkpoint_when_due(self) -> None:
-        """Before a validation, which may take longer than a machine that is to go has left."""
+        """Runs before a validation, which may take longer than a machine with a preemption notice has left."""
         if self._checkpoint_is_due():
             self._checkpoint({})
-            if not self._validation_is_due():  # which reports itself: once a step
+            if not self._validation_is_due():  # a validation reports itself, and each step reports once
                 self._report()
 
     def _checkpoint_is_due(self) -> bool:
         return self.state.step == self.job.stage.steps or self.state.step % self.job.stage.checkpoint_every == 0
 
     def _checkpoint(self, validated: dict[str, float]) -> None:
-        """Rank 0 hands a snapshot to the writer, with what the validation at this step found, unless it has it."""
+        """Rank 0 hands the writer a snapshot with this step's validation metrics, unless the writer already has it."""
         state = self.state
         if self.rank == 0 and self.checkpointed != (state.step, state.validated):
             self.writer.submit(state.snapshot(), validated)
             self.checkpointed = state.step, state.validated
 
     def _report(self) -> None:
-        """All ranks tell Ray, which is what Ray Tune decides by."""
+        """All ranks report to Ray; Ray Tune bases its decisions on these metrics."""
         ray.train.report(newest_metrics(self.state.records, self.state.step) | {"step": self.state.step})
         self.state.interval.restart_clock()
 
     def must_leave(self) -> bool:
-        """Whether Ray knows that a machine of this group is about to be taken; then all leave, with a checkpoint."""
+        """Whether Ray has a preemption notice for a machine of this group. If so, checkpoint: all ranks will leave."""
         self.looked_out = time.monotonic()
         notice = ray.train.get_preemption_info()
         if notice is None:
@@ -387,13 +388,13 @@ class _Worker:
         return True
 
     def finish(self) -> None:
-        """Wait until the newest checkpoint is stored. Raises what its write met."""
+        """Wait until the newest checkpoint is stored. Raises the error of its write if that failed."""
         self._next_is("writing the last checkpoint")
         self.writer.flush()
         self.writer.close()
 
     def _next_is(self, doing: str) -> float:
-        """Tells the watchdog what comes now; returns the time."""
+        """Tell the watchdog what this worker does next; returns the current monotonic time, in seconds."""
         self.watchdog.progress(doing, self.state.step)
         return time.monotonic()
 
@@ -407,14 +408,14 @@ class _Worker:
     def _say(
         self, text: str, metrics: dict[str, float] | None = None, pictures: dict[str, bytes] | None = None
     ) -> None:
-        """What all ranks have to say is told once, by rank 0."""
+        """Log on every rank; only rank 0 sends the message to the driver."""
         line = self._line(text)
         log.info(line)
         if self.rank == 0:
             self.feed.send(Record(self.state.step, metrics or {}, line, pictures or {}))
 
     def _warn(self, text: str) -> None:
-        """What this rank alone has to say."""
+        """Log a warning and send it to the driver, for this rank alone."""
         line = self._line(text)
         log.warning(line)
         self.feed.send(Record(self.state.step, line=line))

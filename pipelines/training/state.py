@@ -1,4 +1,4 @@
-"""Everything an exact resume needs, as a value that can be copied, stored and put back."""
+"""Everything an exact resume needs, as a value that can be copied, stored and restored."""
 
 import copy
 import io
@@ -18,7 +18,7 @@ from pipelines.errors import PipelineError
 from pipelines.training.config import StageConfig
 from pipelines.training.interval import Interval
 
-# The newest logged steps travel with a checkpoint: what a dying driver did not hear is said again at resume.
+# A checkpoint holds this many of the newest records: on resume they are sent again, in case a dying driver lost them.
 _REMEMBERED_RECORDS = 200
 
 
@@ -29,13 +29,13 @@ class TrainingState:
     Attributes:
         model: the bare model, without any wrapper.
         optimizer: AdamW over its parameters.
-        schedule: one-cycle learning rate, stepped once a step, skipped ones too.
-        scaler: of the loss for fp16; passes everything on as it is for other precisions.
-        average: exponential moving average of the weights, where the stage keeps one.
+        schedule: one-cycle learning rate; it advances once a step, on skipped steps too.
+        scaler: scales the loss for fp16; for other precisions it changes nothing.
+        average: exponential moving average of the weights, if the stage keeps one.
         step: the next step to run; the position in the data stream is step · global batch.
         validated: the step of the newest validation.
-        skipped: steps whose update was left out because a loss or gradient was not finite.
-        skipped_in_a_row: how many of them were the newest.
+        skipped: number of steps whose update was left out because a loss or gradient was not finite.
+        skipped_in_a_row: how many of them came since the last update, without those that only lowered the fp16 scale.
         interval: sums over the steps since the newest record.
         records: newest tracked metrics as (step, metrics).
     """
@@ -67,14 +67,14 @@ class TrainingState:
 
     @property
     def result(self) -> nn.Module:
-        """What is validated and registered: the averaged weights where the stage keeps them, else the newest."""
+        """The model to validate and register: with the averaged weights if the stage keeps them, else the newest."""
         return self.model if self.average is None else self.average.module
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         self.records = [*self.records, (step, metrics)][-_REMEMBERED_RECORDS:]
 
     def snapshot(self) -> dict[str, Any]:
-        """A copy on the CPU of all that is needed to go on from here; training on does not change it."""
+        """A copy on the CPU of everything needed to resume from here; further training does not change it."""
         return {
             "model": _to_cpu(self.model.state_dict()),
             "optimizer": _to_cpu(self.optimizer.state_dict()),
@@ -90,15 +90,15 @@ class TrainingState:
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Continue from a snapshot. Raises PipelineError for one of another model."""
+        """Continue from a snapshot. Raises PipelineError if it is of another architecture."""
         try:
             self.model.load_state_dict(saved["model"])
             if self.average is not None:
                 self.average.load_state_dict(saved["average"])
         except RuntimeError as error:
             raise PipelineError(f"checkpoint of step {saved['step']} is of another architecture: {error}") from error
-        # Fused, also from a checkpoint made before that was chosen: what a scaler expects of an optimiser is settled
-        # when it is built.
+        # `fused` is set even if the checkpoint predates that choice: what a GradScaler expects of an optimiser is
+        # decided when the optimiser is built.
         groups = [group | {"fused": True} for group in saved["optimizer"]["param_groups"]]
         self.optimizer.load_state_dict(saved["optimizer"] | {"param_groups": groups})
         self.schedule.load_state_dict(saved["schedule"])
@@ -113,12 +113,12 @@ def _average(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def is_complete(saved: dict[str, Any], steps: int) -> bool:
-    """Whether a snapshot is that of a stage's end: trained to its last step, and validated there."""
+    """Whether a snapshot is from the end of a stage: trained to the last step, and validated there."""
     return bool(saved["step"] == saved["validated"] == steps)
 
 
 def result_weights(saved: dict[str, Any]) -> dict[str, Tensor]:
-    """Of a snapshot: the state dict of `TrainingState.result`."""
+    """The state dict of `TrainingState.result`, taken from a snapshot."""
     if saved["average"] is None:
         weights: dict[str, Tensor] = saved["model"]
         return weights
@@ -133,7 +133,7 @@ def to_bytes(snapshot: dict[str, Any]) -> bytes:
 
 
 def from_bytes(data: bytes) -> dict[str, Any]:
-    """Tensors and plain values only, on the CPU: no code can come along."""
+    """The snapshot, on the CPU. Only tensors and plain values are loaded, so a file cannot run code."""
     saved: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     return saved
 
@@ -150,9 +150,10 @@ def _to_cpu(value: Any) -> Any:
 
 
 def one_cycle(step: int, total: int, warmup: float) -> float:
-    """Share of the peak rate at a step: up from 1/25 and down to 1/250,000, both as half a cosine.
+    """Share of the peak rate at a step: up from 1/25, then down to 1/250,000, each along half a cosine.
 
-    PyTorch's `OneCycleLR` without momentum cycling, which divides by zero where the warm-up ends at step 0.
+    The same as PyTorch's `OneCycleLR` without momentum cycling, which would divide by zero if the warm-up ended at
+    step 0.
     """
     top = warmup * total - 1
     if step < top:
@@ -165,7 +166,7 @@ def _cosine(start: float, end: float, share: float) -> float:
 
 
 def newest_metrics(records: Sequence[tuple[int, Mapping[str, float]]], step: int) -> dict[str, float]:
-    """The newest value of every metric; of validations only what was found at `step`: another's is of other weights."""
+    """The newest value of every metric; of validation metrics only those of `step`: older ones are of other weights."""
     newest = {name: value for _, metrics in records for name, value in metrics.items()}
     measured = {name for told, metrics in records if told == step for name in metrics}
     return {name: value for name, value in newest.items() if name in measured or not name.startswith("val/")}

@@ -1,4 +1,4 @@
-"""MLflow runs of a curriculum: one parent, one child a stage, found again when the same command is given again."""
+"""MLflow runs of a curriculum: a parent run with a child for each stage; repeating the command finds them again."""
 
 import contextlib
 import importlib.metadata
@@ -32,11 +32,11 @@ from pipelines.training.code_version import code_version
 from pipelines.training.config import CurriculumConfig, MlflowConfig, shown_uri
 from pipelines.training.feed import Record
 
-# Identifies what a run is of, so that a second attempt finds it.
+# Tag that identifies what a run belongs to, so that a second attempt finds the run.
 KEY_TAG = "gmflow.key"
 
 STAGE_RUN_TAG = "stage_run."
-"""Of a curriculum's run, followed by a stage's name: the id of the stage's run."""
+"""Prefix of a tag of a curriculum's run; a stage's name follows. Its value is the id of the stage's run."""
 
 PARENT_TAG = "mlflow.parentRunId"
 
@@ -49,15 +49,15 @@ def tracking_uri(configured: str | None) -> str:
 
 
 def place_of(client: MlflowClient) -> str:
-    """Where a client's runs and models are, for people."""
+    """Where a client's runs and models are, as text for people."""
     return shown_uri(str(client.tracking_uri))
 
 
 def connect(configured: str | None) -> MlflowClient:
-    """A client whose server answered. Raises PipelineError where there is none."""
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # not every table it makes is news
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # nor every file it fetches
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # waiting is `Patience`'s, which says so
+    """A client whose server has answered. Raises PipelineError if it does not answer."""
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # no line for each table it creates
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # nor a bar for each download
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # `Patience` waits, and says so
     uri = tracking_uri(configured)
     if (folder := _embedded_folder(uri)) is not None:
         if is_uploaded(folder.as_posix()):
@@ -70,14 +70,14 @@ def connect(configured: str | None) -> MlflowClient:
     mlflow.set_registry_uri(uri)
     client = MlflowClient(uri)
     try:
-        client.search_experiments(max_results=1)  # creates an embedded database's tables, once
+        client.search_experiments(max_results=1)  # on the first call this creates the tables of an embedded database
     except Exception as error:  # MLflow raises whatever its transport does
         raise PipelineError(f"MLflow at {shown_uri(uri)} does not answer: {shown_uri(str(error))}") from error
     return client
 
 
 def connect_existing(configured: str | None) -> MlflowClient:
-    """`connect` for who only reads: a database that is not there would otherwise be made, and be empty."""
+    """`connect` for read-only use: otherwise a missing database would be created, and it would be empty."""
     uri = tracking_uri(configured)
     if _embedded_folder(uri) is not None and not Path(uri.removeprefix("sqlite:///")).exists():
         raise PipelineError(
@@ -88,21 +88,21 @@ def connect_existing(configured: str | None) -> MlflowClient:
 
 
 def _embedded_folder(uri: str) -> Path | None:
-    """Where an embedded SQLite database lies; None for a server."""
+    """The folder of an embedded SQLite database; None for any other URI."""
     if not uri.startswith("sqlite:///"):
         return None
     return Path(uri.removeprefix("sqlite:///")).absolute().parent
 
 
 class RefusedError(PipelineError):
-    """MLflow, or its storage of artifacts, does not take something: to wait would not mend that."""
+    """MLflow or its artifact storage refuses a request; waiting would not help."""
 
 
 class Patience:
-    """Calls what it is given again while MLflow is away or busy.
+    """Calls a function, and retries it while MLflow is unreachable or busy.
 
     Args:
-        patience_s: for how long, in seconds.
+        patience_s: for how long to retry, in seconds.
         tell: called with a line when waiting begins.
     """
 
@@ -110,8 +110,8 @@ class Patience:
         self._patience_s, self.tell = patience_s, tell
 
     def __call__(self, work: Callable[..., _Result], *arguments: Any, **named: Any) -> _Result:
-        """Raises PipelineError where it took longer than the patience; at once RefusedError where waiting would mend
-        nothing, and MLflow's own error where it says that something is not there.
+        """Raises PipelineError if retries took longer than the patience. Raises at once: RefusedError if waiting would
+        not help, and MLflow's own error if it says that something does not exist.
         """
         trying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(may_pass),
@@ -142,19 +142,19 @@ class Patience:
 
 
 def _refuses(error: BaseException) -> bool:
-    """Whether it is MLflow's, or its storage's, and not an answer: that something is not there is one."""
+    """Whether an error is a refusal by MLflow or its storage. "Does not exist" is an answer, not a refusal."""
     if isinstance(error, MlflowException):
         return error.get_http_status_code() != HTTPStatus.NOT_FOUND
     return isinstance(error, TRANSPORT_ERRORS)
 
 
 def reason(error: BaseException | None) -> str:
-    """The first line of what an error of MLflow's says: more may be a page of HTML."""
+    """The first line of an error of MLflow, at most 200 characters: the rest may be a page of HTML."""
     return (str(error).splitlines() or [""])[0][:200]
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether an error says that MLflow is away or busy, rather than that it refuses."""
+    """Whether an error means that MLflow or its storage is unreachable or busy, rather than that it refuses."""
     if isinstance(error, MlflowException):
         return _is_busy(error.get_http_status_code())
     if isinstance(error, requests.HTTPError) and error.response is not None:
@@ -171,18 +171,18 @@ _LATER = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
 
 
 class TrackedRun:
-    """A run that takes records and sees that none is told twice."""
+    """A run that logs records, and ensures that no metric is logged twice for a step."""
 
     def __init__(self, client: MlflowClient, run: Run, patience: Patience) -> None:
         self.client = client
         self.run_id: str = run.info.run_id
         self._patience = patience
-        self._told: dict[str, int] | None = None  # metric → newest step MLflow has; None: to be asked
+        self._told: dict[str, int] | None = None  # metric → newest step MLflow has; None: not asked yet
 
     def log(self, record: Record) -> None:
-        """Metrics against the step; what an earlier attempt already told is left out: a replay is exact.
+        """Log metrics against the step. Those an earlier attempt already logged are left out: a replay is exact.
 
-        Waits for an MLflow that is away. A picture that it does not take is told, and left at that.
+        Waits for MLflow if it is unreachable. If MLflow refuses a picture, this is reported and the picture dropped.
         """
         self._patience(self._log_metrics, record)
         for name, png in record.pictures.items():
@@ -202,7 +202,7 @@ class TrackedRun:
         try:
             self.client.log_batch(self.run_id, entries)
         except Exception:
-            self._told = None  # it may have come through nevertheless: ask before it is told again
+            self._told = None  # it may have arrived: ask before a retry
             raise
         told |= dict.fromkeys(news, record.step)
 
@@ -221,14 +221,14 @@ class TrackedRun:
 
 
 class ParentRun:
-    """The run of a whole curriculum or sweep, with those of its stages, or settings and trials, as children.
+    """The run of a whole curriculum or sweep; the runs of its stages, or settings and trials, are its children.
 
     Args:
-        client: of `connect`.
-        config: experiment and names.
-        name: of the curriculum or sweep.
-        key: what the run is of; the same key finds the same run.
-        tell: called with a line when MLflow is waited for.
+        client: a client from `connect`.
+        config: names the experiment, and how long to wait for MLflow.
+        name: name of the curriculum or sweep.
+        key: identifies what the run belongs to; the same key finds the same run.
+        tell: called with a line when waiting for MLflow begins.
     """
 
     def __init__(
@@ -242,7 +242,9 @@ class ParentRun:
         self.run_id = self.own.run_id
 
     def child(self, name: str, key: str) -> TrackedRun:
-        """The run of a stage, setting or trial; one that another parent began and did not end becomes this one's."""
+        """The run of a stage, setting or trial. If its key finds a run of another parent, the run moves to this parent,
+        and the other parent is marked as killed if MLflow still has it as running.
+        """
         tags = {PARENT_TAG: self.run_id, "stage": name}
         run = self.patience(_find_or_create, self.client, self.experiment_id, name, key, tags)
         before = run.data.tags.get(PARENT_TAG)
@@ -253,15 +255,15 @@ class ParentRun:
         return TrackedRun(self.client, run, self.patience)
 
     def holds(self, run_id: str) -> bool:
-        """Whether this MLflow has a run: another one has neither the curves nor the models of what was trained."""
+        """Whether this MLflow has a run. Another MLflow has neither the curves nor the models of that training."""
         try:
             self.patience(self.client.get_run, run_id)
-        except MlflowException:  # the one answer that is no refusal
+        except MlflowException:  # NOT_FOUND: the only error that is not a refusal
             return False
         return True
 
     def running(self, run_id: str) -> contextlib.AbstractContextManager[None]:
-        """`run_status` of this run or a child of it, which waits for a server that is away."""
+        """`run_status` for this run or one of its children; waits if the server is unreachable."""
         return run_status(self.client, run_id, self.patience)
 
 
@@ -269,11 +271,11 @@ class CurriculumRun(ParentRun):
     """The run of a curriculum."""
 
     def name_stage(self, name: str, run_id: str) -> None:
-        """Say which run holds a stage's curves: a stage that was finished earlier is another parent's child."""
+        """Store which run has a stage's curves: that of a stage finished earlier is a child of another parent."""
         self.patience(self.client.set_tag, self.run_id, f"{STAGE_RUN_TAG}{name}", run_id)
 
     def log_setup(self, config: CurriculumConfig, manifests: Mapping[str, Manifest]) -> None:
-        """The resolved config, the manifests the run reads, and what it runs on."""
+        """Log the resolved config, the manifests that the run reads, and what it runs on."""
         self.own.log_json(config.model_dump(mode="json"), "config.yaml")
         self.own.log_json({**environment(), "cluster": machines()}, "environment.json")
         facts = {
@@ -285,17 +287,17 @@ class CurriculumRun(ParentRun):
             self.patience(self.client.set_tag, self.run_id, f"manifest.{name}", manifest.url)
 
     def log_stage(self, number: int, metrics: Mapping[str, float]) -> None:
-        """A finished stage's validation, against the number of the stage."""
+        """Log the validation metrics of a finished stage, with the stage's number as the step."""
         self.own.log(Record(number, {name: value for name, value in metrics.items() if name.startswith("val/")}))
 
 
 def run_link(uri: str, experiment: str, run_id: str) -> str:
-    """Where to look at a run: its page where MLflow is a server, else its id."""
+    """Where to look at a run: its page if MLflow is a server, else its id."""
     if not uri.startswith(("http://", "https://")):
         return f"run {run_id}"
     try:
         found = MlflowClient(uri).get_experiment_by_name(experiment)
-    except MlflowException:  # of what is done only the address is missing
+    except MlflowException:  # all is done; only the address is unknown
         found = None
     if found is None:
         return f"run {run_id}"
@@ -303,7 +305,7 @@ def run_link(uri: str, experiment: str, run_id: str) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, to tell one run's surroundings from another's."""
+    """Versions and machine, so that the environments of runs can be compared."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -315,19 +317,19 @@ def environment() -> dict[str, Any]:
 
 
 def machines() -> list[dict[str, float]]:
-    """What each machine of the connected cluster has: the driver's own may have no GPU."""
+    """Resources of each machine of the connected cluster: the driver's own machine may have no GPU."""
     return [{name: n for name, n in found.items() if not name.startswith("node:")} for found in nodes()]
 
 
 @contextlib.contextmanager
 def run_status(client: MlflowClient, run_id: str, patience: Patience | None = None) -> Iterator[None]:
-    """Marks a run as running, then as finished; as killed where the block is interrupted, as failed where it raises."""
+    """Mark a run as running, then as finished, as killed (interrupted), or as failed (any other error)."""
     call = patience or _at_once
     call(client.update_run, run_id, status="RUNNING")
     try:
         yield
     except BaseException as error:
-        with contextlib.suppress(MlflowException):  # the error under way says more
+        with contextlib.suppress(MlflowException):  # the error being raised says more
             client.set_terminated(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     call(client.set_terminated, run_id, "FINISHED")
@@ -338,12 +340,12 @@ def _at_once(work: Callable[..., _Result], *arguments: Any, **named: Any) -> _Re
 
 
 def start_run(client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str]) -> Run:
-    """A new run of an experiment, which is created where there is none of that name."""
+    """A new run of an experiment, which is created if there is none with that name."""
     return client.create_run(_experiment(client, experiment), run_name=name, tags=dict(tags))
 
 
 def _experiment(client: MlflowClient, name: str) -> str:
-    """The id of the experiment of that name, created where there is none. Raises PipelineError where it is unusable."""
+    """The id of an experiment by name, created if it does not exist. Raises PipelineError if it cannot be used."""
     found = client.get_experiment_by_name(name)
     if found is None:
         return str(client.create_experiment(name, artifact_location=_place_of_artifacts(str(client.tracking_uri))))
@@ -362,7 +364,7 @@ def _experiment(client: MlflowClient, name: str) -> str:
 
 
 def _place_of_artifacts(uri: str) -> str | None:
-    """Where a new experiment's files go; None where a server has a place for them."""
+    """Where a new experiment's files go; None if the server decides. Raises PipelineError for a database alone."""
     if (folder := _embedded_folder(uri)) is not None:
         return (folder / "mlflow-artifacts").as_uri()
     if urlsplit(uri).scheme.partition("+")[0] in DATABASE_ENGINES:

@@ -1,4 +1,4 @@
-"""Metrics of a model on stored samples: the same code in a stage's validation and in `evaluate.py`."""
+"""Metrics of a model on stored samples; a stage's validation and `evaluate.py` both use this code."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,11 +23,11 @@ class Scored:
     """One sample with its prediction and its own metrics.
 
     Attributes:
-        sample: as it is stored.
+        sample: the sample as stored.
         flow: float32 [2, H, W].
         occluded: bool [H, W], where the flows in both directions disagree; None unless both were computed.
-        metrics: of this sample alone.
-        seconds: the prediction took.
+        metrics: metrics of this sample alone.
+        seconds: how long the prediction took.
     """
 
     sample: FlowSample
@@ -42,9 +42,9 @@ def score(
 ) -> Iterator[Scored]:
     """Predict and measure samples one by one; without a model the prediction is zero flow.
 
-    KITTI and HD1K are padded as KITTI is, the others as Sintel is. Of FlyingThings3D, pixels whose true flow is 400 px
-    or longer do not count, as in the published figures. With `bidirectional` both flows are computed, and what they
-    disagree on is told; the metrics are those of the forward flow.
+    KITTI and HD1K are padded as KITTI, the others as Sintel. For FlyingThings3D, pixels whose true flow is 400 px or
+    longer do not count, as in the published figures. With `bidirectional` both flows are computed, and `occluded` marks
+    where they disagree; the metrics are those of the forward flow.
     """
     for sample in samples:
         batch = to_tensors(sample)
@@ -79,9 +79,9 @@ def validate(
 ) -> tuple[dict[str, float], Scored | None] | None:
     """Pooled metrics over all ranks, the same on each, and this rank's first sample for a picture.
 
-    Every rank of the group must call it; each takes every world_size-th sample. `on_scored` is called after each with
-    the number of samples done by all ranks together, as far as this one can tell. `interrupted` is then called by all
-    ranks, must answer the same on each, and ends it where it says so: the result is None.
+    Every rank of the group must call it; each takes every world_size-th sample. `on_scored` is called after each sample
+    with an estimate of the number of samples that all ranks together have done. Then all ranks call `interrupted`,
+    which must give the same answer on each; if it is true, validation ends and the result is None.
     """
     pooled = FlowMetrics()
     first = None

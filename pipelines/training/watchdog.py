@@ -1,4 +1,4 @@
-"""Ends a worker that hangs: a lost peer in a collective, a dead mount or a bug would otherwise hold it for ever."""
+"""Ends a worker that hangs: a lost peer in a collective, a dead mount or a bug could otherwise block it for ever."""
 
 import contextlib
 import faulthandler
@@ -15,8 +15,8 @@ class Watchdog:
     """Watches that a worker makes progress.
 
     Args:
-        limit_s: seconds without progress after which the process is ended.
-        tell: called with the step and what there is to say of it, before the end.
+        limit_s: number of seconds without progress after which the process is ended.
+        tell: called before that, with the step and a message.
     """
 
     def __init__(self, limit_s: float, tell: Callable[[int, str], None]) -> None:
@@ -25,12 +25,12 @@ class Watchdog:
         self._now = (time.monotonic(), "starting", 0)
 
     def progress(self, doing: str, step: int) -> None:
-        """The worker has come to the next thing."""
+        """Note that the worker has made progress, and what it does now."""
         self._now = (time.monotonic(), doing, step)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """For the length of a `with`."""
+        """Watch for the length of a `with`."""
         self.progress("starting", 0)
         ended = threading.Event()
         thread = threading.Thread(target=self._watch, args=(ended,), name="watchdog", daemon=True)
@@ -48,6 +48,6 @@ class Watchdog:
                 try:
                     self._tell(step, f"hangs: no progress for {self._limit_s:.0f} s while {doing}; ended, to resume")
                     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-                    time.sleep(1.0)  # for the line to leave this process
-                finally:  # also where there is nobody to tell
+                    time.sleep(1.0)  # gives the message time to leave this process
+                finally:  # even if the message cannot be sent
                     os._exit(_EXIT_CODE)  # a hanging collective cannot be interrupted

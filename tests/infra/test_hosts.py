@@ -19,8 +19,9 @@ from datasets_etl.sources import SOURCES, SourceTree
 from datasets_etl.storage import open_store
 from datasets_etl.synthetic import write_dataset
 from infra.local_stack import seaweedfs
+from pipelines.config_file import load_config
 from pipelines.curriculum import run_curriculum
-from pipelines.training.config import CurriculumConfig, load_config
+from pipelines.training.config import CurriculumConfig
 from tests.conftest import ROOT
 from tests.infra.hosts import Host, connected_hosts, possible
 from tests.waiting import wait_until

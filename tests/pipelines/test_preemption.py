@@ -134,7 +134,7 @@ def test_a_metadata_service_that_is_away_is_asked_again(
         back.close()
     assert len(drained) == 1
     told = [record.getMessage() for record in caplog.records]
-    assert len([line for line in told if "503" in line]) == 1, "it is told once, not every few seconds"
+    assert len([line for line in told if "HTTP Error 503" in line]) == 1, "it is told once, not every few seconds"
 
 
 def test_ray_that_is_away_is_told_again(metadata: Metadata, monkeypatch: pytest.MonkeyPatch):

@@ -25,7 +25,7 @@ from gmflow import GMFlow, GMFlowConfig, predict_flow, save_weights
 from pipelines import references
 from pipelines.errors import PipelineError
 from pipelines.training import feed, registry, tracking
-from pipelines.training.config import MetricConfig, MlflowConfig, SetConfig
+from pipelines.training.config import MetricConfig, MlflowConfig, SetConfig, shown_uri
 from pipelines.training.feed import FeedWriter, Record, listening
 from tests.faulty_proxy import faulty_proxy
 from tests.mlflow_server import MlflowServer, mlflow_running
@@ -471,3 +471,28 @@ def test_a_link_that_cannot_be_looked_up_is_the_runs_id(server, monkeypatch):
 
     monkeypatch.setattr(tracking.MlflowClient, "get_experiment_by_name", away)
     assert tracking.run_link(server, "gmflow", run.run_id) == f"run {run.run_id}"
+
+
+def test_who_may_not_see_an_alias_is_not_told_that_there_is_none(stage_run, monkeypatch):
+    """A model would take the place of a champion that was never compared with it."""
+    assert registry._version_by_alias(stage_run.client, "gmflow", "nobody") is None
+    assert registry._version_by_alias(stage_run.client, "no such model", "champion") is None
+
+    def refuse(*_: object) -> None:
+        raise MlflowException("not yours", error_code=PERMISSION_DENIED)
+
+    monkeypatch.setattr(stage_run.client, "get_model_version_by_alias", refuse)
+    with pytest.raises(MlflowException, match="not yours"):
+        registry._version_by_alias(stage_run.client, "gmflow", "champion")
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://user:secret@host:5000", "http://host:5000"),
+        ("postgresql://user:p@ss@host/mlflow", "postgresql://host/mlflow"),
+        ("sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db"),
+    ],
+)
+def test_no_password_is_shown(uri, shown):
+    assert shown_uri(uri) == shown
