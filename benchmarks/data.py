@@ -1,11 +1,11 @@
-"""The data plane in figures: codes of frames and flow, samples a second, storage, writing, planning.
+"""Measure the data plane: encodings of frames and flow, samples per second, storage, writing, planning.
 
     python -m benchmarks.data                                    # all; writing takes longest, `--only` leaves it out
     python -m benchmarks.data --only codes,loading --rounds 7
 
-Real samples are found as the tests find them: GMFLOW_SAMPLES, GMFLOW_FORMAT_SAMPLES. Rounds of what is compared take
-turns, and each figure is the median of its rounds, so that a machine shared with others tells a ratio all the same. One
-core: OpenCV's, zstd's and torch's own threads are off.
+Real samples are found as in the tests, through GMFLOW_SAMPLES and GMFLOW_FORMAT_SAMPLES. What is compared takes turns,
+round by round, and each figure is the median of its rounds, so that ratios are meaningful even on a shared machine. A
+process computes on one core: OpenCV, zstd and torch use no threads of their own.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from pipelines.arguments import positive
 Array = npt.NDArray[Any]  # uint8 frames, float32 flow
 console = Console(width=130)
 
-# Crops and scales of the paper's recipes, and samples a second of the reference loader with the factor to reach.
+# Crops and scales of the paper's recipes, samples per second of the reference loader, and the multiple to reach.
 RECIPES = {
     "chairs": (AugmentConfig((384, 512), -0.1, 1.0), 37.8, 3.0),
     "sintel": (AugmentConfig((320, 896), -0.2, 0.6), 14.1, 2.5),
@@ -56,7 +56,7 @@ RECIPES = {
 }
 SAMPLES = ("GMFLOW_SAMPLES", "GMFLOW_FORMAT_SAMPLES")
 BATCH = 4
-LOADED = 3 * BATCH  # samples a round
+LOADED = 3 * BATCH  # samples per round
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -66,7 +66,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def taking_turns(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, after one round that does not count."""
+    """Median seconds of each, after one warm-up round that does not count."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds + 1):
         for name, work in works.items():
@@ -83,7 +83,7 @@ def raw_tree(root: Path) -> SourceTree:
 
 @dataclass(frozen=True)
 class Raw:
-    """A raw dataset at hand."""
+    """A raw dataset in a local folder."""
 
     name: str
     root: Path
@@ -102,7 +102,7 @@ class Raw:
 
 @dataclass(frozen=True)
 class Code:
-    """A candidate: array → bytes, and (bytes, shape) → array."""
+    """A candidate encoding: array → bytes, and (bytes, shape) → array."""
 
     encode: Callable[[Array], bytes]
     decode: Callable[[bytes, tuple[int, int]], Array]
@@ -158,7 +158,7 @@ def _bit_unshuffled(data: bytes, shape: tuple[int, int]) -> Array:
 
 
 def _plane_zigzag(flow: Array) -> bytes:
-    """Both the pixel above and the one to the left subtracted, signs folded into the lowest bit."""
+    """Subtracts the pixel above, then the one to the left, and folds the sign into the lowest bit."""
     words = flow.view(np.uint32)
     down = words.copy()
     down[1:] -= words[:-1]
@@ -271,9 +271,9 @@ def _raw_flow(tree: SourceTree, ref: SampleRef) -> tuple[npt.NDArray[np.float32]
 
 
 def naive_sample(tree: SourceTree, ref: SampleRef, config: AugmentConfig, rng: np.random.Generator) -> FlowSample:
-    """From raw files, the usual way: jitter and resize whole frames, then flip, then crop.
+    """A sample from raw files in the usual way: jitter and resize whole frames, then flip, then crop.
 
-    A favourable baseline: its colour jitter is our fast one, and the raw files are in the page cache.
+    The baseline is favourable: it uses our fast colour jitter, and the raw files are in the page cache.
     """
     frames = [formats.decode_frame(tree.read(path), path) for path in (ref.image0, ref.image1)]
     flow, valid = _raw_flow(tree, ref)
@@ -356,7 +356,7 @@ def loading(raws: Sequence[Raw], rounds: int, manifests: dict[str, Manifest]) ->
 
 
 class _Stages:
-    """Reads, augments and collates `count` samples when called, and remembers the seconds a sample of each stage."""
+    """Reads, augments and collates `count` samples when called, and records the seconds per sample of each stage."""
 
     def __init__(self, manifest: Manifest, config: AugmentConfig, count: int) -> None:
         self.manifest, self.config, self.count = manifest, config, count
@@ -398,7 +398,7 @@ def stored(raws: Sequence[Raw], manifests: dict[str, Manifest]) -> None:
 
 
 def s3(manifest: Manifest, rounds: int) -> None:
-    """The same stream with one loader process, from a folder and from an S3 server on this machine."""
+    """Compare the same stream with one loader process from a folder and from an S3 server on this machine."""
     from tests.seaweedfs import running  # the server that the tests start
 
     cores = sorted(os.sched_getaffinity(0))
@@ -426,7 +426,7 @@ def s3(manifest: Manifest, rounds: int) -> None:
 
 
 def _place(loaders: Sequence[int], others: Sequence[int]) -> None:
-    """Run this process's loader processes on some cores and everything else of it, servers too, on others."""
+    """Pin this process's loader processes to some cores, and itself and all its other children (servers) to others."""
     loading = {process.pid for process in multiprocessing.active_children()}
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
         for thread in process.threads():
@@ -443,7 +443,7 @@ def _rates(streams: dict[str, Iterator[object]], rounds: int) -> dict[str, float
     times: dict[str, list[float]] = {place: [] for place in streams}
     for number in range(rounds + 1):
         for place, stream in streams.items():
-            draw(stream, made_before)  # while the others had their turn
+            draw(stream, made_before)  # these were loaded while the others had their turn
             spent = seconds(partial(draw, stream, steps))
             if number:
                 times[place].append(spent)
@@ -469,7 +469,7 @@ def _warm_stream(manifest: Manifest) -> Iterator[object]:
 
 
 def writing(chairs: Raw, rounds: int) -> None:
-    """A worker of the ETL over a plain loop with webdataset's writer and the same encoding."""
+    """Compare ETL workers with a plain loop that uses webdataset's writer and the same encoding."""
     with tempfile.TemporaryDirectory() as folder:
         many = _repeated(chairs, Path(folder) / "raw", copies=120)
         tree, refs = many.tree, many.refs
@@ -498,7 +498,7 @@ def writing(chairs: Raw, rounds: int) -> None:
 
 
 def _repeated(chairs: Raw, root: Path, copies: int) -> Raw:
-    """The same pairs under more numbers, as links."""
+    """The same pairs under more numbers, as symbolic links."""
     (root / "data").mkdir(parents=True)
     refs = chairs.refs
     for number in range(copies * len(refs)):
@@ -514,7 +514,7 @@ def _repeated(chairs: Raw, root: Path, copies: int) -> Raw:
 
 
 def planning(rounds: int) -> None:
-    """Where the samples of a step lie, for a mixture of 10⁹ and 10⁴ workers: nothing is stored, whatever the step."""
+    """Locate the samples of a step, for an epoch of 10⁹ positions and 10⁴ workers. Nothing is stored for any step."""
     order = Order(sizes=(600_000_000, 40_000, 1041), repeats=(1, 9_000, 38_000), seed=3)
     workers, each = 10_000, 8
     steps = iter(range(1, 10**9, 977))

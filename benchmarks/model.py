@@ -4,12 +4,12 @@
     python -m benchmarks.model --quick        # small images, one repetition
     python -m benchmarks.model --device cuda
 
-On a GPU passes are recorded and replayed, and training adds up in order, as in the pipelines.
+On a GPU, passes are recorded and replayed, and training sums in a fixed order, as in the pipelines.
 
-Work is counted, not assumed: once per row, the products in plain formulas (the oracle's operations: every window of a
-shifted grid whole, nothing recomputed). The peak is that of square matrix products, measured before and after every
-repetition; each row is the median of its repetitions. On a machine shared with others add `--threads 1 --clock cpu`:
-processor time of one thread does not count the time that others took.
+The work of a row is computed from formulas that count the operations of the tests' oracle: every window of a shifted
+grid is complete, and nothing is recomputed. The peak is the speed of square matrix products, measured before and after
+every repetition; each row is the median of its repetitions. On a shared machine, add `--threads 1 --clock cpu`: the CPU
+time of one thread does not include the time that other processes took.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from gmflow.replay import WARM_UPS
 from pipelines.arguments import device, positive
 
 VARIANTS = {"base": GMFlowConfig.base(), "refine": GMFlowConfig.refine()}
-# Of the products that give the peak. What tells tf32's from fp32's on a GPU is a setting of the process, made by
-# `prepare_model`; on a CPU they are the same.
+# Types of the matrix products that give the peak. On a GPU, tf32 differs from fp32 by a setting of the process, which
+# `prepare_model` makes; on a CPU they are the same.
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row to be measured; a process of its own, so that its peak memory is its own."""
+    """One row to be measured, in a separate process so that the peak memory is that of this row alone."""
 
     variant: str
     mode: str
@@ -63,7 +63,7 @@ class Case:
         return name + " compiled" * self.compile + " not replayed" * (not self.replay)
 
     def prepared(self, device: str, *, replay: bool) -> GMFlow:
-        """The model as this row runs it."""
+        """The model with the settings of this row."""
         training = self.mode == "train"
         execution = ExecutionConfig(
             self.precision,  # type: ignore[arg-type]
@@ -78,13 +78,13 @@ class Case:
 
 
 def matrix_gflop(config: GMFlowConfig, height: int, width: int, training: bool) -> float:
-    """Work of the matrix products and convolutions for one pair of images, 10⁹ operations (a product is 2).
+    """Work of the matrix products and convolutions for one pair of images, in 10⁹ operations (a multiply-add is 2).
 
-    Backward is twice forward.
+    The backward pass counts as twice the forward pass.
     """
     c, pixels = config.feature_channels, height * width
     stem, middle, last = config.backbone_channels
-    stage3 = 64 if config.num_scales == 1 else 16  # image pixels to one of the last stage
+    stage3 = 64 if config.num_scales == 1 else 16  # image pixels per pixel of the last stage
     convolutions = (
         pixels / 4 * (147 * stem + 36 * stem * stem)
         + pixels / 16 * (10 * stem * middle + 27 * middle * middle)
@@ -107,7 +107,7 @@ def matrix_gflop(config: GMFlowConfig, height: int, width: int, training: bool) 
 
 
 def measure(case: Case, device: str, threads: int, clock: str) -> dict[str, Any]:
-    """Median seconds, fraction of peak, GiB kept for backward and peak GiB of one case."""
+    """Median seconds, work, peak speed and fraction of it, GiB kept for the backward pass, and peak GiB of one case."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model, training = case.prepared(device, replay=case.replay and not case.compile), case.mode == "train"
@@ -116,7 +116,7 @@ def measure(case: Case, device: str, threads: int, clock: str) -> dict[str, Any]
     now = _clock(clock, device)
     for _ in range(case.warm_up * (1 if device == "cpu" else WARM_UPS)):
         step()
-    memory = _peak_memory(device) if case.warm_up else 0  # a replayed pass asks for none
+    memory = _peak_memory(device) if case.warm_up else 0  # measured now, as a replayed pass allocates none
     seconds, peaks = [], [_peak(DTYPES[case.precision], device, now)]
     for _ in range(case.repetitions):
         start = now()
@@ -169,7 +169,7 @@ def _clock(name: str, device: str) -> Callable[[], float]:
 
 
 def _peak(dtype: torch.dtype, device: str, now: Callable[[], float]) -> float:
-    """The best of a few square matrix products, GFLOP/s."""
+    """The speed of the fastest of a few square matrix products, in GFLOP/s."""
     size = 2048 if device == "cpu" else 8192
     matrix = torch.randn(size, size, device=device).to(dtype)
     out = torch.empty_like(matrix)
@@ -182,7 +182,7 @@ def _peak(dtype: torch.dtype, device: str, now: Callable[[], float]) -> float:
 
 
 def _saved_bytes(model: GMFlow, image0: Tensor, image1: Tensor) -> int:
-    """Bytes of all storages that autograd keeps between forward and backward, parameters aside."""
+    """Bytes of all storages that autograd keeps between forward and backward pass, except the parameters."""
     storages: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -193,7 +193,7 @@ def _saved_bytes(model: GMFlow, image0: Tensor, image1: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = model(image0, image1)  # alive, so that no address is used twice
+        out = model(image0, image1)  # kept alive, so that no address is used twice
     del out
     return sum(storages.values())
 
@@ -216,14 +216,14 @@ def cases(quick: bool, compiled: bool, device: str) -> list[Case]:
     rows = [Case(v, "inference", 448, 1024, p) for v in VARIANTS for p in precisions]
     rows += [Case(v, "train", 384, 512, p) for v in VARIANTS for p in precisions]
     rows += [Case("refine", "train", 384, 512, checkpointing=c) for c in ("selective", "full")]
-    if on_gpu:  # which a single pair does not fill
+    if on_gpu:  # a single pair does not fill a GPU
         rows += [Case("refine", "inference", 448, 1024, p, batch=8) for p in precisions]
         rows += [Case("refine", "train", 384, 512, p, batch=8) for p in precisions]
         rows += [
             Case("refine", m, *s, "bf16", replay=False) for m, s in (("inference", (448, 1024)), ("train", (384, 512)))
         ]
     growth = [(1088, 1920), (1440, 2560), (2176, 3840)]
-    # On a CPU minutes each: once, and cold.
+    # On a CPU each of these takes minutes: it runs once, without warm-up.
     return rows + [Case("refine", "inference", *size, repetitions=1, warm_up=on_gpu) for size in growth]
 
 
@@ -239,7 +239,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a row instead of the table")
     arguments = parser.parse_args()
-    arguments.device = str(arguments.device)  # for processes that do not have it yet
+    arguments.device = str(arguments.device)  # the measuring processes take it as text
     if arguments.clock == "cpu" and arguments.device != "cpu":
         parser.error("--clock cpu is processor time, in which a GPU's work does not show; use wall")
     every = cases(arguments.quick, arguments.compile, arguments.device)

@@ -1,12 +1,12 @@
-"""One whole curriculum on 1 to 1,000 GPUs, on paper: compute, network, storage, cost, and where it breaks first.
+"""Estimate one whole curriculum on 1 to 1,000 GPUs: compute, network, storage, cost, and what limits it first.
 
     python -m benchmarks.scale                          # everything, about two minutes; real samples by GMFLOW_SAMPLES
     python -m benchmarks.scale --variant base --precision bf16
     python -m benchmarks.scale --only manifest --shards 100000
 
-What is measured here: operations of the model (the formulas of `benchmarks.model`), bytes of its parameters, gradients
-and checkpoints, bytes a sample has in real shards, and the order and the manifest at 10⁶ shards, by the project's own
-code; and, on one H100, how long the model takes (`SPEEDS`). What is published is named in `PUBLISHED`.
+These figures come from the project's own code: operations of the model (the formulas of `benchmarks.model`), bytes of
+its parameters, gradients and checkpoints, bytes per sample in real shards, and order and manifest at 10⁶ shards. The
+model's speed was measured on one H100 (`SPEEDS`). Published figures are in `PUBLISHED`.
 """
 
 import argparse
@@ -42,14 +42,14 @@ console = Console(width=140)
 
 @dataclass(frozen=True)
 class Published:
-    """Somebody else's figures, each with where it stands."""
+    """Published figures of others, each with its source."""
 
     # AWS, p5.48xlarge: eight H100, 3,200 Gbit/s between machines, 192 vCPU; EC2 Capacity Blocks' list, us-east-1, 2024.
     gpus_per_machine: int = 8
     network_gbit_s_per_gpu: float = 400.0
     vcpus_per_gpu: int = 24
     dollars_per_gpu_hour: float = 4.916
-    # AWS, S3 Standard, us-east-1: price list, and "Optimizing Amazon S3 performance" for rates a prefix.
+    # AWS, S3 Standard, us-east-1: price list, and "Optimizing Amazon S3 performance" for rates per prefix.
     dollars_per_1000_gets: float = 0.0004
     dollars_per_1000_puts: float = 0.005
     dollars_per_gb_month: float = 0.023
@@ -61,7 +61,7 @@ PUBLISHED = Published()
 
 @dataclass(frozen=True)
 class Speed:
-    """Of forward and backward passes on a GPU: a pass takes a fixed time, and each of its samples its work's."""
+    """Speed of forward and backward passes on a GPU: a pass takes a fixed time, plus its samples' work at `tflops`."""
 
     fixed_s: float
     tflops: float
@@ -70,23 +70,24 @@ class Speed:
 # One H100, refine, 384x512 (docs/performance.md): bf16 from batches of 1 and 8, the others from 4 and 8.
 SPEEDS = {"fp32": Speed(0.027, 26.8), "tf32": Speed(0.0129, 49.9), "bf16": Speed(0.0186, 66.2)}
 
-# Samples a second of one core: decoding and augmenting, from docs/data.md (python -m benchmarks.data --only loading).
+# Samples per second that one core decodes and augments, from docs/data.md (python -m benchmarks.data --only loading).
 LOADED_PER_CORE = {"chairs": 143.3, "sintel": 67.5, "kitti": 36.3}
-LOADED_AS = {"chairs": "chairs", "things": "chairs", "sintel": "sintel", "kitti": "kitti"}  # a stage's data by its size
+# For each stage, the dataset whose rate is used.
+LOADED_AS = {"chairs": "chairs", "things": "chairs", "sintel": "sintel", "kitti": "kitti"}
 
-# One step of a ring takes a message's way through switch and driver; 10 µs is generous, and an assumption.
+# Latency of a message through switch and driver in one step of a ring; 10 µs is a generous assumption.
 RING_STEP_S = 10e-6
-UPLOAD_PART_BYTES = 8 * 2**20  # of boto3's and pyarrow's uploads in parts
+UPLOAD_PART_BYTES = 8 * 2**20  # part size of boto3's and pyarrow's multipart uploads
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of this project's own code and data.
+    """Figures measured on this project's own code and data.
 
     Attributes:
-        parameter_bytes: float32; as many bytes of gradients meet in every step.
-        checkpoint_bytes: what `TrainingState.snapshot` is stored as.
-        sample_bytes: mean bytes of a sample in real shards, by dataset; what one ranged read fetches.
+        parameter_bytes: bytes of the float32 parameters; every step all-reduces the same number of bytes of gradients.
+        checkpoint_bytes: size of a stored `TrainingState.snapshot`.
+        sample_bytes: mean bytes of a sample in real shards, by dataset; one ranged read fetches one sample.
     """
 
     parameter_bytes: int
@@ -101,15 +102,15 @@ class Machine:
     speed: Speed
 
     def pass_seconds(self, samples: int, gflop_sample: float) -> float:
-        """Of samples that are computed together."""
+        """Seconds of one pass over `samples` samples."""
         return self.speed.fixed_s + self.sample_seconds(gflop_sample) * samples
 
     def sample_seconds(self, gflop: float) -> float:
-        """Of one among many."""
+        """Seconds that one sample adds to a pass."""
         return gflop / 1e3 / self.speed.tflops
 
     def all_reduce_seconds(self, size: int, world: int) -> float:
-        """A ring over the slowest link; NVLink inside a machine is many times as fast and not counted."""
+        """Seconds of a ring over the slowest link; NVLink inside a machine is many times as fast and is not counted."""
         if world == 1:
             return 0.0
         per_second = PUBLISHED.network_gbit_s_per_gpu / 8 * 1e9
@@ -130,7 +131,7 @@ def measure_model(config: CurriculumConfig) -> tuple[int, int]:
 
 
 def measure_samples() -> dict[str, float]:
-    """Bytes a sample takes in shards that this project's writer made of real samples; empty without them."""
+    """Bytes per sample, by dataset, in shards that this project writes from real samples; empty without them."""
     folders = {"chairs": "FlyingChairs_release", "sintel": "Sintel", "kitti": "KITTI"}
     found: dict[str, float] = {}
     for dataset, folder in folders.items():
@@ -162,7 +163,7 @@ def _sharded_bytes(dataset: str, root: Path) -> float:
 
 @dataclass(frozen=True)
 class StageWork:
-    """What a stage is made of, whatever the machine."""
+    """The work of a stage, independent of the machine."""
 
     stage: StageConfig
     gflop_sample: float
@@ -195,7 +196,7 @@ class StageWork:
         return math.ceil(self.stage.steps / self.stage.checkpoint_every)
 
     def seconds(self, machine: Machine, world: int, measured: Measured) -> tuple[float, float]:
-        """(computing, in all-reduces). A rank with one sample more makes the others wait; nothing overlaps."""
+        """Seconds (computing, in all-reduces). Ranks wait for the one with the most samples; nothing overlaps."""
         largest = max(len(rank_positions(0, self.stage.global_batch, rank, world)) for rank in range(world))
         computing = self.stage.steps * machine.pass_seconds(largest, self.gflop_sample)
         computing += machine.sample_seconds(self.gflop_validation) / world
@@ -208,13 +209,13 @@ def _pairs(chosen: SetConfig) -> int:
 
 
 def _frame(dataset: str) -> tuple[int, int]:
-    """Height and width as validated: padded to what the model takes."""
+    """Height and width of validation frames, padded to a size that the model accepts."""
     return {"chairs": (384, 512), "things": (544, 960), "sintel": (448, 1024), "kitti": (384, 1248)}[dataset]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A curriculum on some number of GPUs."""
+    """The figures of a curriculum on some number of GPUs."""
 
     gpus: int
     used: int
@@ -227,7 +228,7 @@ class Outcome:
 
 
 def run_on(gpus: int, work: Sequence[StageWork], machine: Machine, measured: Measured) -> Outcome:
-    """One run. Each stage uses no more GPUs than its global batch has samples; all are paid for."""
+    """One run. Each stage uses no more GPUs than its global batch has samples, but all GPUs are paid for."""
     seconds = meeting = 0.0
     busiest = read = cores = 0.0
     for each in work:
@@ -307,7 +308,7 @@ def show_runs(counts: Iterable[int], work: Sequence[StageWork], machine: Machine
 
 
 def show_side_by_side(counts: Iterable[int], work: Sequence[StageWork], machine: Machine, measured: Measured) -> None:
-    """The way to use many GPUs: many runs of a few each, as a sweep does."""
+    """The way to use many GPUs: many runs on a few GPUs each, as in a sweep."""
     table = Table(title="Many curricula side by side (a sweep), four GPUs a run")
     for name in (
         "GPUs",
@@ -351,7 +352,7 @@ def show_side_by_side(counts: Iterable[int], work: Sequence[StageWork], machine:
 
 
 def simulate(shards: int, per_shard: int) -> None:
-    """Manifest and order at a million shards, by the code that training runs."""
+    """Time manifest and order at `shards` shards, with the code that training runs."""
     table = Table(title=f"{shards:,} shards of {per_shard} samples: {shards * per_shard:,} samples")
     table.add_column("what")
     table.add_column("seconds", justify="right")
@@ -401,7 +402,7 @@ def simulate(shards: int, per_shard: int) -> None:
 
 
 def _shard(number: int, samples: int) -> ShardEntry:
-    """As FlyingChairs' look: 0.42 MB a sample."""
+    """A shard like those of FlyingChairs: 0.42 MiB per sample."""
     entries = tuple(
         SampleEntry(f"train_{number * samples + i:09d}", "train", 440_320 * i, 440_320, 123_456_789, 384, 512, 0)
         for i in range(samples)

@@ -1,13 +1,12 @@
-"""The training plane in figures: what Ray Train, tracking and checkpoints cost, how two workers scale, how fast a lost
-worker is back and what that costs, whether losses are those of the recipe written down plainly.
+"""Measure the training plane: what Ray Train, tracking and checkpoints cost, how two workers scale, how fast a lost
+worker is replaced and what that costs, and whether the losses match those of a plain loop with the same recipe.
 
     python -m benchmarks.training                      # all with the demo's small model
     python -m benchmarks.training --model base         # the same with the base model of the paper
     python -m benchmarks.training --only overhead --rounds 5
 
-What is compared takes turns of a few seconds, so a machine that others use at the same time tells the overhead all the
-same, but hardly the scaling: that needs two idle cores. Two loops that have nothing to do with each other tell how far
-the machine itself scales.
+The programs that are compared take turns of a few seconds, so the overhead can be measured even on a shared machine.
+The scaling hardly can: it needs two idle cores. Two independent loops show how far the machine itself scales.
 """
 
 import argparse
@@ -54,10 +53,10 @@ from tests.pipelines.conftest import train_workers
 
 ROOT = Path(__file__).parents[1]
 TURNS = 5
-"""Turns of each program a round."""
+"""Turns of each program per round."""
 ENDLESS = 100_000
-"""Steps: more than are done until the benchmark ends what it compares."""
-# Ray runs a local cluster's workers at this niceness; what is compared with them has to run so too.
+"""Number of steps: more than a program does before the benchmark ends it."""
+# Ray runs a local cluster's workers at this niceness; the loops compared with them must run at it, too.
 RAY_NICENESS = 15
 
 console = Console(width=130)
@@ -67,8 +66,8 @@ console = Console(width=130)
 class Size:
     """What is trained, and for how many seconds at a time.
 
-    The first steps, `warm_up`, count for nothing: caches, allocator, and the other workers' start. Turns are long
-    enough for two records of a stage on Ray, short enough that the machine is as fast in a turn as in the next.
+    The first `warm_up` steps do not count: caches and allocator fill, and the other workers start. Turns are long
+    enough for two records of a stage on Ray, and short enough that the machine is as fast in one turn as in the next.
     """
 
     model: dict[str, object]
@@ -90,7 +89,7 @@ SIZES = {
         warm_up=10,
         turn_s=4.0,
     ),
-    # The batch of the paper's stages, in as many passes: ranks meet once a step.
+    # The batch of the paper's stages (chairs: 16), one sample per pass; ranks exchange gradients once per step.
     "base": Size({}, crop=(128, 192), global_batch=8, micro_batch=1, log_every=1, warm_up=3, turn_s=12.0),
 }
 
@@ -100,7 +99,7 @@ class Row:
     what: str
     found: str
     aim: str
-    reached: bool | None  # None without an aim
+    reached: bool | None  # None if there is no aim
 
 
 def main() -> None:
@@ -117,8 +116,8 @@ def main() -> None:
         table.add_column(column)
     with tempfile.TemporaryDirectory(prefix="gmflow-benchmark-") as folder:
         bench = Bench(Path(folder), size, arguments.rounds)
-        # An error from now on (Ray has set its own way to end): what is compared is stopped most of the time, and would
-        # stay so.
+        # From now on SIGTERM raises SystemExit (Ray has set its own handler before), so that the programs are ended.
+        # They are stopped most of the time, and would otherwise stay stopped.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         for name, measure in ROWS.items():
             if arguments.only in (None, name):
@@ -142,7 +141,7 @@ class Bench:
             self.manifest = run_etl("chairs", str(folder / "raw"), str(folder / "shards")).manifest_url
 
     def config(self, workers: int, **stage: object) -> Path:
-        """A new run's config file: nothing of an earlier run is resumed."""
+        """Write the config file of a new run, which resumes no earlier run."""
         self._runs += 1
         here = self.folder / f"run{self._runs}"
         here.mkdir()
@@ -173,9 +172,10 @@ class Bench:
 
 
 def overhead(bench: Bench) -> Iterator[Row]:
-    """A stage on Ray against a bare DDP loop, one worker and two, and what the second worker brings.
+    """Compare a stage on Ray with a bare DDP loop, for one and two workers, and measure the gain of the second worker.
 
-    All of them take turns: Ray's own processes, loaders and tracking run in a stage's turn and are stopped in others'.
+    All of them take turns: Ray's own processes, loaders and tracking run in the turn of their stage and are stopped in
+    the turns of others.
     """
     ray: dict[int, StageOnRay] = {}
     programs: dict[str, Program] = {}
@@ -194,7 +194,7 @@ def overhead(bench: Bench) -> Iterator[Row]:
             program.end()
 
     def ratio(one: str, other: str, times: float = 1.0) -> tuple[float, str]:
-        """Of the seconds a step, over all turns, and for each round of turns."""
+        """Ratio of the seconds per step over all turns, and a text that adds the ratio of each round."""
         parts = [slice(TURNS * number, TURNS * (number + 1)) for number in range(bench.rounds)]
         whole, *each = (times * programs[one].step_s(p) / programs[other].step_s(p) for p in [slice(None), *parts])
         return whole, f"{whole:.3f} ({', '.join(f'{part:.3f}' for part in each)})"
@@ -217,13 +217,13 @@ def overhead(bench: Bench) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class StageOnRay:
-    """A curriculum of one stage, under way as a program of its own."""
+    """A curriculum of one stage that runs as a separate program."""
 
     program: Program
     metrics: Callable[[str], list[tuple[int, int, float]]]
 
     def data_wait(self) -> float:
-        """Median share of a step, of the records that were made without a pause."""
+        """Median share of a step spent waiting for data, over the records that no pause interrupted."""
         told = self.metrics("time/data_wait")
         whole = [
             value
@@ -243,9 +243,9 @@ def stage_on_ray(bench: Bench, workers: int) -> StageOnRay:
         process = subprocess.Popen(command, cwd=path.parent, stdout=told, stderr=told)
 
     def metrics(name: str) -> list[tuple[int, int, float]]:
-        """Every tracked value as (step, milliseconds, value)."""
+        """Every tracked value as (step, time in milliseconds, value)."""
         if " loss=" not in log.read_text():
-            return []  # two that make the database's tables at the same time are in each other's way
+            return []  # two processes that create the database's tables at the same time conflict
         client = MlflowClient(f"sqlite:///{path.parent}/mlflow.db")
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         runs = [run for run in client.search_runs(experiments) if name in run.data.metrics]
@@ -259,13 +259,12 @@ def stage_on_ray(bench: Bench, workers: int) -> StageOnRay:
 
 
 def bare_loop(bench: Bench, groups: list[int], *, exchange: bool = True) -> Program:
-    """The plainest loop over the same model, stream, loss and optimiser.
+    """Start the plainest loop over the same model, stream, loss and optimiser.
 
     Args:
-        bench: gives model and data.
-        groups: sizes of DDP groups that run at the same time and know nothing of each other; the first one's steps
-            are told.
-        exchange: the gradients of a group are averaged; otherwise its ranks wait for each other in every step.
+        bench: provides model and data.
+        groups: sizes of independent DDP groups that run at the same time; only the first one reports its steps.
+        exchange: whether a group averages its gradients; otherwise its ranks only wait for each other in every step.
     """
     context = multiprocessing.get_context("spawn")
     config = bench.config(1)
@@ -296,7 +295,7 @@ def _bare_worker(rank: int, world_size: int, port: int, config_path: Path, told:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     torch.manual_seed(config.seed)
     model = GMFlow(config.model.build())
-    prepare_model(model, ExecutionConfig())  # the same settings of the process
+    prepare_model(model, ExecutionConfig())  # the same process-wide settings as on Ray
     prepared = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
     state = TrainingState.fresh(model, stage)
     parts = [
@@ -337,7 +336,7 @@ def _bare_worker(rank: int, world_size: int, port: int, config_path: Path, told:
 
 
 def recovery(bench: Bench) -> Iterator[Row]:
-    """SIGKILL of a worker until a step is done that was not done before, and how many were done again."""
+    """Measure the time from SIGKILL of a worker to the next new step, and how many steps are done again."""
     seconds, repeated = zip(*(_recovery(bench) for _ in range(bench.rounds)), strict=True)
     value = statistics.median(seconds)
     told = f"{value:.1f} s ({', '.join(f'{s:.1f}' for s in seconds)})"
@@ -351,7 +350,7 @@ _CHECKPOINT_EVERY = 10
 
 
 def _recovery(bench: Bench) -> tuple[float, int]:
-    """Seconds, and steps that were done twice."""
+    """(seconds, number of steps that were done twice)"""
     path = bench.config(workers=2, steps=400, log_every=1, checkpoint_every=_CHECKPOINT_EVERY)
     command = [sys.executable, str(ROOT / "pipelines" / "curriculum.py"), "--config", str(path)]
     process = subprocess.Popen(command, cwd=bench.folder, stdout=subprocess.PIPE, text=True)
@@ -369,7 +368,7 @@ def _recovery(bench: Bench) -> tuple[float, int]:
             if resumed_at is not None and step > newest:
                 return time.monotonic() - killed_at, newest - resumed_at
             if resumed_at is None:
-                newest = max(newest, step)  # also what was under way to be told when the worker was killed
+                newest = max(newest, step)  # also steps done before the kill but printed after it
         raise RuntimeError("the run ended before its worker was killed and back")
     finally:
         process.terminate()
@@ -377,17 +376,20 @@ def _recovery(bench: Bench) -> tuple[float, int]:
 
 
 def losses(bench: Bench) -> Iterator[Row]:
-    """The first steps of the paper's recipe, two workers on Ray against a plain loop in one process.
+    """Compare the losses of the recipe's first steps: two workers on Ray against a plain loop in one process.
 
-    Training magnifies rounding: what another number of threads does to the plain loop is told beside it.
+    Training magnifies rounding errors, so the row also shows the effect of another thread count on the plain loop.
     """
     path = bench.config(workers=2, log_every=1, peak_lr=4.0e-4)
     command = [sys.executable, str(ROOT / "pipelines" / "curriculum.py"), "--config", str(path)]
     process = subprocess.Popen(command, cwd=path.parent, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    next(line for line in process.stdout if f"step={_COMPARED}/" in line)
-    process.terminate()  # which keeps what was told
-    process.communicate()
+    try:
+        if not any(f"step={_COMPARED}/" in line for line in process.stdout):
+            raise RuntimeError(f"the run ended before step {_COMPARED}")
+    finally:
+        process.terminate()  # the tracked values stay
+        process.communicate()
     client = MlflowClient(f"sqlite:///{path.parent}/mlflow.db")
     runs = client.search_runs([found.experiment_id for found in client.search_experiments()])
     (run,) = [run for run in runs if "train/loss" in run.data.metrics]

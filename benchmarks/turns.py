@@ -1,7 +1,7 @@
-"""Programs that take turns at a machine's processors, so that whatever else slows the machine down slows all of them.
+"""Let programs take turns on a machine's CPUs, so that anything else that slows the machine down slows all of them.
 
-A program is stopped, with every process below it, while another has its turn. Compared are steps done in seconds in
-which a program was running; a machine that is faster in one minute than in the next favours none.
+A program and all its descendant processes are stopped while another program has its turn. Only the seconds in which a
+program was running count; a machine that is faster in one minute than in the next favours no program.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import psutil
 
 
 class Mark(NamedTuple):
-    """So many steps were done at this time (seconds since 1970)."""
+    """`step` steps were done at the time `at` (seconds since 1970)."""
 
     step: int
     at: float
@@ -23,12 +23,12 @@ class Mark(NamedTuple):
 
 @dataclass
 class Program:
-    """Something that runs in processes of its own and tells when it has done how many steps.
+    """A program that runs in separate processes and reports when it has done how many steps.
 
     Attributes:
-        pids: its processes; those below them belong to it as well.
-        marks: all so far, in order.
-        turns: when it was running, once programs take turns: first and last second of each turn.
+        pids: its processes; their descendants belong to it as well.
+        marks: returns all marks so far, in order.
+        turns: start and end time of each turn in which it was running.
     """
 
     pids: Sequence[int]
@@ -42,7 +42,7 @@ class Program:
         self._signal(signal.SIGCONT)
 
     def end(self) -> None:
-        """Nothing of it is left."""
+        """Kill all its processes."""
         self.resume()
         gone = self._processes()
         for process in gone:
@@ -51,7 +51,7 @@ class Program:
         psutil.wait_procs(gone)
 
     def step_s(self, turns: slice = slice(None)) -> float:
-        """Seconds a step takes within these turns."""
+        """Seconds per step within these turns."""
         within = self.turns[turns]
         told = [mark for mark in self.marks() if any(start <= mark.at <= end for start, end in within)]
         if len(told) < 2:
@@ -63,7 +63,7 @@ class Program:
         return any(start <= since and until <= end for start, end in self.turns)
 
     def _running(self, at: float) -> float:
-        """Seconds of its turns before a time."""
+        """Seconds of its turns before the time `at`."""
         return sum(max(0.0, min(end, at) - start) for start, end in self.turns)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -81,7 +81,7 @@ class Program:
 
 
 def warmed_up(programs: Sequence[Program], steps: int, patience_s: float = 300.0) -> None:
-    """Wait until each program has done so many steps, all running at once."""
+    """Wait until each program has done `steps` steps, while all run at the same time."""
     deadline = time.monotonic() + patience_s
     while any(not (marks := program.marks()) or marks[-1].step < steps for program in programs):
         if not all(
@@ -94,11 +94,11 @@ def warmed_up(programs: Sequence[Program], steps: int, patience_s: float = 300.0
 
 
 def take_turns(programs: Sequence[Program], rounds: int, turn_s: float) -> Iterator[int]:
-    """Let each program run alone for a while, round after round; yields the rounds done. All are stopped at the end."""
+    """Let each program run alone for `turn_s` seconds per round; yield the rounds done. At the end all are stopped."""
     for program in programs:
         program.pause()
     for number in range(rounds):
-        # To and fro: a machine that becomes slower through a round favours none either.
+        # The order alternates: a machine that becomes slower during a round favours no program either.
         for program in programs[:: 1 if number % 2 == 0 else -1]:
             program.resume()
             start = time.time()

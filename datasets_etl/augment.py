@@ -23,7 +23,7 @@ SCALE_PROBABILITY = 0.8
 STRETCH_PROBABILITY = 0.8
 MAX_LOG2_STRETCH = 0.2
 ASYMMETRIC_PROBABILITY = 0.2  # the two images get different jitters
-DENSE_SPARE, SPARSE_SPARE = 8, 1  # a scaled frame exceeds the crop by at least so many pixels
+DENSE_SPARE, SPARSE_SPARE = 8, 1  # a scaled frame exceeds the crop by at least this many pixels
 SPARSE_MARGIN = (20, 50)  # (y, x): how far outside the frame a sparse crop may be drawn before it is clamped
 
 Floats = npt.NDArray[np.float32]
@@ -82,8 +82,8 @@ class Geometry:
 def augment(sample: FlowSample, config: AugmentConfig, rng: np.random.Generator) -> FlowSample:
     """Augments one sample for training; `sample.sparse` selects one of the two recipes.
 
-    Dense flow is interpolated; a pixel of the result is valid if every pixel that contributes to it is valid. Sparse flow
-    is moved point by point.
+    Dense flow is interpolated; a pixel of the result is valid if every pixel that contributes to it is valid. Sparse
+    flow is moved point by point.
 
     Args:
         sample: a sample with ground truth. It is not changed.
@@ -324,7 +324,7 @@ def apply_jitters(windows: list[Frame], frames: Sequence[Frame], jitters: tuple[
 
 
 def _thumbnail(frame: Frame) -> Frame:
-    """Every 4th pixel of every 4th row: enough for a mean. Pixels are not averaged: jitter and blurring do not commute."""
+    """Every 4th pixel of every 4th row: enough for a mean. No averaging: jitter and blurring do not commute."""
     small: Frame = cv2.resize(frame, None, fx=1 / _STRIDE, fy=1 / _STRIDE, interpolation=cv2.INTER_NEAREST)
     return small
 
@@ -349,7 +349,7 @@ class _Linear:
 
 @dataclass(frozen=True)
 class _Hue:
-    """A hue rotation in float32 HSV: OpenCV's 8-bit HSV is no faster, and is off by grey levels in saturated colours."""
+    """A hue rotation in float32 HSV: OpenCV's 8-bit HSV is no faster, but off by grey levels in saturated colours."""
 
     turns: float
 

@@ -57,7 +57,7 @@ class SampleCache:
         return None
 
     def _tables(self) -> diskcache.FanoutCache:
-        """Opened again if the folder was deleted: the old tables would keep samples where no other process finds them."""
+        """Opened again if the folder was deleted: in the old tables, no other process would find new samples."""
         kept, table = _opened(self, os.getpid())
         if _table_of(self.folder) != table:
             _opened.cache_clear()

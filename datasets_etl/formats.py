@@ -164,7 +164,7 @@ def decode_frame(data: bytes, name: str, *, allow_trailer: bool = False) -> Fram
         uint8 [H, W, 3], RGB.
 
     Raises:
-        DamagedError: the file has another format or bit depth, is truncated, has trailing bytes, or claims an absurd size.
+        DamagedError: the file has another format or depth, is truncated, has trailing bytes, or claims an absurd size.
     """
     if data[:2] in (b"P5", b"P6"):
         return _decode_pnm(data, name)
@@ -351,7 +351,7 @@ def _check_png(data: bytes, name: str, *, allow_trailer: bool) -> None:
     raise _bad(name, "is a truncated PNG", _DAMAGED)
 
 
-_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOFn; of the others, C4 and CC are tables and C8 is reserved
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOFn; C4 and CC are tables, C8 is reserved
 _JPEG_FILL = 0xFF  # any number of these bytes may come before a marker
 
 

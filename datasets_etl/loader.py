@@ -1,7 +1,7 @@
-"""Samples for training and evaluation, straight from shards on storage.
+"""Samples for training and evaluation, read directly from shards on storage.
 
-`TrainingStream` is the run's data stream cut into one rank's micro-batches; its whole state is the step to begin with.
-`read_sample` and `EvaluationSet` give samples as they are stored.
+`TrainingStream` yields one rank's micro-batches of the run's data stream; its whole state is the step to begin with.
+`read_sample` and `EvaluationSet` return samples as stored, without augmentation.
 """
 
 import functools
@@ -29,19 +29,19 @@ from datasets_etl.order import Order, rank_positions, sample_generator
 from datasets_etl.samples import FlowSample, decode_sample
 from datasets_etl.shards import read_sample_bytes
 
-# Of a sample with its ground truth: two images, flow and mask.
+# Bytes per pixel of a sample with ground truth: two images, flow and mask.
 _PIXEL_BYTES = 3 + 3 + 8 + 1
 
-# Samples a process reads ahead of the one it decodes: enough to hide a bucket's latency.
+# Number of samples that a process reads ahead of the one it decodes: enough to hide a bucket's latency.
 _READS_AHEAD = 4
 
-# Batches that a thread fetches from the loader processes ahead of time: each fetch is a handshake, and a step draws two
-# batches before it computes.
+# Number of batches that a thread fetches ahead of time from the loader processes: each fetch is a handshake, and a step
+# draws two batches before it computes.
 _TAKEN_OVER = 2
 
 
 class FlowBatch(NamedTuple):
-    """Samples as tensors; without the leading B for a single one.
+    """Samples as tensors; a single sample has no leading dimension B.
 
     Attributes:
         image0, image1: uint8 [B, 3, H, W], RGB.
@@ -56,10 +56,10 @@ class FlowBatch(NamedTuple):
 
 
 class _Packed(NamedTuple):
-    """A batch in one piece: a loader process hands tensors over one by one, at a millisecond each.
+    """A batch as one tensor: a loader process transfers tensors one by one, which takes a millisecond each.
 
     Attributes:
-        data: uint8, the tensors of a `FlowBatch` one after the other; flow first, where float32 is aligned.
+        data: uint8, the tensors of a `FlowBatch` one after the other; flow comes first, so that float32 is aligned.
         shape: B, H, W.
     """
 
@@ -69,7 +69,7 @@ class _Packed(NamedTuple):
 
 @dataclass(frozen=True)
 class MixturePart:
-    """A subset of one dataset as a part of a mixture: how often an epoch holds it and how it is augmented."""
+    """A subset of one dataset as part of a mixture: how often an epoch contains it, and how it is augmented."""
 
     manifest: Manifest
     subset: str | None
@@ -80,15 +80,15 @@ class MixturePart:
 def read_sample(
     manifest: Manifest, index: int, *, occlusion: bool = True, cache: SampleCache | None = None
 ) -> FlowSample:
-    """Sample number `index` of a manifest, with or without its occlusion mask: one ranged read, unless it is cached.
+    """Read sample number `index` of a manifest, with or without its occlusion mask.
 
-    Raises DataError naming shard and sample.
+    This takes one ranged read, unless the sample is cached. Raises DataError with the names of shard and sample.
     """
     return _decoded(_read_stored(manifest, index, cache), occlusion=occlusion)
 
 
 def _read_stored(manifest: Manifest, index: int, cache: SampleCache | None) -> tuple[bytes, str]:
-    """A sample's bytes, and what to call it in an error."""
+    """A sample's bytes, and its name for error messages."""
     shard, entry = manifest.place(index)
     store = manifest.store()
     fetch = functools.partial(read_sample_bytes, store, shard, entry)
@@ -103,18 +103,18 @@ def _decoded(stored: tuple[bytes, str], *, occlusion: bool) -> FlowSample:
 
 @functools.lru_cache(maxsize=1)
 def _reading_threads(pid: int) -> ThreadPoolExecutor:
-    """Those of this process: threads do not survive a fork."""
+    """The reading threads of this process: threads do not survive a fork."""
     return ThreadPoolExecutor(max_workers=_READS_AHEAD, thread_name_prefix="gmflow-read")
 
 
 class EvaluationSet(Dataset[FlowSample]):
-    """The samples of one subset in order, whole and as they are.
+    """The samples of one subset in order, in full size and without augmentation.
 
     Args:
-        manifest: of the dataset.
-        subset: of it; None: all.
-        limit: the first so many; None: all.
-        cache: as of `PositionDataset`.
+        manifest: the dataset's manifest.
+        subset: the subset's name; None: all subsets.
+        limit: how many samples to use, from the first on; None: all.
+        cache: as for `PositionDataset`.
     """
 
     def __init__(
@@ -133,12 +133,12 @@ class EvaluationSet(Dataset[FlowSample]):
 
 
 class PositionDataset(Dataset[FlowBatch]):
-    """Map-style: the n-th augmented sample of a run, a pure function of (mixture, seed, position).
+    """Map-style dataset: the augmented sample at each position of a run, a pure function of (mixture, seed, position).
 
     Args:
-        mixture: what an epoch holds.
-        seed: of order and augmentation.
-        cache: keeps stored samples on this machine; None reads them from storage each time.
+        mixture: the parts of an epoch.
+        seed: seed of the order and of the augmentation.
+        cache: keeps stored samples on this machine; None: they are read from storage each time.
     """
 
     def __init__(self, mixture: Sequence[MixturePart], seed: int, cache: SampleCache | None = None) -> None:
@@ -151,16 +151,16 @@ class PositionDataset(Dataset[FlowBatch]):
             repeats=tuple(part.repeats for part in mixture),
             seed=seed,
         )
-        self._reads: dict[int, _Read] = {}  # by position, under way or done
+        self._reads: dict[int, _Read] = {}  # by position; in progress or done
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_reads": {}}  # another process reads for itself
+        return vars(self) | {"_reads": {}}  # another process starts its own reads
 
     def __getitem__(self, position: int) -> FlowBatch:
         return self.__getitems__(_Draw([position], []))[0]
 
     def __getitems__(self, draw: "_Draw") -> list[FlowBatch]:
-        """Several at once, as a DataLoader asks for a batch; those to come are read while these are decoded."""
+        """Several samples at once, as a DataLoader requests them; upcoming ones are read while these are decoded."""
         self._begin_reading([*draw.positions, *draw.upcoming])
         samples = []
         for position in draw.positions:
@@ -184,14 +184,14 @@ class _Read(NamedTuple):
 
 
 class _Draw(NamedTuple):
-    """Positions of a micro-batch, and those that the same process will be asked for next."""
+    """Positions of a micro-batch, and the positions that the same process will be asked for next."""
 
     positions: list[int]
     upcoming: list[int]
 
 
 class _MicroBatches(Sampler[_Draw]):
-    """Positions of one rank's micro-batches, step after step; a DataLoader deals them to its processes in turn."""
+    """Positions of one rank's micro-batches, step after step; a DataLoader gives them to its processes in turn."""
 
     def __init__(
         self, steps: range, global_batch: int, micro_batch: int, rank: int, world_size: int, workers: int
@@ -219,16 +219,16 @@ class _MicroBatches(Sampler[_Draw]):
 
 
 class TrainingStream:
-    """One rank's share of the stream: for every step the micro-batches to accumulate.
+    """One rank's share of the data stream: the micro-batches of each step, whose gradients are accumulated.
 
     Args:
         dataset: the run's samples by position.
         steps: the steps to yield, from the one to resume at.
-        global_batch: samples of a step over all ranks; the same whatever the number of ranks.
-        micro_batch: samples a rank computes at a time.
-        rank, world_size: of this process.
-        workers: loader processes; 0 loads in this one.
-        pinned: in memory that a GPU copies from while it computes.
+        global_batch: samples per step over all ranks; it does not depend on the number of ranks.
+        micro_batch: samples that a rank computes at a time.
+        rank, world_size: the rank of this process, and the number of ranks.
+        workers: number of loader processes; 0: this process loads.
+        pinned: whether batches are in pinned memory, from which a GPU can copy while it computes.
     """
 
     def __init__(
@@ -255,16 +255,16 @@ class TrainingStream:
             prefetch_factor=4 if workers else None,
             worker_init_fn=_one_thread,
             pin_memory=pinned,
-            generator=torch.Generator(),  # the loader draws a seed for its processes: not from the global generator
+            generator=torch.Generator(),  # for the seed of the loader processes, in place of the global generator
         )
 
     def __iter__(self) -> Iterator[tuple[int, Iterator[FlowBatch]]]:
-        """(step, its micro-batches); the micro-batches must be drawn before the next step.
+        """Yields (step, its micro-batches); the micro-batches must be consumed before the next step.
 
-        Raises the DataError that a loader process met.
+        Raises the DataError that a loader process reported.
         """
         batches: Iterator[_Packed | DataError] = iter(self._loader)
-        if self._loader.num_workers and not self._loader.pin_memory:  # which has a thread of its own that does
+        if self._loader.num_workers and not self._loader.pin_memory:  # pinning has its own thread that fetches ahead
             batches = read_ahead(batches, _TAKEN_OVER)
         for step in self.steps:
             count = len(self._batches.of_step(step))
@@ -272,7 +272,7 @@ class TrainingStream:
 
 
 class _ErrorsAsValues(Dataset[FlowBatch]):
-    """A DataLoader would carry an error home as text: with the trace of its process around the one line that counts."""
+    """Returns a DataError instead of raising it: a DataLoader would pass it on as text, inside a stack trace."""
 
     def __init__(self, dataset: PositionDataset) -> None:
         self._dataset = dataset
@@ -291,7 +291,7 @@ def _sound(batch: _Packed | DataError) -> _Packed:
 
 
 def to_tensors(sample: FlowSample) -> FlowBatch:
-    """Channels first; a sample without ground truth is a ValueError."""
+    """A sample as tensors, channels first. Raises ValueError for a sample without ground truth."""
     if sample.flow is None or sample.valid is None:
         raise ValueError(f"{sample.key} has no ground truth to train on")
     return FlowBatch(
@@ -328,7 +328,7 @@ def _pack(samples: Sequence[FlowBatch]) -> _Packed:
 
 
 def _unpack(packed: _Packed) -> FlowBatch:
-    """Views of the one piece."""
+    """The tensors of a batch as views of the packed data."""
     batch, height, width = packed.shape
     pixels = prod(packed.shape)
     flow, image0, image1, valid = packed.data.split_with_sizes([8 * pixels, 3 * pixels, 3 * pixels, pixels])
@@ -341,4 +341,4 @@ def _unpack(packed: _Packed) -> FlowBatch:
 
 
 def _one_thread(worker: int) -> None:
-    cv2.setNumThreads(0)  # the processes are the parallelism
+    cv2.setNumThreads(0)  # the loader processes already run in parallel

@@ -1,4 +1,4 @@
-"""The index of one finished version of a dataset: every shard with its hash, every sample with its place.
+"""The index of one finished version of a dataset: every shard with its hash, every sample with its position.
 
 A manifest is immutable and named by its content: `manifest-<first 16 hex digits of its SHA-256>.json`. It holds no
 time, no host and no absolute path, so the same source gives the same manifest wherever it is made.
@@ -25,9 +25,9 @@ _NAME = re.compile(r"manifest-([0-9a-f]{16})\.json")
 
 @dataclass(frozen=True)
 class SampleEntry:
-    """Where a sample lies: `length` bytes at `offset` of a shard are its tar members, their CRC-32 is `crc32`.
+    """Where a sample lies: its tar members are the `length` bytes at `offset` of a shard, with the CRC-32 `crc32`.
 
-    `invalid_pixels` counts the pixels without usable flow; None for a sample without any ground truth.
+    `invalid_pixels` counts the pixels without usable flow; it is None for a sample without any ground truth.
     """
 
     key: str
@@ -60,10 +60,10 @@ class Manifest:
 
     Attributes:
         dataset: "chairs", "things", "sintel", "kitti" or "hd1k".
-        shards: in order; samples are numbered through them from 0.
-        quarantined: raw pairs left out because they are damaged: sample key → why, in a line.
-        url: where it was loaded from, absolute, so that workers in other folders find it; empty before it is published.
-            Not part of the content.
+        shards: the shards in order; samples are numbered from 0 across all of them.
+        quarantined: raw pairs left out because they are damaged: sample key → the reason, in one line.
+        url: the absolute URL that the manifest was loaded from, so that workers in other folders find it; empty for a
+            manifest that was not loaded. It is not part of the content.
     """
 
     dataset: str
@@ -73,7 +73,7 @@ class Manifest:
 
     @classmethod
     def load(cls, url: str) -> "Manifest":
-        """Raises DataError where there is none, or where its content does not match its name."""
+        """Load a manifest. Raises DataError if there is no valid one, or if its content does not match its name."""
         store, name = split_url(url)
         try:
             data = store.read(name)
@@ -95,7 +95,7 @@ class Manifest:
             raise DataError(f"{url}: not a manifest of pipelines/etl.py ({type(error).__name__}: {error})") from error
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON, one line a shard."""
+        """Canonical JSON, one line per shard."""
         head = json.dumps(
             {"format": FORMAT_VERSION, "dataset": self.dataset, "quarantined": dict(self.quarantined)}, sort_keys=True
         )
@@ -113,7 +113,7 @@ class Manifest:
         return hashlib.sha256(self.to_bytes()).hexdigest()[:16]
 
     def publish(self, store: ObjectStore) -> str:
-        """Write it, after all its shards, into the store they lie in. Returns its URL."""
+        """Write the manifest into the store of its shards, after all of them are written. Returns its URL."""
         name = f"manifest-{self.version}.json"
         store.write(name, self.to_bytes())
         return f"{store.url}/{name}"
@@ -132,9 +132,9 @@ class Manifest:
         return counts
 
     def select(self, subset: str | None, *, with_truth: bool = True) -> npt.NDArray[np.int64]:
-        """Numbers of the samples of one subset, of all for None; those with ground truth only, unless told otherwise.
+        """Numbers of the samples of one subset (None: all subsets); with `with_truth`, only those with ground truth.
 
-        Raises DataError where there are none.
+        Raises DataError if there are none.
         """
         if subset is not None and subset not in self.subsets:
             raise DataError(f"{self.url}: no subset {subset!r}; it has {', '.join(self.subsets)}")
@@ -159,12 +159,12 @@ class Manifest:
         return np.cumsum([len(shard.samples) for shard in self.shards])
 
     def store(self) -> ObjectStore:
-        """The store its shards lie in."""
+        """The store that contains the shards."""
         return open_store(self.url.rpartition("/")[0])
 
 
 def build(dataset: str, shards: Sequence[ShardEntry], quarantined: Mapping[str, str]) -> Manifest:
-    """The manifest of finished shards, in their order, and of what was left out of them."""
+    """The manifest of finished shards, in the given order, and of the pairs that were left out of them."""
     keys = [sample.key for shard in shards for sample in shard.samples]
     if len(set(keys)) != len(keys):
         raise ValueError(f"{dataset}: sample keys are not unique")

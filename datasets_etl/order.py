@@ -1,8 +1,9 @@
 """Which sample is the n-th of a run: pure functions of (seed, position), for any number of workers.
 
-A run reads global positions 0, 1, 2, …; step s takes positions s·B … s·B+B-1 whatever the number of workers. An epoch
-is every sample of the mixture, each as often as it is repeated, in a true shuffle. Nothing is stored: the shuffle is a
-keyed permutation, evaluated where it is asked, so the whole state of the data stream is one integer.
+A run reads global positions 0, 1, 2, …; with a global batch of B, step s takes positions s·B … s·B+B-1, for any number
+of workers. An epoch contains every sample of the mixture, as often as its part is repeated, in a true shuffle. No order
+is stored: the shuffle is a keyed permutation that is evaluated only at the positions needed, so the whole state of the
+data stream is one integer.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ class Order:
 
     Attributes:
         sizes: number of samples of each part of the mixture, all positive.
-        repeats: how often an epoch holds each sample of that part, all positive.
+        repeats: how often an epoch contains each sample of that part, all positive.
         seed: any integer of at most 64 bits.
     """
 
@@ -58,7 +59,7 @@ class Order:
 
 
 def rank_positions(step: int, global_batch: int, rank: int, world_size: int) -> range:
-    """The positions of one rank at one step: a contiguous slice of the step's batch, even to within one."""
+    """The positions of one rank at one step: a contiguous slice of the batch. Slice lengths differ by at most one."""
     first = step * global_batch
     return range(
         first + rank * global_batch // world_size,
@@ -67,15 +68,15 @@ def rank_positions(step: int, global_batch: int, rank: int, world_size: int) -> 
 
 
 def sample_generator(seed: int, position: int) -> np.random.Generator:
-    """The only source of randomness of the sample at a position: the same in every worker, at every attempt."""
+    """The only source of randomness for the sample at a position: the same in every worker and at every attempt."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, position))))
 
 
 def permute(indices: Int64Array, length: int, key: UInt64Array) -> Int64Array:
     """A keyed permutation of range(length), evaluated at `indices` [n] in O(n) time and memory.
 
-    A balanced Feistel network over the next power of four, walked along its cycle until it falls below `length`
-    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    It is a balanced Feistel network over the next power of four, applied again until the value is below `length`
+    (cycle walking; Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
     half_bits = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half_bits) - np.uint64(1)

@@ -1,9 +1,9 @@
-"""The lossless code of frames and dense flow in a shard: fast to undo, and small.
+"""The lossless encoding of frames and dense flow in a shard: fast to decode, and compact.
 
-Each row has the row above subtracted from it, byte by byte for frames, as 32-bit integers for floats; then all first
-bytes of the pixels stand together, all second bytes, and so on; then zstd. Frames also have green subtracted from red
-and blue. Sums and differences wrap around, so every value comes back to the bit, NaN and infinity too.
-docs/data.md has what it was measured against.
+The row above is subtracted from each row, byte by byte for frames and as 32-bit integers for floats. In frames, green
+is also subtracted from red and blue. Then the first bytes of all pixels are stored together, then all second bytes, and
+so on, and zstd compresses the result. Sums and differences wrap around, so every value is restored to the bit, NaN and
+infinity included. docs/data.md compares this encoding with others.
 """
 
 import itertools
@@ -28,7 +28,7 @@ def encode_frame(image: npt.NDArray[np.uint8], level: int = FRAME_LEVEL) -> byte
 
 
 def decode_frame(data: bytes, shape: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """uint8 [H, W, 3], RGB, of a frame of `shape` (H, W). Raises ValueError where `data` is no such frame."""
+    """bytes → uint8 [H, W, 3], RGB; `shape` is (H, W). Raises ValueError if `data` is not such a frame."""
     red, green, blue = _decompress(data, (3, *shape))
     image: npt.NDArray[np.uint8] = cv2.merge([red + green, green, blue + green])
     _sum_rows(image.reshape(shape[0], -1))
@@ -44,7 +44,7 @@ def encode_flow(flow: npt.NDArray[np.float32], level: int = FLOW_LEVEL) -> bytes
 
 
 def decode_flow(data: bytes, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
-    """float32 [H, W, 2] of a flow of `shape` (H, W). Raises ValueError where `data` is no such flow."""
+    """bytes → float32 [H, W, 2]; `shape` is (H, W). Raises ValueError if `data` is not such a flow."""
     pixels = cv2.merge(list(_decompress(data, (8, *shape))))  # [H, W, 8]
     words = pixels.view("<u4").reshape(shape[0], -1)  # [H, W * 2]
     _sum_rows(words)

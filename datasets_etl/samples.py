@@ -1,17 +1,17 @@
 """A frame pair with its ground truth, in memory and as files in a shard: the schema.
 
-In a shard a sample is these members, named `KEY.EXTENSION` as WebDataset wants it:
+In a shard, a sample consists of these members, named `KEY.EXTENSION` as WebDataset requires:
 
     json             dataset, subset, scene, frame, size, the raw files and their hashes
-    frame0.zst       first frame, uint8 [H, W, 3] RGB in the code of rowcode.py
+    frame0.zst       first frame, uint8 [H, W, 3] RGB in the encoding of rowcode.py
     frame1.zst       second frame
-    flow.zst         dense flow, float32 [H, W, 2] in the code of rowcode.py
+    flow.zst         dense flow, float32 [H, W, 2] in the encoding of rowcode.py
     flow.png         sparse flow (KITTI, HD1K): the 16-bit PNG as published
-    occluded.png     occlusion mask, 0 or 255: Sintel's own, or KITTI's pixels of flow_occ that flow_noc lacks
+    occluded.png     occlusion mask, 0 or 255: Sintel's own; for KITTI, pixels in flow_occ but not in flow_noc
     invalid.png      Sintel's mask of invalid pixels, 0 or 255; kept, but those pixels count as valid when a sample is
                      read, because they do in all published figures
 
-Everything is kept to the bit, non-finite flow included; what is not valid is decided when a sample is read.
+Everything is kept to the bit, including non-finite flow. Which pixels are valid is decided when a sample is read.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from datasets_etl.sources import SampleRef, SourceTree, is_sparse
 
 SCHEMA_VERSION = 2
 
-# Dense components this large mark a pixel without ground truth (model_spec: "components ≥ 1000").
+# Dense components this large mark a pixel without ground truth, as in the reference implementation.
 MAX_DENSE_FLOW = 1000.0
 
 
@@ -42,13 +42,13 @@ class FlowSample:
     Attributes:
         key: the sample's name within its dataset.
         dataset: "chairs", "things", "sintel", "kitti" or "hd1k".
-        subset: such as "train" or "training-clean".
-        sparse: ground truth exists at some pixels only (KITTI, HD1K): it must never be interpolated.
+        subset: the subset's name, such as "train" or "training-clean".
+        sparse: whether ground truth exists only at some pixels (KITTI, HD1K), so that it must never be interpolated.
         image0, image1: RGB, uint8 [H, W, 3].
         flow: float32 [H, W, 2], pixels, x then y; 0 where not valid. None without ground truth.
         valid: bool [H, W], where flow may be used. None without ground truth.
-        occluded: bool [H, W], pixels with no counterpart in image1. None where the dataset does not tell.
-        scene, frame: the sequence, and the first frame's name in it, as the dataset has them.
+        occluded: bool [H, W], pixels with no counterpart in image1. None if unknown or not decoded.
+        scene, frame: names of the sequence, and of the first frame in it, as in the dataset.
     """
 
     key: str
@@ -66,7 +66,7 @@ class FlowSample:
 
 @dataclass(frozen=True)
 class SampleFacts:
-    """What the manifest says of a sample beyond its place; `invalid_pixels` is None without ground truth."""
+    """What the manifest says about a sample besides its position; `invalid_pixels` is None without ground truth."""
 
     height: int
     width: int
@@ -74,10 +74,10 @@ class SampleFacts:
 
 
 def encode_sample(ref: SampleRef, tree: SourceTree) -> tuple[dict[str, bytes | str], SampleFacts]:
-    """Raw files of one pair → members of its shard, as webdataset's writer takes them.
+    """Raw files of one pair → members of its shard, in the form that webdataset's writer takes.
 
-    Raises DamagedError where a file is damaged, DataError where files differ in size: one line with paths relative to
-    the dataset, the same wherever it lies.
+    Raises DamagedError if a file is damaged, DataError if files differ in size. The message is one line with paths
+    relative to the dataset, so it does not depend on where the dataset lies.
     """
     raw: dict[str, bytes] = {}
 
@@ -134,8 +134,8 @@ def decode_sample(data: bytes, where: str, *, occlusion: bool = True) -> FlowSam
 
     Args:
         data: the members, from the first one's header to the end of the last one's last block.
-        where: names the sample in errors.
-        occlusion: whether to decode the occlusion mask, where there is one; training has no use for it.
+        where: the sample's name for error messages.
+        occlusion: whether to decode the occlusion mask, if there is one; training does not use it.
 
     Raises:
         DamagedError: a member is missing or does not decode.
@@ -194,9 +194,9 @@ def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def check_size(name: str, size: Sequence[int], other_name: str, other_size: Sequence[int]) -> None:
-    """Two files of a pair have one (height, width). Raises DataError naming both.
+    """Checks that two files of a pair have the same (height, width). Raises DataError with both names.
 
-    No damage of one file: files that do not belong together are a wrong input, which no pair should hide.
+    This is no DamagedError, for which the pair would be left out: files that do not belong together are a wrong input.
     """
     if tuple(size[:2]) != tuple(other_size[:2]):
         raise DataError(
@@ -210,8 +210,8 @@ def _decode_dense(data: bytes, name: str) -> npt.NDArray[np.float32]:
 
 
 def dense_valid(flow: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-    """Where dense flow [H, W, 2] is known, bool [H, W]: both components finite and below MAX_DENSE_FLOW in size."""
-    # All valid is the usual case, and these two passes are the cheapest way to see it: NaN fails any comparison.
+    """Where dense flow [H, W, 2] is known, bool [H, W]: both components are finite and within ±MAX_DENSE_FLOW."""
+    # Usually all pixels are valid, and these two passes are the cheapest way to see it. NaN fails any comparison.
     if float(flow.min()) > -MAX_DENSE_FLOW and float(flow.max()) < MAX_DENSE_FLOW:
         return np.ones(flow.shape[:2], np.bool_)
     small = np.abs(flow) < MAX_DENSE_FLOW  # [H, W, 2], false for NaN and infinity too

@@ -1,4 +1,4 @@
-"""Pure planning of shards, and writing one of them."""
+"""Plan shards (pure functions), and write one of them."""
 
 import contextlib
 import hashlib
@@ -28,7 +28,7 @@ class ShardPlan:
         dataset: the dataset's name.
         index: the shard's number.
         refs: its samples in order.
-        fingerprint: changes when any raw file or the format does: under it the finished shard is remembered.
+        fingerprint: changes when a raw file or the format changes; the name of the finished shard's record contains it.
     """
 
     dataset: str
@@ -38,13 +38,13 @@ class ShardPlan:
 
     @property
     def record_name(self) -> str:
-        """Object that remembers the finished shard, so that a second run need not write it again."""
+        """Name of the object that records the finished shard, so that a second run need not write it again."""
         return f"records/{self.index:05d}-{self.fingerprint}.json"
 
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """What became of a plan: the shard, None where every pair is damaged, and why pairs were left out, by key."""
+    """The result of a plan: the shard (None if every pair is damaged), and the reason for each omitted pair, by key."""
 
     entry: ShardEntry | None
     quarantined: Mapping[str, str]
@@ -53,12 +53,12 @@ class WrittenShard:
 def plan_shards(
     refs: Sequence[SampleRef], pixels: Mapping[str, int], stamps: Mapping[str, str], shard_bytes: int
 ) -> list[ShardPlan]:
-    """Cut samples, in order, into shards of about `shard_bytes` of raw pixels and flow.
+    """Divide samples, in order, into shards of about `shard_bytes` of raw pixels and flow.
 
     Args:
         refs: all samples of a dataset.
-        pixels: pixels of a frame, by sample key.
-        stamps: what changes when a raw file changes, by its path.
+        pixels: number of pixels of a frame, by sample key.
+        stamps: a value that changes when a raw file changes, by the file's path.
         shard_bytes: raw bytes after which the next shard begins; a shard has at least one sample.
     """
     groups: list[list[SampleRef]] = []
@@ -91,7 +91,7 @@ def _fingerprint(refs: Sequence[SampleRef], stamps: Mapping[str, str]) -> str:
 
 
 def finished_shard(plan: ShardPlan, store: ObjectStore) -> WrittenShard | None:
-    """What an earlier run already wrote, None where it wrote nothing, the object is gone, or the record is not ours."""
+    """What an earlier run wrote; None if the record is missing or not ours, or the shard is gone or of another size."""
     if store.size(plan.record_name) is None:
         return None
     try:
@@ -103,10 +103,10 @@ def finished_shard(plan: ShardPlan, store: ObjectStore) -> WrittenShard | None:
 
 
 def write_shard(plan: ShardPlan, tree: SourceTree, store: ObjectStore, *, strict: bool = False) -> WrittenShard:
-    """Encode a shard's samples, upload the tar under a name with its hash, then the record that it is finished.
+    """Encode a shard's samples, upload the tar under a name with its hash, then write the record that it is finished.
 
-    A damaged pair is left out; when `strict`, it is a DamagedError and nothing is written. Of a shard with nothing
-    but damaged pairs nothing is written either. Raises DataError where storage does, or the temporary folder is full.
+    A damaged pair is left out; with `strict`, it raises DamagedError and nothing is written. If all pairs are damaged,
+    nothing is written either. Raises DataError if storage does, or if the temporary folder is full.
     """
     with _telling_of_temporary_folders(), _temporary_file() as path:
         facts, quarantined = _write_tar(plan, tree, path, strict)
@@ -128,7 +128,7 @@ def write_shard(plan: ShardPlan, tree: SourceTree, store: ObjectStore, *, strict
 
 @contextlib.contextmanager
 def _temporary_file() -> Iterator[Path]:
-    """On Linux it has no name in its folder, but can be opened all the same: a killed worker leaves nothing behind."""
+    """On Linux the file has no name in its folder, but can be opened through /proc: a killed worker leaves no file."""
     nameless = sys.platform == "linux"
     with tempfile.TemporaryFile() if nameless else tempfile.NamedTemporaryFile(prefix="gmflow-shard-") as file:
         yield Path(f"/proc/self/fd/{file.fileno()}" if nameless else file.name)
@@ -136,7 +136,7 @@ def _temporary_file() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _telling_of_temporary_folders() -> Iterator[None]:
-    """Stores raise DataError: an OSError is of the temporary folder."""
+    """Turns an OSError into a DataError. Stores raise DataError, so an OSError comes from the temporary folder."""
     try:
         yield
     except OSError as error:
@@ -151,7 +151,7 @@ def _write_tar(
 ) -> tuple[list[tuple[SampleRef, SampleFacts]], dict[str, str]]:
     facts = []
     quarantined = {}
-    # Fixed owner, mode and time: the same samples give the same bytes.
+    # With a fixed owner, mode and mtime, the same samples give the same bytes.
     with (
         path.open("wb") as file,
         TarWriter(file, user="gmflow", group="gmflow", mode=0o644, mtime=0) as writer,
@@ -196,7 +196,7 @@ def _entries(path: Path, facts: Sequence[tuple[SampleRef, SampleFacts]]) -> tupl
 
 
 def read_sample_bytes(store: ObjectStore, shard: ShardEntry, sample: SampleEntry) -> bytes:
-    """One sample's tar members with one ranged read. Raises DamagedError where they are not what was written."""
+    """One sample's tar members, by one ranged read. Raises DamagedError if they are not what was written."""
     data = store.read_range(shard.name, sample.offset, sample.length)
     if zlib.crc32(data) != sample.crc32:
         raise DamagedError(

@@ -1,7 +1,7 @@
 """Objects by URL: `file://` (or a plain path) and `s3://`, behind one small interface.
 
-A store is rooted at a URL and addresses objects by keys relative to it. Stores hold no open connection themselves,
-so they travel to Ray tasks and loader processes as they are.
+A store is rooted at a URL and addresses objects by keys relative to it. A store object holds no open connection, so it
+can be passed to Ray tasks and loader processes.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 
 READ_TIMEOUT_S = 60
-"""How long an S3 server may stay silent before the request is made again."""
+"""How long an S3 server may stay silent before the request is repeated."""
 
 _CONNECT_TIMEOUT_S = 5
 _CONNECTIONS = 32
-# How long a signed URL is used, and how much longer it holds: clocks may differ.
+# How long a signed URL is used, and how much longer it stays valid because clocks may differ.
 _SIGNATURE_S = 900
 _SIGNATURE_LEFT_S = 900
 _SIGNATURES = 4096
@@ -46,8 +46,8 @@ _LEFT_BEHIND_S = 24 * 3600
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """One listed object. `stamp` changes when the content does: an ETag; of a file, its size, mtime and ctime. Programs
-    that unpack or copy may set mtime back, never ctime.
+    """One listed object. `stamp` changes when the content does: it is the ETag, or the size, mtime and ctime of a file.
+    Programs that unpack or copy files may set mtime back, but never ctime.
     """
 
     key: str
@@ -56,27 +56,27 @@ class ObjectInfo:
 
 
 class ObjectStore(Protocol):
-    """What the pipeline asks of storage. Every write is atomic: an object is whole or absent."""
+    """What the pipeline needs from storage. Every write is atomic: an object is complete or absent."""
 
     url: str
 
     def read(self, key: str, size: int | None = None) -> bytes:
-        """The whole object. Raises DataError where what comes has not the size it was listed with, if that is given."""
+        """The whole object. Raises DataError if `size` (as listed) is given and the object has another size."""
         ...
 
     def read_range(self, key: str, offset: int, length: int) -> bytes: ...
     def write(self, key: str, data: bytes) -> None: ...
     def upload(self, path: Path, key: str) -> None: ...
     def size(self, key: str) -> int | None:
-        """Size in bytes, None where the object does not exist."""
+        """Size in bytes, None if the object does not exist."""
         ...
 
     def delete(self, key: str) -> None:
-        """Remove an object; one that does not exist is no error."""
+        """Remove an object; it is no error if the object does not exist."""
         ...
 
     def remove_leftovers(self) -> None:
-        """What killed writers left behind, where the storage itself has no way to forget it."""
+        """Remove what killed writers left behind, if the storage does not do so itself."""
         ...
 
     def walk(self, prefix: str = "") -> Iterator[ObjectInfo]:
@@ -88,7 +88,7 @@ def open_store(url: str) -> ObjectStore:
     """The store rooted at a `file://` or `s3://` URL or a local path. Raises DataError for any other scheme."""
     try:
         parsed = urlparse(url)
-    except ValueError as error:  # brackets where a host would stand
+    except ValueError as error:  # such as brackets in the place of a host
         raise DataError(f"{url}: neither a URL nor a path ({error})") from None
     if parsed.scheme in ("s3", "file") and {"?", "#"} & set(url):
         raise DataError(f"{url}: a place has no ? or # in it; choose a name without, or in file:// write %3F or %23")
@@ -116,7 +116,7 @@ def split_url(url: str) -> tuple[ObjectStore, str]:
 
 
 def file_sha256(path: Path) -> str:
-    """Of a local file's content, in hexadecimal."""
+    """The SHA-256 of a local file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -168,12 +168,12 @@ class FileStore:
             (self.root / key).unlink(missing_ok=True)
 
     def remove_leftovers(self) -> None:
-        """Files that were to take their final names. Whoever writes one changes its time with every piece: one that has
-        not changed for a day is nobody's, so none of another run goes.
+        """Remove temporary files that never got their final names. Every chunk written updates a file's mtime: a file
+        unchanged for a day has no writer, so the files of other active runs stay.
         """
         with self._errors(""):
             for path in self.root.rglob(".*.part"):
-                with contextlib.suppress(FileNotFoundError):  # another run removes them as well
+                with contextlib.suppress(FileNotFoundError):  # another run may remove them, too
                     if time.time() - path.stat().st_mtime > _LEFT_BEHIND_S:
                         path.unlink()
 
@@ -195,7 +195,7 @@ class FileStore:
                 yield ObjectInfo(key, status.st_size, f"{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_size}")
 
     def _status(self, key: str) -> os.stat_result | None:
-        """None for a file that was deleted since it was listed; a link to nothing is an error."""
+        """None for a file that was deleted after it was listed; a dangling link is a DataError."""
         path = self.root / key
         try:
             return path.stat()
@@ -206,7 +206,7 @@ class FileStore:
 
     @contextlib.contextmanager
     def _replacing(self, key: str) -> Iterator[Path]:
-        """A file beside the final place that takes its name once it is whole and on disk."""
+        """A temporary file next to the final one. It is renamed atomically once it is complete and on disk."""
         final = self.root / key
         final.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent)
@@ -232,16 +232,16 @@ class FileStore:
 
 
 def _raise_unless_gone(error: OSError) -> None:
-    """What cannot be listed must not pass for empty; a folder that is not there is."""
+    """A folder that cannot be listed must not count as empty; a missing folder does."""
     if not isinstance(error, FileNotFoundError):
         raise DataError(f"{error.filename}: {error.strerror}") from error
 
 
 class _ShortAnswerError(DataError):
-    """Other bytes than asked for, of an object that has those: worth asking again, and no damage."""
+    """The answer has the wrong length, but the object need not be damaged: repeating the request may help."""
 
 
-# What may be otherwise a moment later: a server that is away or busy, an answer that broke off on the way.
+# Transient errors: the server is away or busy, or an answer broke off on the way.
 _PASSING = (
     s3_errors.HTTPClientError,
     s3_errors.ConnectionError,
@@ -255,9 +255,9 @@ _BUSY = (429, 500, 502, 503, 504)
 
 
 def may_pass(error: BaseException | None) -> bool:
-    """Whether an S3 client's error says that the server is away or busy, rather than that it refuses."""
+    """Whether an S3 client's error is transient: the server is away or busy, rather than refusing the request."""
     if isinstance(error, s3_errors.ClientError):
-        # A server that lost its memory of an upload in parts has to be given all of it again.
+        # A server that no longer knows a multipart upload must be sent all of it again.
         lost = error.response["Error"]["Code"] == "NoSuchUpload"
         return lost or error.response["ResponseMetadata"]["HTTPStatusCode"] in _BUSY
     if isinstance(error, boto3.exceptions.S3UploadFailedError):
@@ -266,14 +266,14 @@ def may_pass(error: BaseException | None) -> bool:
 
 
 PATIENCE_VARIABLE = "GMFLOW_STORAGE_PATIENCE_S"
-"""Environment: seconds for which a failed request is repeated; at least once, even where the first attempt alone took
-longer. So an endpoint that is mistyped is reported only after this time.
+"""Environment variable: seconds for which a failed request is repeated. It is repeated at least once, even if the first
+attempt alone took longer. A mistyped endpoint is therefore reported only after this time.
 """
 
 
 @contextlib.contextmanager
 def waiting_for_storage(seconds: float) -> Iterator[None]:
-    """Have this process, and those it starts, wait that long for storage in a `with`, unless told otherwise before."""
+    """In a `with`, this process and those it starts wait `seconds` for storage, unless the variable is already set."""
     before = os.environ.get(PATIENCE_VARIABLE)
     os.environ.setdefault(PATIENCE_VARIABLE, str(seconds))
     try:
@@ -343,7 +343,7 @@ class S3Store:
             _retry(_s3().delete_object)(Bucket=self.bucket, Key=self._key(key))
 
     def remove_leftovers(self) -> None:
-        """Nothing: parts of uploads that never ended go by the bucket's lifecycle (docs/data.md)."""
+        """Nothing to do: the bucket's lifecycle rule removes parts of unfinished uploads (docs/data.md)."""
 
     def walk(self, prefix: str = "") -> Iterator[ObjectInfo]:
         start = self._key("")
@@ -359,7 +359,7 @@ class S3Store:
     @_retry
     def _get(self, key: str, size: int | None) -> bytes:
         answer = _s3().get_object(Bucket=self.bucket, Key=self._key(key))
-        # Before it is read: a short one has another checksum too, which would be damage.
+        # Checked before the body is read: a short body also has a wrong checksum, and would count as damaged.
         _require_size(answer.get("ContentLength", size), f"{self.url}/{key}", size)
         return answer["Body"].read()
 
@@ -378,9 +378,9 @@ class S3Store:
         return _whole(data, url, offset, length)
 
     def _get_range_quickly(self, key: str, offset: int, length: int) -> bytes | None:
-        """By a signed URL, the same for all samples of a shard: a fifth of the processor time of `get_object`, which
-        training has to share with decoding. None for any other answer than the bytes: those are for `get_object` to
-        understand.
+        """Reads with a signed URL, the same for all samples of a shard. This takes a fifth of the CPU time of
+        `get_object`, and training needs the CPU for decoding, too. Returns None for any answer other than the bytes:
+        `get_object` then handles the case.
         """
         reader = _range_reader(os.getpid())
         if reader is None:
@@ -436,14 +436,14 @@ def _too_short(data: bytes, url: str, offset: int, length: int, what: str) -> st
 
 @functools.lru_cache(maxsize=_SIGNATURES)
 def _signed_url(bucket: str, key: str, period: int) -> str:
-    """Of an object, to read it in this `period` of `_SIGNATURE_S` seconds."""
+    """The URL for reading an object in this `period` of `_SIGNATURE_S` seconds."""
     place = {"Bucket": bucket, "Key": key}
     return _s3().generate_presigned_url("get_object", Params=place, ExpiresIn=_SIGNATURE_S + _SIGNATURE_LEFT_S)
 
 
 @functools.lru_cache(maxsize=1)
 def _range_reader(pid: int) -> RangeReader | None:
-    """Trusts whom botocore trusts. None where proxies are set: those are botocore's business."""
+    """The reader trusts the certificates that botocore trusts. None if proxies are set, which only botocore handles."""
     if get_environ_proxies(_s3().meta.endpoint_url):
         return None
     bundle = botocore.session.get_session().get_config_variable("ca_bundle")
@@ -456,15 +456,15 @@ def _s3() -> "S3Client":
 
 @functools.lru_cache(maxsize=1)
 def _s3_of_process(pid: int) -> "S3Client":
-    """One client a process: sockets must not be shared with a fork."""
-    _patience()  # said now, not in the middle of training, once storage is away
+    """One client per process: a fork must not share sockets."""
+    _patience()  # report a wrong value now, not in the middle of training when storage is away
     own_endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     config = Config(
         connect_timeout=_CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
         max_pool_connections=_CONNECTIONS,
         retries={"mode": "standard", "total_max_attempts": 3},
-        # botocore would sign URLs by version 2 in some regions, which encrypted objects and newer servers refuse.
+        # botocore would sign URLs with version 2 in some regions, which encrypted objects and newer servers refuse.
         signature_version="s3v4",
         # Servers other than AWS seldom have a DNS name for every bucket.
         s3={"addressing_style": "path"} if own_endpoint else None,

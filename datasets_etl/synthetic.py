@@ -42,15 +42,15 @@ _HARMONICS = 4
 
 @dataclass(frozen=True)
 class Layer:
-    """A textured thing in rigid motion with zoom. Its own coordinates have their origin in its middle.
+    """A textured object in rigid motion with zoom. The origin of its own coordinates is its middle.
 
     Attributes:
         texture: float32 [h, w, 3], 0..255; mirrored beyond its border.
-        outline: the radius in pixels at each of many equal angles; None for the ground, which has no end.
+        outline: the radius in pixels at many evenly spaced angles; None for the ground, which is unbounded.
         centre: position (x, y) in the frame at time 0.
-        velocity: pixels a frame.
-        angle, spin: radians, and radians a frame.
-        zoom: factor a frame.
+        velocity: pixels per frame.
+        angle, spin: radians, and radians per frame.
+        zoom: factor per frame.
     """
 
     texture: Floats
@@ -78,7 +78,7 @@ class Scene:
     layers: tuple[Layer, ...]
 
     def render(self, time: int) -> Frame:
-        """The frame at a time: uint8 [H, W, 3]."""
+        """The frame at `time`: uint8 [H, W, 3]."""
         canvas = np.zeros((self.height, self.width, 3), np.float32)
         for layer in self.layers:
             colour = self._texture(layer, time)
@@ -136,7 +136,7 @@ def _row(row: Matrix, x: Floats, y: Floats) -> Floats:
 
 
 def _coverage_at(layer: Layer, time: int, x: Floats, y: Floats) -> Floats:
-    """How much of each frame position the layer covers, 0..1: smooth over the pixel at its edge."""
+    """How much the layer covers each frame position, 0..1; it changes smoothly over one pixel at the edge."""
     if layer.outline is None:
         return np.ones_like(x)
     inverse = np.linalg.inv(layer.pose(time))
@@ -155,20 +155,20 @@ def _coverage_at(layer: Layer, time: int, x: Floats, y: Floats) -> Floats:
 def make_scene(
     rng: np.random.Generator, height: int, width: int, *, max_motion: float = MAX_MOTION, fast: bool = False
 ) -> Scene:
-    """Draws a scene of two to four shapes: mostly moderate motion, seldom up to the maximum.
+    """Draws a scene of two to four shapes, mostly with moderate motion, rarely with motion up to the maximum.
 
     Args:
-        rng: the only source of chance.
+        rng: the only source of randomness.
         height, width: of the frames, in pixels.
         max_motion: the fastest shapes' speed as a share of the width.
-        fast: one shape certainly moves at 0.95 to 1 of the maximum.
+        fast: whether one shape is certain to move at 0.95 to 1 of the maximum.
     """
     top_speed = max_motion * width
     layers = [_ground(rng, height, width, top_speed)]
     count = int(rng.integers(2, 5))
     for number in range(count):
-        share = rng.uniform() ** 3  # a quarter of the shapes under 2 % of the maximum, one in 30 over 90 %
-        if fast and number == count - 1:  # the topmost, so nothing hides it
+        share = rng.uniform() ** 3  # a quarter of the shapes are under 2 % of the maximum, one in 30 is over 90 %
+        if fast and number == count - 1:  # the topmost shape, so nothing hides it
             share = rng.uniform(0.95, 1)
         layers.append(_shape(rng, height, width, float(share) * top_speed))
     return Scene(height, width, tuple(layers))
@@ -190,12 +190,12 @@ def _ground(rng: np.random.Generator, height: int, width: int, top_speed: float)
 
 def _shape(rng: np.random.Generator, height: int, width: int, speed: float) -> Layer:
     size = float(rng.uniform(0.14, 0.3)) * min(height, width)
-    # A fast shape moves along the frame's longer axis: across the shorter one it would leave at once.
+    # A fast shape moves along the frame's longer axis; along the shorter one it would leave the frame at once.
     tilt = rng.uniform(-0.5, 0.5) if speed > height / 4 else rng.uniform(-np.pi, np.pi)
     direction = tilt + np.pi * rng.integers(2)
     velocity = float(speed * np.cos(direction)), float(speed * np.sin(direction))
     middle = float(rng.uniform(0.3, 0.7)) * width, float(rng.uniform(0.25, 0.75)) * height
-    half_time = (FRAMES_PER_SCENE - 2) / 2  # the first pair's shape is around `middle`
+    half_time = (FRAMES_PER_SCENE - 2) / 2  # halfway through the first pair, the shape is at `middle`
     side = int(2.6 * size) + 4
     return Layer(
         texture=_texture(rng, side, side),
@@ -241,10 +241,10 @@ _OUTLINES: tuple[Callable[[np.random.Generator, npt.NDArray[np.float64]], Floats
 
 
 def _texture(rng: np.random.Generator, height: int, width: int) -> Floats:
-    """Smooth colour noise over several octaves around a colour of its own: float32 [height, width, 3], 0..255.
+    """Smooth colour noise over several octaves around a random colour: float32 [height, width, 3], 0..255.
 
-    The finest cells are 4 px wide: fine enough to match by, coarse enough that a bilinear warp is exact to about a grey
-    level.
+    The finest cells are 4 px wide: fine enough for matching, and coarse enough that a bilinear warp is exact to about
+    one grey level.
     """
     noise = np.zeros((height, width, 3), np.float32)
     cell = 4
@@ -263,7 +263,7 @@ def _texture(rng: np.random.Generator, height: int, width: int) -> Floats:
 def synthetic_pair(
     seed: int, height: int, width: int, *, max_motion: float = MAX_MOTION, sparse: bool = False
 ) -> FlowSample:
-    """One pair in memory, without any file: dense ground truth with occlusions, or sparse as KITTI's."""
+    """One pair in memory, without files: dense ground truth with occlusions, or sparse ground truth like KITTI's."""
     rng = np.random.default_rng(seed)
     scene = make_scene(rng, height, width, max_motion=max_motion, fast=True)
     flow, occluded = scene.flow(0, 1)
@@ -296,16 +296,17 @@ def write_dataset(
 
     Args:
         name: "chairs", "things", "sintel", "kitti" or "hd1k".
-        root: the dataset's folder, made when missing.
-        pairs: labelled pairs to train on (in each pass; Things counts both directions, so an even number).
+        root: the dataset's folder, created if it is missing.
+        pairs: number of labelled pairs to train on, in each pass. Things counts both directions, so it must be even.
         height, width: of the frames, in pixels.
-        seed: of everything that is drawn. Scene n of a seed is the same whatever `pairs` is.
-        held_out: pairs of the dataset's other part: chairs "val" and Things TEST with ground truth, Sintel "test" and
-            KITTI "testing" without, as published. HD1K has none. For labelled pairs never seen, write another seed.
+        seed: the seed of all random draws. Scene n of a seed does not depend on `pairs`.
+        held_out: number of pairs in the dataset's other part: chairs "val" and Things TEST have ground truth, Sintel
+            "test" and KITTI "testing" have none, as published. HD1K has no other part. For unseen labelled pairs, write
+            a dataset with another seed.
         max_motion: the fastest shapes' speed as a share of the width.
 
     Raises:
-        ValueError: an unknown name, an odd number for Things, or held-out pairs for HD1K.
+        ValueError: the name is unknown, a number for Things is odd, or `held_out` is given for HD1K.
     """
     if name not in _WRITERS:
         raise ValueError(f"there is no synthetic {name!r}: choose from {', '.join(_WRITERS)}")
@@ -333,7 +334,7 @@ class _Studio:
         return make_scene(rng, self.height, self.width, max_motion=self.max_motion, fast=fast), rng
 
     def scenes(self, pairs: int, first: int = 0) -> Iterator[tuple[int, Scene, int, np.random.Generator]]:
-        """Number, scene and frames of as many scenes as hold the pairs."""
+        """Yields (number, scene, number of frames, generator) for as many scenes as the pairs need."""
         pairs_each = FRAMES_PER_SCENE - 1
         for number in range(-(-pairs // pairs_each)):
             scene, rng = self.scene(first + number)
@@ -364,9 +365,9 @@ def _write_things(studio: _Studio, pairs: int, held_out: int) -> None:
                 clean = scene.render(time)
                 studio.write(f"frames_cleanpass/{folder}/left/{frame:04d}.png", encode_frame_png(clean))
                 studio.write(f"frames_finalpass/{folder}/left/{frame:04d}.png", encode_frame_png(_final(clean)))
-                for way, step in (("Future", 1), ("Past", -1)):  # published for the outermost frames as well
+                for way, step in (("Future", 1), ("Past", -1)):  # flow is published for the outermost frames as well
                     flow, _ = scene.flow(time, time + step)
-                    flow[_disc(rng, studio)] = np.nan  # as the published files have in places
+                    flow[_disc(rng, studio)] = np.nan  # NaN in places, as in the published files
                     path = f"optical_flow/{folder}/into_{way.lower()}/left/OpticalFlowInto{way}_{frame:04d}_L.pfm"
                     studio.write(path, encode_pfm(flow))
 
@@ -421,14 +422,14 @@ _WRITERS: dict[str, Callable[[_Studio, int, int], None]] = {
 
 
 def _final(clean: Frame) -> Frame:
-    """A "final" pass: softer, and in haze."""
+    """A "final" pass: slightly blurred and hazy."""
     return cv2.addWeighted(cv2.GaussianBlur(clean, (3, 3), 0.8), 0.85, np.full_like(clean, 170), 0.15, 0).astype(
         np.uint8
     )
 
 
 def _disc(rng: np.random.Generator, studio: _Studio) -> Mask:
-    """Where ground truth is unusable: a small disc somewhere."""
+    """Where ground truth is unusable: a small disc at a random place."""
     y, x = np.ogrid[: studio.height, : studio.width]
     cy, cx = rng.uniform(0, studio.height), rng.uniform(0, studio.width)
     disc: Mask = (y - cy) ** 2 + (x - cx) ** 2 < (0.05 * studio.height) ** 2

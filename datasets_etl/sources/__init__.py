@@ -1,4 +1,4 @@
-"""The five raw datasets in their official layouts. To add one, write its index() and name it here."""
+"""The five raw datasets in their official layouts. To add one, write its index() and add it here."""
 
 from datasets_etl.sources import chairs, hd1k, kitti, sintel, things
 from datasets_etl.sources.ref import SampleRef, Source, SourceTree
@@ -25,13 +25,13 @@ EXPECTED_COUNTS: dict[str, dict[str, int]] = {
     "kitti": {"training": 200, "testing": 200},
     "hd1k": {"training": 1047},
 }
-"""Pairs in each subset of a whole download. Another count is worth a word: an excerpt, or a broken copy."""
+"""Pairs in each subset of a complete download. Any other count deserves a message: an excerpt, or a broken copy."""
 
 _SPARSE = frozenset({"kitti", "hd1k"})
 
 
 def is_sparse(dataset: str) -> bool:
-    """Whether a dataset's flow exists at some pixels only, and so must never be interpolated."""
+    """Whether a dataset's flow exists only at some pixels, and so must never be interpolated."""
     return dataset in _SPARSE
 
 

@@ -1,7 +1,7 @@
 """FlyingChairs (Dosovitskiy et al., ICCV 2015): independent pairs in one folder, split by a list.
 
     FlyingChairs_release/data/00001_img1.ppm  00001_img2.ppm  00001_flow.flo
-    FlyingChairs_release/FlyingChairs_train_val.txt     one line a pair: 1 = training, 2 = validation
+    FlyingChairs_release/FlyingChairs_train_val.txt     one line per pair: 1 = training, 2 = validation
 
 Subsets: "train" (22,232 pairs) and "val" (640).
 """
@@ -20,15 +20,15 @@ SPLIT_FILES = ("FlyingChairs_train_val.txt", "chairs_split.txt")
 _TITLE = "FlyingChairs"
 _FILE = re.compile(r"(?P<prefix>(?:.*/)?)(?P<number>\d{5})_(?:img1\.ppm|img2\.ppm|flow\.flo)")
 _SUBSETS = {"1": "train", "2": "val"}
-_HASH_VAL_SHARE = 640 / 22872  # as large a validation part as the official list's
+_HASH_VAL_SHARE = 640 / 22872  # the same validation share as in the official list
 
 
 def index(tree: SourceTree, *, split_list: str | None = None) -> list[SampleRef]:
-    """Every pair, "train" then "val", each by number.
+    """Every pair: first "train", then "val", each ordered by number.
 
     Args:
         tree: the listing; the folder of pairs may lie anywhere below the root.
-        split_list: the text of the official list. None: the file of that name somewhere below the root.
+        split_list: the text of the official list; None: it is read from its file, anywhere below the root.
 
     Raises:
         DataError: no pairs, a missing partner file, no list, or a list that does not fit the pairs.
@@ -45,18 +45,18 @@ def index(tree: SourceTree, *, split_list: str | None = None) -> list[SampleRef]
             f"{where} has {len(lines)} lines, but {tree.root} holds pair {numbers[-1]}: "
             "use the list that belongs to the dataset (22,872 lines), or split by hash (--split-by-hash)"
         )
-    # By number, not by rank: an excerpt of the dataset keeps the official split.
+    # By pair number, not by position in the listing: an excerpt of the dataset keeps the official split.
     subsets = {number: _SUBSETS[lines[int(number) - 1]] for number in numbers}
     return _refs(tree, prefix, subsets)
 
 
 def decoded(split_list: bytes) -> str:
-    """The text of a list's file; Windows' editors begin it with a mark."""
+    """The text of a list's file, without the byte order mark that Windows editors write at its beginning."""
     return split_list.decode("utf-8-sig", "replace")
 
 
 def index_by_hash(tree: SourceTree) -> list[SampleRef]:
-    """As index(), for want of the official list: a pair's number decides, by its SHA-256, with val's usual share.
+    """Like index(), without the official list: the SHA-256 of a pair's number decides, with the usual share of "val".
 
     Results on such a "val" cannot be compared with published ones.
     """

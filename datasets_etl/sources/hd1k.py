@@ -2,7 +2,7 @@
 
     hd1k_input/image_2/000000_0010.png        hd1k_flow_gt/flow_occ/000000_0010.png
 
-Subset: "training" (1,047 pairs): frames of a sequence that follow each other; its last frame starts no pair.
+Subset: "training" (1,047 pairs): consecutive frames of a sequence; its last frame starts no pair.
 """
 
 import re
@@ -19,11 +19,11 @@ _FILE = re.compile(
 
 
 def index(tree: SourceTree) -> list[SampleRef]:
-    """Every pair. Frames follow each other where their numbers are one step apart, the smallest step of the listing:
-    a frame before a gap starts no pair, because its flow leads to a frame that is not there.
+    """Every pair. Two frames are consecutive if their numbers differ by the smallest step in the listing: a frame
+    before a gap starts no pair, because its flow leads to a missing frame.
 
     Raises:
-        DataError: no frames, or a frame without flow or flow without its frame.
+        DataError: there are no frames, a frame has no flow, or a flow has no frame.
     """
     found = matches(tree, _FILE)
     require_together(tree, {(match["prefix"], match["kind"].partition("/")[0]) for match in found})

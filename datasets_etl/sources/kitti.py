@@ -20,12 +20,12 @@ _BARE_FRAME = re.compile(r"image_2/(?P<scene>\d{6})_1[01]\.png")
 
 
 def index(tree: SourceTree) -> list[SampleRef]:
-    """Every pair, "testing" then "training"; flow_noc where the dataset has it.
+    """Every pair: first "testing", then "training"; with flow_noc if the dataset has it.
 
-    The root may also be the "training" folder itself, told by its "flow_occ" folder.
+    The root may also be the "training" folder itself, which is recognised by its "flow_occ" folder.
 
     Raises:
-        DataError: no frames, or a frame without its partner or its flow, or flow without frames.
+        DataError: there are no frames, a frame lacks its partner or its flow, or a flow has no frames.
     """
     folders, scenes = _scenes(tree)
     files = frozenset(tree.files)

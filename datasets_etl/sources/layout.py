@@ -1,4 +1,4 @@
-"""What the sources share: finding a layout below a root, insisting on partner files, finishing an index."""
+"""What the sources share: finding a layout below a root, requiring partner files, finishing an index."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -20,10 +20,10 @@ def one_prefix(tree: SourceTree, prefixes: Iterable[str], title: str, looked_for
         prefixes: the folders in which the layout was found.
         title: the dataset as its authors call it.
         looked_for: a path of the layout, as an example.
-        way_out: what to do when it is not there.
+        way_out: what to do if the layout is missing.
 
     Raises:
-        DataError: no such folder, or several.
+        DataError: there is no such folder, or there are several.
     """
     found = sorted(set(prefixes))
     if len(found) > 1:
@@ -39,7 +39,7 @@ def one_prefix(tree: SourceTree, prefixes: Iterable[str], title: str, looked_for
 
 
 def require(tree: SourceTree, files: Collection[str], path: str, partner: str) -> str:
-    """The path itself, if it is among the files. Raises DataError naming it and the file that needs it."""
+    """Returns `path` if it is among the files. Otherwise raises DataError with its name and the file that needs it."""
     if path not in files:
         raise DataError(
             f"{tree.root} lacks {path}, which {partner} needs: complete the download, or remove {partner} as well"
@@ -48,14 +48,14 @@ def require(tree: SourceTree, files: Collection[str], path: str, partner: str) -
 
 
 def require_together(tree: SourceTree, places: Collection[tuple[str, str]]) -> None:
-    """The parts of a layout lie side by side.
+    """Checks that the parts of a layout lie in the same folder.
 
     Args:
         tree: the listing.
-        places: a folder ("" or ending in "/") below the root with the part that lies in it, as often as there are any.
+        places: (folder, part) for each part found; the folder below the root is "" or ends in "/".
 
     Raises:
-        DataError: each part is there once, but not all in one folder: archives that were unpacked apart.
+        DataError: each part was found once, but not all in one folder, because archives were unpacked apart.
     """
     folders, parts = {folder for folder, _ in places}, {part for _, part in places}
     if len(folders) > 1 and len(parts) == len(places):
@@ -64,7 +64,7 @@ def require_together(tree: SourceTree, places: Collection[tuple[str, str]]) -> N
 
 
 def require_unbroken(tree: SourceTree, numbers: Collection[int], path_format: str) -> None:
-    """A sequence's frame numbers follow each other. Raises DataError naming the first gap's file."""
+    """Checks that a sequence's frame numbers have no gap. Raises DataError with the name of the first missing file."""
     for number in range(min(numbers), max(numbers)):
         if number not in numbers:
             raise DataError(
@@ -74,10 +74,10 @@ def require_unbroken(tree: SourceTree, numbers: Collection[int], path_format: st
 
 
 def finished(tree: SourceTree, refs: list[SampleRef], title: str) -> list[SampleRef]:
-    """The refs in their fixed order, which is that of their keys.
+    """The refs in their fixed order: sorted by key.
 
     Raises:
-        DataError: there are none.
+        DataError: there are no refs.
     """
     if not refs:
         raise DataError(f"{tree.root} holds frames of {title} but no pair of them: complete the download")

@@ -7,10 +7,10 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class SourceTree:
-    """A raw dataset as a listing: works the same for a folder and for a bucket.
+    """A raw dataset as a listing, which works in the same way for a folder and for a bucket.
 
     Attributes:
-        root: where the dataset lies, for messages only.
+        root: where the dataset lies; used only in messages.
         files: every file below the root as a sorted relative POSIX path.
         read: returns the bytes of one of these files.
     """
@@ -26,12 +26,12 @@ class SampleRef:
 
     Attributes:
         dataset: "chairs", "things", "sintel", "kitti" or "hd1k".
-        subset: what mixtures and evaluations select by, such as "train" or "training-clean".
-        key: unique within the dataset, sorts in index order, without dots (a WebDataset key).
+        subset: the name by which mixtures and evaluations select pairs, such as "train" or "training-clean".
+        key: a WebDataset key, without dots and unique within the dataset; keys sort in index order.
         scene: the sequence the pair belongs to.
         frame: name of the first frame within the scene.
         image0, image1: the two frames.
-        flow: ground truth; None where the dataset keeps it to itself.
+        flow: ground truth; None if the dataset does not publish it.
         occlusion: Sintel's occlusion mask (non-zero = occluded).
         invalid: Sintel's mask of invalid pixels (non-zero = invalid).
         flow_noc: KITTI's ground truth of non-occluded pixels only.
@@ -54,5 +54,5 @@ class Source(Protocol):
     """A dataset's official layout."""
 
     def __call__(self, tree: SourceTree) -> list[SampleRef]:
-        """Every pair in a fixed order. Raises DataError naming what is missing from the layout."""
+        """Every pair in a fixed order. Raises DataError that names what is missing from the layout."""
         ...

@@ -24,12 +24,12 @@ _Frames = dict[tuple[str, str, str], set[int]]  # (part, pass, scene) → frame 
 
 
 def index(tree: SourceTree) -> list[SampleRef]:
-    """Every pair of the parts and passes that are there; masks where the dataset has them.
+    """Every pair of the parts and passes that exist, with masks if the dataset has them.
 
-    The root may also be the "training" folder itself, told by its "flow" folder.
+    The root may also be the "training" folder itself, which is recognised by its "flow" folder.
 
     Raises:
-        DataError: no frames, a gap in a sequence, or a pair without flow or mask, or flow without frames.
+        DataError: there are no frames, a sequence has a gap, a pair lacks flow or mask, or a flow has no frames.
     """
     folders, frames = _frames(tree)
     files = frozenset(tree.files)
@@ -67,7 +67,7 @@ def index(tree: SourceTree) -> list[SampleRef]:
 
 
 def _frames(tree: SourceTree) -> tuple[dict[str, str], _Frames]:
-    """The folder of each part, and the frames there are."""
+    """The folder of each part, and the frame numbers found."""
     frames: _Frames = defaultdict(set)
     if found := matches(tree, _FRAME):
         prefix = one_prefix(tree, (match["prefix"] for match in found), _TITLE, "", "")
@@ -89,7 +89,7 @@ def _frames(tree: SourceTree) -> tuple[dict[str, str], _Frames]:
 
 
 def _require_frames(tree: SourceTree, files: frozenset[str], folder: str, frames: _Frames) -> None:
-    """Each flow has its two frames in every pass."""
+    """Checks that each flow has its two frames in every pass."""
     passes = sorted({pass_name for part, pass_name, _ in frames if part == "training"}) or ["clean"]
     for match in matches(tree, _FLOW):
         if match["folder"] != folder:

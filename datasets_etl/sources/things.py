@@ -4,9 +4,9 @@
     optical_flow/TRAIN/A/0000/into_future/left/OpticalFlowIntoFuture_0006_L.pfm
     optical_flow/TRAIN/A/0000/into_past/left/OpticalFlowIntoPast_0007_L.pfm
 
-A pair into the past is (frame t, frame t-1). Subsets, for each pass: "train-clean" (40,302 pairs), and the 7,866 test
-pairs in two disjoint parts: "val-clean", the 1,024 that GMFlow validates on (of all test pairs in order the first
-7,168, every 7th), and "test-clean", the other 6,842. The order is the reference's: direction, then scene, then frame.
+A pair into the past is (frame t, frame t-1). Subsets, for each pass: "train-clean" (40,302 pairs), and two disjoint
+parts of the 7,866 test pairs: "val-clean", the 1,024 pairs that GMFlow validates on (every 7th of the first 7,168 test
+pairs in order), and "test-clean", the other 6,842. The order is the reference's: by direction, then scene, then frame.
 """
 
 import re
@@ -30,10 +30,10 @@ _VAL_SPAN, _VAL_STRIDE = 7168, 7  # 7,866 test pairs → 1,024 (GMFlow's validat
 
 
 def index(tree: SourceTree) -> list[SampleRef]:
-    """Every pair of the parts and passes that are there.
+    """Every pair of the parts and passes that exist.
 
     Raises:
-        DataError: no frames, a gap in a sequence, or frames without flow or flow without frames.
+        DataError: there are no frames, a sequence has a gap, a frame has no flow, or a flow has no frame.
     """
     found = matches(tree, _FRAME)
     flows = matches(tree, _FLOW)
@@ -71,7 +71,7 @@ def index(tree: SourceTree) -> list[SampleRef]:
 
 
 def _refuse_webp(tree: SourceTree, found: list[re.Match[str]]) -> None:
-    """The authors offer the frames in both formats."""
+    """Raises DataError if the frames are WebP: the authors offer them as PNG and as WebP."""
     if not found and (webp := next((path for path in tree.files if path.endswith(".webp")), None)):
         raise DataError(f"{tree.root} holds frames as .webp ({webp}): download the archives with PNG frames instead")
 
@@ -97,7 +97,7 @@ def _require_frames(
     for (pass_name, part, scene), numbers in frames.items():
         folder = f"{prefix}frames_{pass_name}pass/{part}/{scene}/left"
         require_unbroken(tree, numbers, folder + "/{:04d}.png")
-    # Every flow has the frame it begins at: a scene that lacks its last one would move the pairs validated on.
+    # Every flow needs the frame it begins at: if a scene lacked its last frame, other pairs would be validated on.
     passes = sorted({pass_name for pass_name, _, _ in frames}) or ["clean"]
     for match in flows:
         for pass_name in passes:

@@ -863,7 +863,7 @@ def test_weights_that_were_saved_from_a_parallel_model_load(tmp_path: Path) -> N
 
 
 def test_a_fresh_model_is_initialised_as_the_published_one() -> None:
-    """Kaiming for convolutions, Xavier for matrices (model_spec); PyTorch's own defaults train to other weights."""
+    """Kaiming for convolutions, Xavier for matrices; PyTorch's own defaults train to other weights."""
     torch.manual_seed(0)
     model = GMFlow(GMFlowConfig.refine())
     for name, module in model.named_modules():

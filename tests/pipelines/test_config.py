@@ -39,7 +39,7 @@ def load(tmp_path: Path):
     return _load
 
 
-RECIPE = {  # model_spec, section 4
+RECIPE = {  # the paper's
     "chairs": (100_000, 16, 4e-4, (384, 512)),
     "things": (800_000, 8, 2e-4, (384, 768)),
     "sintel": (200_000, 8, 2e-4, (320, 896)),
