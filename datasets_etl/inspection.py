@@ -12,10 +12,12 @@ from datasets_etl.errors import DamagedError, DataError
 from datasets_etl.etl import run_tasks
 from datasets_etl.manifest import Manifest, SampleEntry, ShardEntry
 from datasets_etl.samples import FlowSample, decode_sample
-from datasets_etl.storage import open_store
+from datasets_etl.storage import ObjectStore, open_store
 
 MOTION_EDGES = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 """Lower edges of the motion histogram's bins, in pixels; the last bin has no upper edge."""
+
+_PIECE_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -63,18 +65,35 @@ def _verify_task(root: str, shard: ShardEntry) -> list[Damage] | DataError:
         size = store.size(shard.name)
         if size is None:
             return [Damage(shard.name, "it is not there")]
-        data = store.read(shard.name, size)
+        return [Damage(shard.name, problem) for problem in _problems(store, shard, size)]
     except DamagedError as error:
         return [Damage(shard.name, str(error))]
     except DataError as error:  # a storage error, which says nothing about the shard
         return error
-    problems = []
-    if len(data) != shard.bytes:
-        problems.append(f"{len(data)} bytes instead of {shard.bytes}")
-    elif hashlib.sha256(data).hexdigest() != shard.sha256:
-        problems.append("its SHA-256 is not the manifest's")
-    checked = (_sample_problem(data[entry.offset : entry.offset + entry.length], entry) for entry in shard.samples)
-    return [Damage(shard.name, problem) for problem in (*problems, *checked) if problem is not None]
+
+
+def _problems(store: ObjectStore, shard: ShardEntry, size: int) -> list[str]:
+    """What is wrong with a shard of `size` bytes. It is read sample by sample: memory holds one at a time."""
+    digest = hashlib.sha256()
+    position = 0
+    found = []
+    for entry in shard.samples:
+        digest.update(_read(store, shard.name, position, min(entry.offset, size)))
+        data = _read(store, shard.name, entry.offset, min(entry.offset + entry.length, size))
+        digest.update(data)
+        position = entry.offset + len(data)
+        found.append(_sample_problem(data, entry))
+    for start in range(position, size, _PIECE_BYTES):
+        digest.update(_read(store, shard.name, start, min(start + _PIECE_BYTES, size)))
+    if size != shard.bytes:
+        found.insert(0, f"{size} bytes instead of {shard.bytes}")
+    elif digest.hexdigest() != shard.sha256:
+        found.insert(0, "its SHA-256 is not the manifest's")
+    return [problem for problem in found if problem is not None]
+
+
+def _read(store: ObjectStore, key: str, start: int, end: int) -> bytes:
+    return store.read_range(key, start, end - start) if end > start else b""
 
 
 def _sample_problem(data: bytes, entry: SampleEntry) -> str | None:

@@ -34,7 +34,7 @@ def claim_output(
 
     Raises:
         PipelineError: `overwrite` is not set, and the output is of another job, or one of the files named by `inputs`
-            is of other inputs or of unknown origin.
+            (without `inputs`, any file) is of other inputs or of unknown origin.
     """
     wanted = json.loads(json.dumps(job))
     there = {found.key: found.stamp for found in output.walk() if found.key != _NOTE}
@@ -44,6 +44,10 @@ def claim_output(
         differing = sorted(name for name in {*noted, *wanted} if noted.get(name) != wanted.get(name))
         listed = ", ".join(f"{name} {noted.get(name)!r}, not {wanted.get(name)!r}" for name in differing)
         raise PipelineError(f"{output.url} holds another run's files ({listed}); give another folder or --overwrite")
+    if there and not noted and not inputs and not overwrite:
+        raise PipelineError(
+            f"{output.url} holds files that this command did not make; give another folder or --overwrite"
+        )
     kept = set(there)
     if overwrite or not noted:
         # Every file there will be replaced. If this run is interrupted, some old files remain; their stamps, which are

@@ -18,7 +18,7 @@ import pytest
 from datasets_etl import etl, formats, shards
 from datasets_etl.errors import DamagedError, DataError
 from datasets_etl.etl import EtlResult, run_etl, run_tasks
-from datasets_etl.inspection import MOTION_EDGES, Damage, motion_histogram, spread, verify_manifest
+from datasets_etl.inspection import MOTION_EDGES, Damage, _problems, motion_histogram, spread, verify_manifest
 from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import FORMAT_VERSION, Manifest, build
 from datasets_etl.shards import plan_shards, write_shard
@@ -402,6 +402,26 @@ class TestVerify:
             Damage(shard.name, "its SHA-256 is not the manifest's"),
             Damage(shard.name, f"sample {entry.key}: damaged, its checksum differs"),
         ]
+
+    def test_a_flipped_byte_behind_the_samples_is_found(self, copy, tmp_path):
+        shard = copy.shards[0]
+        path = tmp_path / "chairs" / shard.name
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+        assert verify_manifest(copy) == [Damage(shard.name, "its SHA-256 is not the manifest's")]
+
+    def test_a_shard_is_never_in_memory_as_a_whole(self, copy, monkeypatch):
+        shard = copy.shards[0]
+        largest = max(entry.length for entry in shard.samples)
+        assert largest < shard.bytes / 2
+        monkeypatch.setattr(FileStore, "read", lambda *_: pytest.fail("read whole"))
+        lengths = []
+        read_range = FileStore.read_range
+        monkeypatch.setattr(
+            FileStore, "read_range", lambda self, *where: lengths.append(where[2]) or read_range(self, *where)
+        )
+        assert _problems(copy.store(), shard, shard.bytes) == []
+        assert sum(lengths) == shard.bytes, "and no byte is read twice"
+        assert max(lengths) <= max(largest, 2**22)
 
     def test_a_truncated_and_a_missing_shard_are_named(self, copy, tmp_path):
         first, second = (tmp_path / "chairs" / shard.name for shard in copy.shards[:2])

@@ -109,6 +109,20 @@ def test_an_interrupted_overwriting_keeps_nothing_of_the_earlier_model(weights, 
     assert (tmp_path / "mine.zip").read_bytes() == (tmp_path / "wanted.zip").read_bytes()
 
 
+def test_files_of_unknown_origin_are_not_replaced(weights, manifests, tmp_path, monkeypatch, capsys):
+    others = tmp_path / "mine" / "flow" / "000000_10.png"
+    others.parent.mkdir(parents=True)
+    others.write_bytes(b"another program's")
+    command = ("--model", weights, "--data", manifests["kitti"], "--output", tmp_path / "mine")
+    with pytest.raises(SystemExit) as stop:
+        submit(monkeypatch, *command)
+    assert stop.value.code == 2
+    assert "holds files that this command did not make" in capsys.readouterr().err
+    assert others.read_bytes() == b"another program's"
+    submit(monkeypatch, *command, "--overwrite")
+    assert others.read_bytes().startswith(b"\x89PNG")
+
+
 def test_an_output_that_cannot_be_handed_in_is_refused_before_anything_is_computed(
     weights, manifests, tmp_path, monkeypatch, capsys
 ):
