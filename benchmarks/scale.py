@@ -73,7 +73,7 @@ SPEEDS = {"fp32": Speed(0.027, 26.8), "tf32": Speed(0.0129, 49.9), "bf16": Speed
 # Samples per second that one core decodes and augments, from docs/data.md (python -m benchmarks.data --only loading).
 LOADED_PER_CORE = {"chairs": 143.3, "sintel": 67.5, "kitti": 36.3}
 # For each stage, the dataset whose rate is used.
-LOADED_AS = {"chairs": "chairs", "things": "chairs", "sintel": "sintel", "kitti": "kitti"}
+LOADED_AS = {"chairs": "chairs", "things": "sintel", "sintel": "sintel", "kitti": "kitti"}
 
 # Latency of a message through switch and driver in one step of a ring; 10 µs is a generous assumption.
 RING_STEP_S = 10e-6
