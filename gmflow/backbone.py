@@ -1,4 +1,4 @@
-"""Convolutional features of both images at the strides that are matched (paper, section 3.1)."""
+"""Convolutional features of both images at the strides that are matched (paper, "Formulation")."""
 
 from __future__ import annotations
 

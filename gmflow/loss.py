@@ -1,4 +1,4 @@
-"""The supervised loss over a sequence of predictions (paper, section 4)."""
+"""The supervised loss over a sequence of predictions (paper, "Training Loss")."""
 
 from __future__ import annotations
 

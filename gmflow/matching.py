@@ -1,4 +1,4 @@
-"""Flow as the expected position of the best match (paper, sections 3.2 and 3.4)."""
+"""Flow as the expected position of the best match (paper, "Formulation" and "Refinement")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a feature is inside its attention window, as sines and cosines (paper, section 3.1)."""
+"""Where a feature is inside its attention window, as sines and cosines (paper, "Feature Enhancement")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flow spread from matched to unmatched pixels that look alike (paper, section 3.3)."""
+"""Flow spread from matched to unmatched pixels that look alike (paper, "Flow Propagation")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Features of both images made comparable by self- and cross-attention (paper, section 3.1).
+"""Features of both images made comparable by self- and cross-attention (paper, "Feature Enhancement").
 
 Shape legend: T = 2·B·h·w tokens of both images in window order, C channels.
 """

@@ -1,4 +1,4 @@
-"""Convex upsampling: each fine pixel's flow is a learned average of 3×3 coarse ones (RAFT; paper, section 3.5)."""
+"""Convex upsampling: each fine pixel's flow is a learned average of 3×3 coarse ones, as in RAFT."""
 
 from __future__ import annotations
 
