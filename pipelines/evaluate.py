@@ -98,11 +98,11 @@ def chosen_sets(data: list[str], subset: str | None, limit: int | None) -> dict[
         url, _, own = reference.partition("#")
         manifest = Manifest.load(url)
         wanted = own or subset
+        if any((chosen.manifest.version, chosen.subset) == (manifest.version, wanted) for chosen in sets.values()):
+            raise PipelineError(f"--data {reference}: given twice; its pairs would count twice")
         name = "/".join(filter(None, [manifest.dataset, wanted]))
         if name in sets:
             name = f"{name}@{manifest.version}"
-        if name in sets or url in {chosen.manifest.url for chosen in sets.values() if chosen.subset == wanted}:
-            raise PipelineError(f"--data {reference}: given twice; its pairs would count twice")
         sets[name] = EvaluationSet(manifest, wanted, limit)
     return sets
 

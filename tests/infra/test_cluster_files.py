@@ -380,6 +380,7 @@ class TestAgreement:
     def test_python(self):
         (version,) = set(re.findall(r"^ARG PYTHON=(\S+)", DOCKERFILE, re.MULTILINE))
         assert PROJECT["requires-python"] == f">={version}"
+        assert f"{sys.version_info.major}.{sys.version_info.minor}" == version, "requirements.lock was made by another"
 
     def test_the_image_holds_what_is_submitted(self):
         assert "--constraint requirements.lock" in DOCKERFILE

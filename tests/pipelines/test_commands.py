@@ -877,6 +877,10 @@ def test_a_set_that_is_given_twice_would_count_twice(manifests):
     once = f"{manifests['sintel']}#training-clean"
     with pytest.raises(PipelineError, match="training-clean: given twice"):
         pipelines.evaluate.chosen_sets([once, manifests["chairs"], once], "val", None)
+    as_a_path = once.removeprefix("file://")
+    assert as_a_path != once
+    with pytest.raises(PipelineError, match="training-clean: given twice"):
+        pipelines.evaluate.chosen_sets([once, as_a_path], None, None)
 
 
 def test_an_mlflow_that_is_away_is_found_before_anything_is_scored(call, weights, manifests, monkeypatch):
