@@ -31,7 +31,7 @@ _FLO_MAGIC = b"PIEH"  # 202021.25 as a little-endian float32 (Middlebury)
 _FLO_HEADER = 12
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _JPEG_MAGIC = b"\xff\xd8\xff"
-_JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
+_JPEG_END = b"\xff\xd9"
 _PNM_GAP = rb"(?:\s|#[^\n]*\n)+"
 _PNM_HEADER = re.compile(rb"P([56])" + _PNM_GAP + rb"(\d+)" + _PNM_GAP + rb"(\d+)" + _PNM_GAP + rb"(\d+)\s")
 _PFM_HEADER = re.compile(rb"P([Ff])\s+(\d+)\s+(\d+)\s+([-+]?[\d.]+(?:[eE][-+]?\d+)?)[ \t]*\r?\n")
@@ -353,30 +353,33 @@ def _check_png(data: bytes, name: str, *, allow_trailer: bool) -> None:
 
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOFn; C4 and CC are tables, C8 is reserved
 _JPEG_FILL = 0xFF  # any number of these bytes may come before a marker
+_JPEG_SCAN = 0xDA
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yields each segment's marker and the offset of its body. The one before the pixels is `_JPEG_SCAN`."""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == _JPEG_FILL:
+            position += 1
+            continue
+        yield marker, position + 2
+        position += 2 + struct.unpack_from(">H", data, position + 2)[0]
 
 
 def _jpeg_size(data: bytes, name: str) -> tuple[int, int]:
-    position = 2
-    while position + 9 <= len(data) and data[position] == 0xFF:
-        if data[position + 1] == _JPEG_FILL:
-            position += 1
-            continue
-        if data[position + 1] in _JPEG_FRAMES:
-            height, width = struct.unpack_from(">HH", data, position + 5)
+    for marker, body in _jpeg_segments(data):
+        if marker in _JPEG_FRAMES and body + 7 <= len(data):
+            height, width = struct.unpack_from(">HH", data, body + 3)
             return height, width
-        position += 2 + struct.unpack_from(">H", data, position + 2)[0]
     raise _bad(name, f"is a JPEG that does not tell its size in its first {len(data)} bytes", _DAMAGED)
 
 
 def _jpeg_ends(data: bytes) -> bool:
     """Whether an end marker follows the start of the pixels. (A thumbnail before them has its own end marker.)"""
-    position = 2
-    while position + 4 <= len(data) and data[position : position + 2] != _JPEG_SCAN:
-        if data[position + 1] == _JPEG_FILL:
-            position += 1
-            continue
-        position += 2 + struct.unpack_from(">H", data, position + 2)[0]
-    return data.find(_JPEG_END, position) >= 0
+    scan = next((body for marker, body in _jpeg_segments(data) if marker == _JPEG_SCAN), None)
+    return scan is not None and data.find(_JPEG_END, scan) >= 0
 
 
 def _imdecode(data: bytes, flags: int, name: str) -> npt.NDArray[np.uint8]:

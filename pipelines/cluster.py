@@ -25,7 +25,7 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipelines.entry import PipelineError, interrupted_by
+from pipelines.entry import PipelineError, first_line, interrupted_by
 
 Nodes = Sequence[Mapping[str, float]]
 """The resources of each node, as Ray names them."""
@@ -71,22 +71,18 @@ def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool
         )
     except Exception as error:  # Ray's errors have no common type
         which = f"the cluster at {os.environ['RAY_ADDRESS']} does not answer" if remote else "it does not start here"
-        raise PipelineError(f"no Ray: {which} ({_first_line(error)})") from error
+        raise PipelineError(f"no Ray: {which} ({first_line(error)})") from error
     try:
         with interrupted_by(signal.SIGTERM):  # Ray's own handler prints stack traces and aborts
             yield
     except RayError as error:
         if isinstance(error, RayTaskError):
             raise  # a task failed, but Ray was not lost
-        raise PipelineError(f"Ray was lost ({_first_line(error)}); give the same command again") from error
+        raise PipelineError(f"Ray was lost ({first_line(error)}); give the same command again") from error
     finally:
         ray.shutdown()
         if port is not None:
             os.environ.pop(_DASHBOARD_VARIABLE, None)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def nodes() -> Nodes:

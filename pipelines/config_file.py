@@ -6,7 +6,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 import yaml
@@ -20,6 +20,20 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+
+def spelt(pattern: str, allowed: str) -> pydantic.AfterValidator:
+    """For a name in a config: the whole of must match `pattern`, or the error says what is `allowed`."""
+
+    def check(name: str) -> str:
+        if re.fullmatch(pattern, name) is None:
+            raise ValueError(f"{name!r} is no name here; allowed are {allowed}")
+        return name
+
+    return pydantic.AfterValidator(check)
+
+
+RunName = Annotated[str, spelt(r"[a-z0-9][a-z0-9_-]*", "lower-case letters, digits, - and _, a letter or digit first")]
+"""The name of a curriculum or sweep, which becomes part of folder names."""
 
 Config = typing.TypeVar("Config", bound=BaseModel)
 
@@ -138,6 +152,8 @@ def _named(tree: Any, location: Location) -> str:
     """A location in the config as an override would write it: list elements by name, if they have one."""
     told = []
     for part in location:
+        if part == "[key]":  # pydantic's word for: the key itself is wrong
+            break
         inside = isinstance(tree, list) and isinstance(part, int) and part < len(tree)
         told.append(_names(tree)[int(part)] if inside else str(part))
         tree = tree[part] if inside else tree.get(part) if isinstance(tree, dict) else None

@@ -19,6 +19,18 @@ class PipelineError(Exception):
     """A wrong config, reference or state; its message says in one line what is wrong, where, and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, for a message of ours: at most 200 characters, as the rest may be a whole page.
+    The name of its type if it says nothing.
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def last_line(error: BaseException) -> str:
+    """As `first_line`, for an error whose message is a traceback, such as Ray's: at most 300 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
+
+
 def command_for(*user_errors: type[Exception]) -> Callable[[Main], Main]:
     """Decorator for a script's `main`: user errors become one line on stderr and exit code 2, never a traceback."""
 

@@ -29,6 +29,7 @@ from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.weights import weights_digest
 from pipelines import report
 from pipelines.arguments import device, not_negative, positive
+from pipelines.entry import first_line
 from pipelines.errors import PipelineError, command
 from pipelines.lasting import lasting_store
 from pipelines.references import resolve_model
@@ -213,7 +214,7 @@ def track(client: MlflowClient, experiment: str, scores: Scores, content: dict[s
     except (MlflowException, *tracking.TRANSPORT_ERRORS) as error:
         raise PipelineError(
             f"MLflow at {tracking.place_of(client)} does not take the figures, which are complete without it: "
-            f"{tracking.reason(error)}"
+            f"{first_line(error)}"
         ) from error
 
 

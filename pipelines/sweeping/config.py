@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from datasets_etl.manifest import Manifest
 from gmflow import GMFlowConfig
 from gmflow.config import GLOBAL
-from pipelines.config_file import Frozen
+from pipelines.config_file import Frozen, RunName
 from pipelines.errors import PipelineError
 from pipelines.sweeping.settings import Setting, check_crop, check_size, grid_settings
 from pipelines.training.config import (
@@ -199,7 +199,7 @@ class SweepConfig(Frozen):
         cluster_grows: whether machines are added on demand, so that work without room waits instead of being refused.
     """
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    name: RunName
     storage: str
     data: dict[str, str | None]
     objective: MetricConfig

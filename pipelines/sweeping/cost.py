@@ -25,6 +25,7 @@ from gmflow import GMFlow, GMFlowConfig
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import padded_flow
 from gmflow.replay import WARM_UPS
+from pipelines.entry import last_line
 from pipelines.errors import PipelineError
 from pipelines.sweeping.config import CostConfig
 
@@ -76,10 +77,9 @@ def measure_costs(
                 raise  # another process would not start either
             lost += 1
             if lost == _METERS:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
                 raise PipelineError(
-                    f"cost: the process that measures was lost {lost} time(s), the last: {reason}; what it timed is "
-                    "kept, and the same command goes on"
+                    f"cost: the process that measures was lost {lost} time(s), the last: {last_line(error)}; what it "
+                    "timed is kept, and the same command goes on"
                 ) from error
             on_measured("cost: the process that measures was lost; another goes on as soon as there is room for it")
 

@@ -14,7 +14,7 @@ from datasets_etl.augment import AugmentConfig
 from datasets_etl.cache import SampleCache
 from gmflow import GMFlowConfig
 from gmflow.execution import ExecutionConfig, Precision
-from pipelines.config_file import Frozen
+from pipelines.config_file import Frozen, RunName, spelt
 
 
 class ModelConfig(Frozen):
@@ -118,7 +118,11 @@ class GateConfig(MetricConfig):
 class StageConfig(Frozen):
     """One stage of the curriculum: the recipe (which determines the weights), and how training is monitored."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$"), pydantic.AfterValidator(_no_alias_of_the_registry)]
+    name: Annotated[
+        str,
+        spelt(r"[a-z][a-z0-9_-]*", "lower-case letters, digits, - and _, a letter first"),
+        pydantic.AfterValidator(_no_alias_of_the_registry),
+    ]
     steps: PositiveInt
     global_batch: PositiveInt
     peak_lr: PositiveFloat
@@ -275,7 +279,7 @@ class MlflowConfig(Frozen):
 
     tracking_uri: str | None = None
     experiment: str = Field(default="gmflow", min_length=1)
-    registered_model: str = Field(default="gmflow", pattern=r"^[^/:]+$")
+    registered_model: Annotated[str, spelt(r"[^/:]+", "all characters but / and :")] = "gmflow"
     patience_s: PositiveFloat = 3600.0
 
     @pydantic.field_serializer("tracking_uri")
@@ -299,9 +303,9 @@ class CurriculumConfig(Frozen):
         promotion: the metric that must improve before a finished stage is promoted; None promotes every one.
     """
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    name: RunName
     storage: str
-    data: dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], str | None]
+    data: dict[Annotated[str, spelt(r"[\w.-]+", "letters, digits, _, . and -")], str | None]
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     model: ModelConfig = ModelConfig()
     machine: MachineConfig = MachineConfig()

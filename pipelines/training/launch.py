@@ -26,6 +26,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from datasets_etl.storage import ObjectStore, open_store
 from gmflow import GMFlow, load_weights, save_weights
 from pipelines.cluster import Nodes, listed, nodes, slots
+from pipelines.entry import last_line
 from pipelines.errors import LASTING_ERRORS, USER_ERRORS, PipelineError
 from pipelines.references import fetch_weights, telling
 from pipelines.training import state
@@ -142,7 +143,7 @@ def _progress(snapshot: dict[str, Any] | None) -> tuple[int, int]:
 
 
 def _failed_too_often(job: StageJob, failure: TrainingFailedError) -> PipelineError:
-    reason = (str(failure).strip().splitlines() or [type(failure).__name__])[-1][:300]
+    reason = last_line(failure)
     allowed = job.machine.max_failures
     if isinstance(failure, ControllerError):  # Ray does not retry after it
         told = f"the workers could not be started, or not be connected: {reason}"

@@ -26,6 +26,7 @@ from mlflow.tracking import MlflowClient
 from datasets_etl import storage
 from datasets_etl.manifest import Manifest
 from pipelines.cluster import nodes
+from pipelines.entry import first_line
 from pipelines.errors import PipelineError
 from pipelines.lasting import is_uploaded
 from pipelines.training.code_version import code_version
@@ -125,20 +126,20 @@ class Patience:
         except Exception as error:
             if not may_pass(error) and _refuses(error):
                 raise RefusedError(
-                    f"MLflow's server or its storage of artifacts refuses: {reason(error)}; once that is mended, the "
-                    "same command goes on"
+                    f"MLflow's server or its storage of artifacts refuses: {first_line(error)}; once that is mended, "
+                    "the same command goes on"
                 ) from error
             if not may_pass(error):
                 raise
             raise PipelineError(
-                f"MLflow was away for longer than mlflow.patience_s {self._patience_s:g} ({reason(error)}); what was "
-                "trained is kept, the same command goes on once it answers"
+                f"MLflow was away for longer than mlflow.patience_s {self._patience_s:g} ({first_line(error)}); what "
+                "was trained is kept, the same command goes on once it answers"
             ) from error
 
     def _say_once(self, state: tenacity.RetryCallState) -> None:
-        if state.attempt_number == 1 and state.outcome is not None:
-            why = reason(state.outcome.exception())
-            self.tell(f"MLflow is away ({why}); what it should know is kept and sent when it answers")
+        error = None if state.outcome is None else state.outcome.exception()
+        if state.attempt_number == 1 and error is not None:
+            self.tell(f"MLflow is away ({first_line(error)}); what it should know is kept and sent when it answers")
 
 
 def _refuses(error: BaseException) -> bool:
@@ -146,11 +147,6 @@ def _refuses(error: BaseException) -> bool:
     if isinstance(error, MlflowException):
         return error.get_http_status_code() != HTTPStatus.NOT_FOUND
     return isinstance(error, TRANSPORT_ERRORS)
-
-
-def reason(error: BaseException | None) -> str:
-    """The first line of an error of MLflow, at most 200 characters: the rest may be a page of HTML."""
-    return (str(error).splitlines() or [""])[0][:200]
 
 
 def may_pass(error: BaseException) -> bool:
