@@ -35,6 +35,14 @@ _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
 _SIOCGIFADDR = 0x8915
 
 
+class RayLostError(PipelineError):
+    """Ray, or a process of Ray's that the driver needs, is gone. With a new connection all may be well."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"Ray was lost ({reason}); give the same command again")
+        self.reason = reason
+
+
 @contextlib.contextmanager
 def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool = False) -> Iterator[None]:
     """Connect to Ray for the length of a `with`.
@@ -46,7 +54,7 @@ def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool
             group when a trial is stopped early.
 
     `RAY_ADDRESS` (set by `ray job submit`) names the cluster; without it a local Ray is started and stopped. SIGTERM is
-    handled like Ctrl-C. Raises PipelineError if Ray does not start, does not answer, or is lost on the way.
+    handled like Ctrl-C. Raises PipelineError if Ray does not start or answer, RayLostError if it is lost on the way.
     """
     if ray.is_initialized():  # by a caller or a test
         yield
@@ -78,7 +86,7 @@ def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool
     except RayError as error:
         if isinstance(error, RayTaskError):
             raise  # a task failed, but Ray was not lost
-        raise PipelineError(f"Ray was lost ({first_line(error)}); give the same command again") from error
+        raise RayLostError(first_line(error)) from error
     finally:
         ray.shutdown()
         if port is not None:

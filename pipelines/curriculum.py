@@ -4,6 +4,7 @@ Run the same command again to continue: finished stages are skipped, and an inte
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -11,7 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipelines.cluster import connected  # sets Ray's environment, so before Ray
+from pipelines.cluster import RayLostError, connected  # sets Ray's environment, so before Ray
 
 # isort: split
 from mlflow.tracking import MlflowClient
@@ -70,6 +71,7 @@ def _run_stages(
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     run = tracking.CurriculumRun(client, config.mlflow, config.name, key, display.say)
     run.log_setup(config, plans[0].manifests)
+    display.say(f"MLflow: {tracking.run_link(str(client.tracking_uri), config.mlflow.experiment, run.run_id)}")
 
     results: list[StageResult] = []
     with (
@@ -216,17 +218,36 @@ def show_summary(config: CurriculumConfig, results: list[StageResult]) -> None:
         print(f"  {result.stage}: {run}, {result.model}, weights {result.weights}")
 
 
+def _run_to_its_end(config: CurriculumConfig, arguments: argparse.Namespace) -> list[StageResult]:
+    """`run_curriculum`, again and with a new connection whenever Ray lost one of its own processes beside the driver,
+    such as Ray Train's controller: nobody may be there to submit the job again.
+    """
+    left = config.machine.max_failures
+    while True:
+        try:
+            with _connected(config, arguments):
+                return run_curriculum(config)
+        except RayLostError as error:
+            if not left:
+                raise
+            left -= 1
+            print(f"Ray was lost ({error.reason}); connects again and goes on", flush=True)
+
+
+def _connected(config: CurriculumConfig, arguments: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    machine = config.machine
+    return connected(machine.num_workers * machine.cpus_per_worker, verbose=arguments.verbose)
+
+
 @command
 def main() -> None:
     arguments = parse_arguments()
     config = load_config(CurriculumConfig, arguments.config, arguments.overrides)
-    machine = config.machine
-    with connected(machine.num_workers * machine.cpus_per_worker, verbose=arguments.verbose):
-        if arguments.dry_run:
+    if arguments.dry_run:
+        with _connected(config, arguments):
             show_dry_run(config)
-            return
-        results = run_curriculum(config)
-    show_summary(config, results)
+        return
+    show_summary(config, _run_to_its_end(config, arguments))
 
 
 if __name__ == "__main__":

@@ -98,6 +98,7 @@ def _run_phases(sweep: Sweep, *, retry: bool) -> list[Row]:
     config = sweep.config
     weights = keep_weights(sweep)
     run = SweepRun(config, weights, sweep.manifests, sweep.view.say)
+    sweep.view.say(f"MLflow: {tracking.run_link(str(run.client.tracking_uri), config.mlflow.experiment, run.run_id)}")
     machine = config.tune.machine if config.tune else MachineConfig()
     # From here on storage is known to exist, so an outage is waited for.
     with run.parent.running(run.run_id), waiting_for_storage(machine.storage_patience_s):

@@ -30,6 +30,7 @@ class Record:
         metrics: name → value, tracked against the step.
         line: text to show to people; empty if there is nothing to show.
         pictures: file name → PNG.
+        earlier: the metrics sent just before, by step: if the queue's process was killed, it may have lost them.
         time_ms: when it was made, in milliseconds since 1970; a retried write to MLflow is then the same entry.
         waiting: whether it comes from the driver that waits for workers, not from a worker.
     """
@@ -38,6 +39,7 @@ class Record:
     metrics: dict[str, float] = field(default_factory=dict)
     line: str = ""
     pictures: dict[str, bytes] = field(default_factory=dict)
+    earlier: tuple[tuple[int, dict[str, float]], ...] = ()
     time_ms: int = field(default_factory=lambda: int(time.time() * 1000))
     waiting: bool = False
 
@@ -126,7 +128,7 @@ def listening(name: str, show: Callable[[Record], None], keep: Callable[[Record]
             again: a record kept later than its successors would leave a permanent gap.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # Ray restarts a queue that dies, under the same name. The metrics it held are in the next checkpoint.
+    # Ray restarts a queue that dies, under the same name. The metrics it held come again with the next record.
     options = {"scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
     queue = _Queue.options(name=name, **options).remote()  # type: ignore[attr-defined]
     ray.get(queue.drain.remote())  # the queue must exist before a worker looks for it

@@ -130,7 +130,7 @@ def fit_stage(job: StageJob, name: str, callbacks: Sequence[UserCallback] = ()) 
         before, newest = newest, checkpoints.newest(log.warning)
         if _progress(newest) > _progress(before) and (failure is None or job.machine.max_failures):
             continue
-        if failure is None and feed.departures() > departures:
+        if failure is None and feed.departures() != departures:
             continue
         if failure is not None:
             raise _user_error(failure) or _failed_too_often(job, failure) from failure
@@ -219,7 +219,7 @@ class _Wait:
 
     def _slow_start(self) -> str:
         """A line if no worker has come up: Ray retries workers that die while starting; only its logs say so."""
-        if time.monotonic() - self._since < _SLOW_START_S or self._feed.arrivals() > self._arrivals:
+        if time.monotonic() - self._since < _SLOW_START_S or self._feed.arrivals() != self._arrivals:
             return ""
         return (
             f"waits for workers: there is room, and none has come up for {_SLOW_START_S:.0f} s; Ray's logs on their "

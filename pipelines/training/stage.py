@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 # The ranks ask Ray only this often whether one of their machines has a preemption notice: asking is a collective.
 _LOOK_OUT_S = 2.0
+# So many records are sent again with the next one: more than are made while the driver does not look at its queue.
+_SENT_AGAIN = 10
 # How often a long validation reports its progress.
 _VALIDATION_NEWS_S = 30.0
 
@@ -412,7 +414,8 @@ class _Worker:
         line = self._line(text)
         log.info(line)
         if self.rank == 0:
-            self.feed.send(Record(self.state.step, metrics or {}, line, pictures or {}))
+            earlier = tuple(self.state.records[-_SENT_AGAIN - 1 : -1]) if metrics else ()
+            self.feed.send(Record(self.state.step, metrics or {}, line, pictures or {}, earlier))
 
     def _warn(self, text: str) -> None:
         """Log a warning and send it to the driver, for this rank alone."""

@@ -57,7 +57,9 @@ def place_of(client: MlflowClient) -> str:
 def connect(configured: str | None) -> MlflowClient:
     """A client whose server has answered. Raises PipelineError if it does not answer."""
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # no line for each table it creates
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # nor for each attempt to reach a server
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # nor a bar for each download
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # nor links among a command's results
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # `Patience` waits, and says so
     uri = tracking_uri(configured)
     if (folder := _embedded_folder(uri)) is not None:
@@ -104,7 +106,7 @@ class Patience:
 
     Args:
         patience_s: for how long to retry, in seconds.
-        tell: called with a line when waiting begins.
+        tell: called with a line when waiting begins, and when it is over.
     """
 
     def __init__(self, patience_s: float, tell: Callable[[str], None]) -> None:
@@ -122,7 +124,7 @@ class Patience:
             reraise=True,
         )
         try:
-            return trying(work, *arguments, **named)
+            result = trying(work, *arguments, **named)
         except Exception as error:
             if not may_pass(error) and _refuses(error):
                 raise RefusedError(
@@ -135,6 +137,9 @@ class Patience:
                 f"MLflow was away for longer than mlflow.patience_s {self._patience_s:g} ({first_line(error)}); what "
                 "was trained is kept, the same command goes on once it answers"
             ) from error
+        if trying.statistics["attempt_number"] > 1:
+            self.tell("MLflow answers again")
+        return result
 
     def _say_once(self, state: tenacity.RetryCallState) -> None:
         error = None if state.outcome is None else state.outcome.exception()
@@ -180,27 +185,28 @@ class TrackedRun:
 
         Waits for MLflow if it is unreachable. If MLflow refuses a picture, this is reported and the picture dropped.
         """
-        self._patience(self._log_metrics, record)
+        for step, metrics in (*record.earlier, (record.step, record.metrics)):
+            self._patience(self._log_metrics, step, metrics, record.time_ms)
         for name, png in record.pictures.items():
             try:
                 self._patience(self._log_picture, name, png)
             except RefusedError as error:
                 self._patience.tell(f"{name} is not kept: {error}")
 
-    def _log_metrics(self, record: Record) -> None:
+    def _log_metrics(self, step: int, metrics: Mapping[str, float], time_ms: int) -> None:
         if self._told is None:
             self._told = self._ask_what_was_told()
         told = self._told
-        news = {name: value for name, value in record.metrics.items() if record.step > told.get(name, -1)}
+        news = {name: value for name, value in metrics.items() if step > told.get(name, -1)}
         if not news:
             return
-        entries = [Metric(name, value, record.time_ms, record.step) for name, value in news.items()]
+        entries = [Metric(name, value, time_ms, step) for name, value in news.items()]
         try:
             self.client.log_batch(self.run_id, entries)
         except Exception:
             self._told = None  # it may have arrived: ask before a retry
             raise
-        told |= dict.fromkeys(news, record.step)
+        told |= dict.fromkeys(news, step)
 
     def _log_picture(self, name: str, png: bytes) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 
 _EXIT_CODE = 70
+# A worker that waits for this long says what for: somebody who looks at a table that stands still may know better.
+_SLOW_S = 60.0
 
 
 class Watchdog:
@@ -16,7 +18,8 @@ class Watchdog:
 
     Args:
         limit_s: number of seconds without progress after which the process is ended.
-        tell: called before that, with the step and a message.
+        tell: called with the step and a message before that, and once whenever a minute (or a quarter of the limit, if
+            that is less) has brought no progress.
     """
 
     def __init__(self, limit_s: float, tell: Callable[[int, str], None]) -> None:
@@ -42,12 +45,22 @@ class Watchdog:
             thread.join()
 
     def _watch(self, ended: threading.Event) -> None:
-        while not ended.wait(min(1.0, self._limit_s / 4)):
+        slow_s = min(_SLOW_S, self._limit_s / 4)
+        told = 0.0
+        while not ended.wait(min(1.0, self._limit_s / 8)):
             since, doing, step = self._now
-            if time.monotonic() - since > self._limit_s:
-                try:
-                    self._tell(step, f"hangs: no progress for {self._limit_s:.0f} s while {doing}; ended, to resume")
-                    faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-                    time.sleep(1.0)  # gives the message time to leave this process
-                finally:  # even if the message cannot be sent
-                    os._exit(_EXIT_CODE)  # a hanging collective cannot be interrupted
+            idle = time.monotonic() - since
+            if idle > self._limit_s:
+                self._end(doing, step)
+            if idle > slow_s and told != since:
+                told = since
+                with contextlib.suppress(Exception):  # this thread has to go on, even if nobody can be told
+                    self._tell(step, f"no progress for {idle:.0f} s while {doing}; is ended at {self._limit_s:.0f} s")
+
+    def _end(self, doing: str, step: int) -> None:
+        try:
+            self._tell(step, f"hangs: no progress for {self._limit_s:.0f} s while {doing}; ended, to resume")
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+            time.sleep(1.0)  # gives the message time to leave this process
+        finally:  # even if the message cannot be sent
+            os._exit(_EXIT_CODE)  # a hanging collective cannot be interrupted

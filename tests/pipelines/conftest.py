@@ -9,7 +9,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
@@ -121,16 +120,3 @@ def call(tracked_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         return code, captured.out, captured.err
 
     return _call
-
-
-def train_workers(parent: int) -> list[int]:
-    """Process ids of Ray Train's workers below a process."""
-    below = psutil.Process(parent).children(recursive=True)
-    return [process.pid for process in below if _title(process).startswith("ray::RayTrainWorker")]
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:  # gone in the meantime
-        return ""

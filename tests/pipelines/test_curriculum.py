@@ -37,7 +37,8 @@ from pipelines.training.feed import Record
 from pipelines.training.launch import provide_initial_weights
 from pipelines.training.plan import StagePlan, plan_curriculum
 from pipelines.training.stage import StageJob
-from tests.pipelines.conftest import Call, Workplace, train_workers, workplace_in
+from tests.pipelines.conftest import Call, Workplace, workplace_in
+from tests.pipelines.machines import train_workers
 from tests.waiting import output_of, wait_until
 
 pytestmark = pytest.mark.slow

@@ -3,13 +3,8 @@
 Kills of a worker and of the driver are in test_curriculum.py.
 """
 
-import contextlib
 import os
-import re
 import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
-from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -30,9 +24,10 @@ from pipelines.config_file import load_config
 from pipelines.curriculum import run_curriculum
 from pipelines.training.config import CurriculumConfig
 from tests.mlflow_server import mlflow_running
-from tests.pipelines.conftest import Workplace, train_workers, workplace_in
+from tests.pipelines.conftest import Workplace, workplace_in
+from tests.pipelines.machines import Job, Machines, actors, train_workers
 from tests.seaweedfs import S3Server, running
-from tests.waiting import WAIT_SECONDS, output_of, wait_until
+from tests.waiting import output_of
 
 pytestmark = pytest.mark.slow
 
@@ -80,99 +75,6 @@ def told_losses(tracking_uri: str) -> list[float]:
 def final_weights(workplace: Workplace) -> dict[str, torch.Tensor]:
     (path,) = (workplace.folder / "storage").glob("tiny-chairs-*/final.safetensors")
     return load_file(path)
-
-
-class Job:
-    """A pipeline that runs, and what it has said so far."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        self.lines: list[str] = []
-        self.errors: list[str] = []
-        self._readers = [
-            threading.Thread(target=lambda: self.lines.extend(iter(process.stdout.readline, ""))),
-            threading.Thread(target=lambda: self.errors.extend(iter(process.stderr.readline, ""))),
-        ]
-        for reader in self._readers:
-            reader.start()
-
-    def wait_for(self, pattern: str, after: int = 0) -> int:
-        """Until a line matches; the index behind it."""
-        behind: list[int] = []
-
-        def said() -> bool:
-            behind.extend(n + 1 for n, line in enumerate(self.lines) if n >= after and re.search(pattern, line))
-            assert behind or self.process.poll() is None, self.said()
-            return bool(behind)
-
-        wait_until(said, self.said)
-        return behind[0]
-
-    def finish(self) -> None:
-        assert self.end() == 0, self.said()
-
-    def end(self) -> int:
-        """The exit code; all was said then."""
-        code = self.process.wait(WAIT_SECONDS)
-        for reader in self._readers:
-            reader.join()
-        return code
-
-    def step_of(self, pattern: str, after: int = 0) -> int:
-        """The step that the first matching line names."""
-        (line,) = [line for line in self.lines[after:] if re.search(pattern, line)][:1] or [""]
-        match = re.search(r"step=(\d+)/", line)
-        assert match, self.said()
-        return int(match[1])
-
-    def said(self) -> str:
-        return "".join(self.lines + self.errors)
-
-
-class Machines:
-    """A Ray cluster of raylets: a head that only hosts the driver, and machines of one CPU."""
-
-    def __init__(self) -> None:
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        self.address = self.cluster.address
-
-    def add(self) -> object:
-        return self.cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
-
-    def at_work(self, machines: list[object]) -> list[object]:
-        """Those that host a worker."""
-        return [machine for machine in machines if train_workers(self._raylet(machine))]
-
-    def give_notice(self, machine: object) -> None:
-        """What a cloud says before it takes a machine away."""
-        ray = Path(sys.executable).with_name("ray")  # the virtual environment need not be on the PATH
-        command = [str(ray), "drain-node", "--address", self.address, "--node-id", machine.node_id]
-        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-        subprocess.run([*command, "--deadline-remaining-seconds", "600"], check=True, capture_output=True)
-
-    def lose(self, machine: object) -> None:
-        """At once, with all that runs on it."""
-        victims = train_workers(self._raylet(machine))
-        self.cluster.remove_node(machine, allow_graceful=False)
-        for victim in victims:
-            if Path(f"/proc/{victim}").exists():
-                os.kill(victim, signal.SIGKILL)
-
-    @contextlib.contextmanager
-    def standing_still(self, machine: object) -> Iterator[None]:
-        """No worker of a machine makes a step for the length of a `with`."""
-        workers = train_workers(self._raylet(machine))
-        for worker in workers:
-            os.kill(worker, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            for worker in workers:
-                os.kill(worker, signal.SIGCONT)
-
-    @staticmethod
-    def _raylet(machine: object) -> int:
-        return machine.all_processes["raylet"][0].process.pid
 
 
 @pytest.fixture
@@ -321,6 +223,16 @@ def test_a_worker_that_hangs_and_servers_that_are_away_change_no_bit(
         os.kill(train_workers(job.process.pid)[0], signal.SIGSTOP)
         hung = job.wait_for(r"hangs: no progress for 25 s while (computing|waiting).*; ended, to resume")
         resumed = job.wait_for(r"resumes|starts: ", after=hung)
+        job.wait_for(r" loss=", after=resumed)
+        (queue,) = actors(job.process.pid, "_Queue")
+        job.process.send_signal(signal.SIGSTOP)  # so that the queue, which it empties, has something to lose
+        time.sleep(1.5)
+        queue.kill()
+        job.process.send_signal(signal.SIGCONT)
+        (controller,) = actors(job.process.pid, "TrainController")
+        controller.kill()
+        lost = job.wait_for(r"Ray was lost \(.*\); connects again and goes on")
+        resumed = job.wait_for(r"resumes: ", after=lost)
         job.wait_for(r" loss=", after=resumed)
         tracking.kill()
         storage.kill()

@@ -206,9 +206,10 @@ def test_a_server_that_is_away_for_a_while_gets_everything_in_order_and_once(mlf
     back.join()
     assert history(run, "train/loss") == [(step, float(step)) for step in range(2, 20, 2)]
     assert [artifact.path for artifact in run.client.list_artifacts(run.run_id, "pictures")] == ["pictures/8.png"]
-    (line,) = told
-    assert line.startswith("MLflow is away (")
-    assert "kept and sent when it answers" in line
+    away, back_again = told
+    assert away.startswith("MLflow is away (")
+    assert "kept and sent when it answers" in away
+    assert back_again == "MLflow answers again"
 
 
 def test_a_run_is_asked_for_the_history_only_of_what_it_was_told(server):
@@ -457,6 +458,22 @@ def test_a_queue_whose_process_is_killed_is_there_again():
         wait_until(lambda: not queue.is_running())
         writer.send(Record(2))
         wait_until(lambda: told == [1, 2])
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_a_killed_queue_held_comes_again(server, monkeypatch):
+    monkeypatch.setattr(feed, "_POLL_SECONDS", 3.0)  # so that it is killed with a record in it
+    run = curriculum_run(server, "queue").child("chairs", key="queue")
+    with listening("feed-lost", lambda record: None, run.log):
+        writer = FeedWriter("feed-lost")
+        writer.send(Record(2, {"train/loss": 0.5}))
+        writer.departures()  # answers after what was sent before
+        (queue,) = [one for one in psutil.Process().children(recursive=True) if one.name().startswith("ray::_Queue")]
+        queue.kill()
+        wait_until(lambda: not queue.is_running())
+        writer.send(Record(4, {"train/loss": 0.25}, earlier=((2, {"train/loss": 0.5}),)))
+        writer.send(Record(6, {"train/loss": 0.125}, earlier=((2, {"train/loss": 0.5}), (4, {"train/loss": 0.25}))))
+    assert history(run, "train/loss") == [(2, 0.5), (4, 0.25), (6, 0.125)]
 
 
 def test_a_link_that_cannot_be_looked_up_is_the_runs_id(server, monkeypatch):

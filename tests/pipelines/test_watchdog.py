@@ -1,5 +1,6 @@
-"""A worker that hangs is ended, with its reason; one that does not is left alone."""
+"""A worker that hangs is ended, with its reason; one that is slow says what it waits for; others are left alone."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +19,13 @@ def tell(step, text):
         raise RuntimeError("Ray is gone")
     print(step, text, flush=True)
 
-watchdog = Watchdog(2.0, tell)
+watchdog = Watchdog(4.0, tell)
 with watchdog.watching():
     if sys.argv[1] == "hangs at once":
         threading.Event().wait()
     for step in range(5):
         watchdog.progress("computing", step)
-        time.sleep(0.5)
+        time.sleep(2.5 if sys.argv[1] == "is slow" and step == 3 else 0.1)
     if sys.argv[1].startswith("hangs"):
         watchdog.progress("waiting for the other workers", 5)
         threading.Event().wait()
@@ -53,12 +54,21 @@ def run(case: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_a_hang_ends_the_process_and_says_where(case: str, step: int, doing: str, tmp_path: Path):
     ended = run(case, tmp_path)
     assert ended.returncode == 70
-    assert ended.stdout == f"{step} hangs: no progress for 2 s while {doing}; ended, to resume\n"
+    slow, hangs = ended.stdout.splitlines()
+    assert re.fullmatch(rf"{step} no progress for [12] s while {doing}; is ended at 4 s", slow)
+    assert hangs == f"{step} hangs: no progress for 4 s while {doing}; ended, to resume"
     assert "script.py" in ended.stderr, "the stacks of all threads"
 
 
 def test_a_hang_ends_the_process_though_nobody_can_be_told(tmp_path: Path):
     assert run("hangs, with nobody to tell", tmp_path).returncode == 70
+
+
+def test_what_takes_long_is_told_once(tmp_path: Path):
+    ended = run("is slow", tmp_path)
+    slow, done = ended.stdout.splitlines()
+    assert re.fullmatch(r"3 no progress for [12] s while computing; is ended at 4 s", slow)
+    assert (ended.returncode, done) == (0, "done")
 
 
 def test_progress_keeps_a_process_alive(tmp_path: Path):
