@@ -75,7 +75,7 @@ class Scene:
         self.driver = self.command(self.log)
 
     def command(self, output: object) -> subprocess.Popen[str]:
-        settings = {**self.s3.settings, "MLFLOW_TRACKING_URI": self.mlflow.url, "RAY_ADDRESS": self.machines.address}
+        settings = {"MLFLOW_TRACKING_URI": self.mlflow.url, "RAY_ADDRESS": self.machines.address}
         return subprocess.Popen(
             [sys.executable, str(ROOT / "pipelines/curriculum.py"), "--config", str(self.workplace.write())],
             cwd=self.workplace.folder,
@@ -315,13 +315,14 @@ def small_curriculum(folder: Path, manifests: dict[str, str], steps: int) -> Wor
     return workplace
 
 
-def shards(folder: Path, s3: S3Server) -> dict[str, str]:
+def shards(folder: Path) -> dict[str, str]:
+    """Data name → manifest URL."""
     manifests = {}
     for seed, (name, pairs, held_out) in enumerate([("chairs", 12, 3), ("sintel", 6, 0), ("kitti", 4, 0)]):
         write_dataset(name, folder / name, pairs=pairs, held_out=held_out, height=128, width=160, seed=seed)
         command = [sys.executable, str(ROOT / "pipelines/etl.py"), "--dataset", name, "--source", str(folder / name)]
         command += ["--target", "s3://data/sets"]
-        said = subprocess.run(command, env={**os.environ, **s3.settings}, check=True, stdout=subprocess.PIPE, text=True)
+        said = subprocess.run(command, check=True, capture_output=True, text=True)
         manifests[name] = said.stdout.splitlines()[-1]
     return manifests
 
@@ -345,8 +346,9 @@ def main() -> None:
         for server in servers:
             server.mkdir()
         s3 = stack.enter_context(running(servers[0]))
+        os.environ |= s3.settings  # of every process below, Ray's included
         trackers = [stack.enter_context(mlflow_running(server, s3)) for server in servers[1:]]
-        manifests = shards(folder / "raw", s3)
+        manifests = shards(folder / "raw")
         scenes = []
         for name, tracker in zip(("calm", "wild"), trackers, strict=True):
             workplace = small_curriculum(folder / name, manifests, arguments.steps)

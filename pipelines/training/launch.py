@@ -124,13 +124,19 @@ def fit_stage(job: StageJob, name: str, callbacks: Sequence[UserCallback] = ()) 
     checkpoints = CheckpointStore(open_store(job.folder))
     feed = FeedWriter(job.feed)
     newest = checkpoints.newest(log.warning)
+    failed_starts = 0
     while newest is None or not state.is_complete(newest, job.stage.steps):
         departures = feed.departures()
         failure = _fit(job, name, callbacks)
         before, newest = newest, checkpoints.newest(log.warning)
         if _progress(newest) > _progress(before) and (failure is None or job.machine.max_failures):
+            failed_starts = 0
             continue
         if failure is None and feed.departures() != departures:
+            continue
+        # Ray starts workers again that die at work, but not if one dies while they are being connected.
+        if _is_failed_start(failure) and failed_starts < job.machine.max_failures:
+            failed_starts += 1
             continue
         if failure is not None:
             raise _user_error(failure) or _failed_too_often(job, failure) from failure
@@ -142,11 +148,16 @@ def _progress(snapshot: dict[str, Any] | None) -> tuple[int, int]:
     return (0, 0) if snapshot is None else (snapshot["step"], snapshot["validated"])
 
 
+def _is_failed_start(failure: TrainingFailedError | None) -> bool:
+    return isinstance(failure, ControllerError) and _user_error(failure) is None
+
+
 def _failed_too_often(job: StageJob, failure: TrainingFailedError) -> PipelineError:
     reason = last_line(failure)
     allowed = job.machine.max_failures
-    if isinstance(failure, ControllerError):  # Ray does not retry after it
-        told = f"the workers could not be started, or not be connected: {reason}"
+    if isinstance(failure, ControllerError):
+        times = f" {allowed + 1} times, the last" if allowed else ""
+        told = f"the workers could not be started, or not be connected{times}: {reason}"
     elif allowed:
         told = f"workers failed {allowed + 1} times without a new checkpoint, the last: {reason}"
     else:

@@ -370,6 +370,10 @@ def test_weights_are_named_by_what_they_were(undisturbed: Workplace, tmp_path: P
     assert named == f"{path} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]})"
 
 
+def snapshot(step: int, validated: int = 0) -> dict[str, int]:
+    return {"step": step, "validated": validated}
+
+
 @pytest.mark.parametrize(
     ("error", "is_lasting"),
     [(DataError("storage is away"), False), (DamagedError("a flipped bit"), True), (PipelineError("a gate"), True)],
@@ -396,11 +400,32 @@ def test_only_what_lasts_ends_a_stage_at_once(error, is_lasting, workplace, tmp_
         launch.fit_stage(job, "name")
 
 
-def test_workers_that_could_not_be_connected_did_not_fail_four_times(workplace, tmp_path, monkeypatch):
-    job = StageJob(resolved(workplace).stages[0], MachineConfig(), {}, str(tmp_path), "feed", 0, "fp32")
-    told = str(launch._failed_too_often(job, ControllerError(RuntimeError("connection refused"))))
-    assert "stage chairs: the workers could not be started, or not be connected: " in told
-    assert "times" not in told
+@pytest.mark.parametrize(
+    ("found", "max_failures", "fits", "told"),
+    [
+        ([None, None, None, snapshot(40, 40)], 2, 3, ""),
+        ([None, None, None, snapshot(10), snapshot(10), snapshot(40, 40)], 2, 5, ""),  # counted from a new checkpoint
+        ([None, None, None, None], 2, 3, " 3 times, the last: connection refused"),
+        ([None, None], 0, 1, ": connection refused"),
+    ],
+)
+def test_workers_that_cannot_be_connected_are_started_again(
+    found, max_failures, fits, told, workplace, tmp_path, monkeypatch
+):
+    """One that dies while they connect ends Ray Train's run, as a machine that is taken soon after another."""
+    machine = MachineConfig(max_failures=max_failures)
+    job = StageJob(resolved(workplace).stages[0], machine, {}, str(tmp_path), "feed", 0, "fp32")
+    seen, runs = iter(found), []
+    monkeypatch.setattr(launch, "FeedWriter", lambda name: _Queue())
+    monkeypatch.setattr(launch.CheckpointStore, "newest", lambda store, warn: next(seen))
+    refused = ControllerError(RuntimeError("connection refused"))
+    monkeypatch.setattr(launch, "_fit", lambda *_: runs.append(1) or refused)
+    if told:
+        with pytest.raises(PipelineError, match=f"could not be started, or not be connected{told}"):
+            launch.fit_stage(job, "name")
+    else:
+        assert launch.fit_stage(job, "name") == found[-1]
+    assert len(runs) == fits
 
 
 def test_what_workers_wait_for_is_told_each_time_it_changes(workplace, tmp_path, monkeypatch):
@@ -420,10 +445,6 @@ def test_what_workers_wait_for_is_told_each_time_it_changes(workplace, tmp_path,
     first, second, third = [record.line for record in queue.records]
     assert first == third == "stage=chairs waits for room"
     assert "there is room, and none has come up" in second
-
-
-def snapshot(step: int, validated: int = 0) -> dict[str, int]:
-    return {"step": step, "validated": validated}
 
 
 class _Queue:

@@ -27,7 +27,7 @@ from tests.mlflow_server import mlflow_running
 from tests.pipelines.conftest import Workplace, workplace_in
 from tests.pipelines.machines import Job, Machines, actors, train_workers
 from tests.seaweedfs import S3Server, running
-from tests.waiting import output_of
+from tests.waiting import output_of, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -232,6 +232,8 @@ def test_a_worker_that_hangs_and_servers_that_are_away_change_no_bit(
         (controller,) = actors(job.process.pid, "TrainController")
         controller.kill()
         lost = job.wait_for(r"Ray was lost \(.*\); connects again and goes on")
+        wait_until(lambda: train_workers(job.process.pid), job.said)
+        os.kill(train_workers(job.process.pid)[0], signal.SIGKILL)  # while they start
         resumed = job.wait_for(r"resumes: ", after=lost)
         job.wait_for(r" loss=", after=resumed)
         tracking.kill()
