@@ -24,10 +24,10 @@ stack: setup
 stack-down: setup
 	$(BIN)/python -m infra.local_stack down
 
-# Runs all tests; `make test PYTEST="-m 'not slow'"` runs the quick part. Two run at a time, because most tests wait. The
-# waiting threads of one must then not spin (OMP_WAIT_POLICY), because they would take the cores of the other.
+# Runs all tests; `make test PYTEST="-m 'not slow'"` runs the quick part. Three run at a time, because most tests wait. The
+# waiting threads of one must then not spin (OMP_WAIT_POLICY), because they would take the cores of the others.
 test: lint
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder $(PYTEST)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 3 --no-loadscope-reorder $(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ from pipelines.claim import claimed
 from pipelines.config_file import load_config
 from pipelines.errors import PipelineError, command
 from pipelines.training import registry, tracking
+from pipelines.training.checkpoints import CheckpointStore
 from pipelines.training.code_version import code_version
 from pipelines.training.config import CurriculumConfig, StageConfig, shown_uri
 from pipelines.training.display import WAITING, Display, output
@@ -220,18 +221,26 @@ def show_summary(config: CurriculumConfig, results: list[StageResult]) -> None:
 
 def _run_to_its_end(config: CurriculumConfig, arguments: argparse.Namespace) -> list[StageResult]:
     """`run_curriculum`, again and with a new connection whenever Ray lost one of its own processes beside the driver,
-    such as Ray Train's controller: nobody may be there to submit the job again.
+    such as Ray Train's controller: nobody may be there to submit the job again. After `machine.max_failures` times
+    without a new checkpoint in between it raises RayLostError.
     """
-    left = config.machine.max_failures
+    times, reached = 0, None
     while True:
         try:
             with _connected(config, arguments):
                 return run_curriculum(config)
         except RayLostError as error:
-            if not left:
+            before, reached = reached, _newest_checkpoints(config)
+            times = times + 1 if reached == before else 1
+            if times > config.machine.max_failures:
                 raise
-            left -= 1
             print(f"Ray was lost ({error.reason}); connects again and goes on", flush=True)
+
+
+def _newest_checkpoints(config: CurriculumConfig) -> list[list[int]]:
+    """The step of each stage's newest checkpoint, if it has one."""
+    with waiting_for_storage(config.machine.storage_patience_s):
+        return [CheckpointStore(plan.folder).steps()[:1] for plan in plan_curriculum(config)]
 
 
 def _connected(config: CurriculumConfig, arguments: argparse.Namespace) -> contextlib.AbstractContextManager[None]:

@@ -1,5 +1,6 @@
 """The curriculum as a user runs it: stages in order, resumed after a kill to the bit, told once to MLflow."""
 
+import argparse
 import contextlib
 import copy
 import hashlib
@@ -26,6 +27,7 @@ from datasets_etl.errors import DamagedError, DataError
 from datasets_etl.storage import PATIENCE_VARIABLE, open_store
 from pipelines import report
 from pipelines.claim import CLAIM, claimed
+from pipelines.cluster import RayLostError
 from pipelines.config_file import load_config
 from pipelines.curriculum import run_curriculum
 from pipelines.errors import PipelineError
@@ -509,6 +511,35 @@ def test_failures_count_from_the_newest_checkpoint(found, max_failures, fits, wo
         with pytest.raises(PipelineError, match=f"stage chairs: {told}: died .*; the same command goes on"):
             launch.fit_stage(job, "name")
     assert len(runs) == fits
+
+
+@pytest.mark.parametrize(
+    ("reached", "is_ended"),
+    [([10, 10, 10], True), ([10, 10, 20, 20], False), ([10, 20, 30, 40, 50], False), ([10, 20, 20, 20], True)],
+)
+def test_ray_may_be_lost_as_often_as_workers_may_fail(reached, is_ended, workplace, monkeypatch, capsys):
+    """Twice here without a new checkpoint. `reached`: the newest one, each time that Ray is lost."""
+    seen = iter([[step] for step in reached])
+    left = len(reached)
+
+    def run(config: CurriculumConfig) -> list[str]:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            return ["done"]
+        raise RayLostError("its controller was killed")
+
+    monkeypatch.setattr(pipelines.curriculum, "_connected", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(pipelines.curriculum, "_newest_checkpoints", lambda config: [next(seen)])
+    monkeypatch.setattr(pipelines.curriculum, "run_curriculum", run)
+    config = resolved(workplace, "machine.max_failures=2")
+    if is_ended:
+        with pytest.raises(PipelineError, match=r"^Ray was lost \(its controller was killed\); give the same command"):
+            pipelines.curriculum._run_to_its_end(config, argparse.Namespace())
+        assert left == 0, "not before the third time"
+    else:
+        assert pipelines.curriculum._run_to_its_end(config, argparse.Namespace()) == ["done"]
+    assert "Ray was lost (its controller was killed); connects again and goes on" in capsys.readouterr().out
 
 
 def resolved(workplace: Workplace, *overrides: str) -> CurriculumConfig:
