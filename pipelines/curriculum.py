@@ -72,7 +72,6 @@ def _run_stages(
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     run = tracking.CurriculumRun(client, config.mlflow, config.name, key, display.say)
     run.log_setup(config, plans[0].manifests)
-    display.say(f"MLflow: {tracking.run_link(str(client.tracking_uri), config.mlflow.experiment, run.run_id)}")
 
     results: list[StageResult] = []
     with (
@@ -139,6 +138,8 @@ def _run_stage(
     key = hashlib.sha256(plan.folder.url.encode()).hexdigest()[:16]
     stage_run = run.child(stage.name, key=f"stage/{key}")
     stage_run.log_json(stage.model_dump(mode="json"), "stage.json")
+    link = tracking.run_link(str(run.client.tracking_uri), config.mlflow.experiment, stage_run.run_id)
+    display.say(f"stage={stage.name} MLflow: {link}")
     with run.running(stage_run.run_id):
         with listening(plan.job.feed, functools.partial(display.record, stage.name), stage_run.log):
             last = fit_stage(plan.job, plan.name)
