@@ -22,7 +22,7 @@ class Frozen(BaseModel):
 
 
 def spelt(pattern: str, allowed: str) -> pydantic.AfterValidator:
-    """For a name in a config: the whole of must match `pattern`, or the error says what is `allowed`."""
+    """For a name in a config: all of it must match `pattern`, or the error says what is `allowed`."""
 
     def check(name: str) -> str:
         if re.fullmatch(pattern, name) is None:
