@@ -111,7 +111,9 @@ class GMFlow(nn.Module):
                 'to compute in 16 bits, gmflow.execution.prepare_model(model, ExecutionConfig(precision="bf16"))'
             )
         if self.config.num_scales == 1 and shape[2:] == (8, 8):
-            raise GMFlowError("images of 8×8 are a single feature pixel, which has no statistics to normalise it by")
+            raise GMFlowError(
+                "images of 8×8, or padded to that, are a single feature pixel: it has no statistics to normalise it by"
+            )
 
 
 def _tokens(feature: Tensor) -> Tensor:

@@ -58,15 +58,17 @@ def _forward(
     bidirectional: bool = False,
 ) -> FlowOutput:
     run_normally = partial(forward, image0, image1, bidirectional=bidirectional)
-    with_gradients = torch.is_grad_enabled()
-    if with_gradients and (bidirectional or image0.requires_grad or image1.requires_grad):
+    device = image0.device.type
+    learning = tuple(parameter.requires_grad for parameter in model.parameters())
+    with_gradients = torch.is_grad_enabled() and any(learning)
+    for_images = torch.is_grad_enabled() and (image0.requires_grad or image1.requires_grad)
+    if not _can_record(device) or for_images or (with_gradients and bidirectional):
         return run_normally()
     of_images = tuple((image.shape, image.dtype, image.device) for image in (image0, image1))
-    modes = model.training, with_gradients, torch.is_inference_mode_enabled(), bidirectional
-    device = image0.device.type
+    modes = model.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), bidirectional
     autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    # A model that was moved has its parameters elsewhere in memory.
-    key = of_images, modes, autocast, next(model.parameters()).data_ptr()
+    # A model that was moved has its parameters elsewhere in memory, and one that was partly frozen has other gradients.
+    key = of_images, modes, autocast, next(model.parameters()).data_ptr(), learning
     record = partial(_record, model, forward, image0, image1, bidirectional, with_gradients)
     with contextlib.suppress(torch.cuda.OutOfMemoryError):
         return _replayed(recordings, key, record, run_normally, image0, image1)
@@ -74,6 +76,11 @@ def _forward(
     recordings.give_up(key)
     torch.cuda.empty_cache()
     return run_normally()
+
+
+def _can_record(device: str) -> bool:
+    """Not after a model that was prepared on a GPU was moved away, or was loaded elsewhere."""
+    return device == "cuda"
 
 
 def _replayed(
@@ -96,7 +103,7 @@ _of_this_process: weakref.WeakSet[Recordings] = weakref.WeakSet()
 
 
 class Recordings:
-    """The recordings of one model, by key (shape, type, mode, autocast); the `KEPT` used last are kept.
+    """The recordings of one model, by key (shape, type, mode, …, see `_forward`); the `KEPT` used last are kept.
 
     A copy starts empty, because recordings point into the original's memory.
     """
@@ -143,10 +150,25 @@ def _record(
     images = [image0.detach().clone(), image1.detach().clone()]
     compute = partial(forward, *images, bidirectional=bidirectional)
     if not with_gradients:
-        return _InferencePass(images, compute)
+        with _own_casts():
+            return _InferencePass(images, compute)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with _aliases(model) as aliases:
+    with _aliases(model) as aliases, _own_casts():
         return _TrainingPass(images, compute, parameters, [aliases[parameter] for parameter in parameters])
+
+
+@contextlib.contextmanager
+def _own_casts() -> Iterator[None]:
+    """A pass within the block makes its own 16-bit copies of parameters, and none of them is used after it.
+
+    Within the caller's `torch.autocast` such copies are kept from pass to pass, and freed at its end: a recording that
+    read them would go on reading their memory.
+    """
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 @contextlib.contextmanager

@@ -99,8 +99,9 @@ def chosen_sets(data: list[str], subset: str | None, limit: int | None) -> dict[
         url, _, own = reference.partition("#")
         manifest = Manifest.load(url)
         wanted = own or subset
-        if any((chosen.manifest.version, chosen.subset) == (manifest.version, wanted) for chosen in sets.values()):
-            raise PipelineError(f"--data {reference}: given twice; its pairs would count twice")
+        for name, other in sets.items():
+            if other.manifest.version == manifest.version and (other.subset == wanted or not (other.subset and wanted)):
+                raise PipelineError(f"--data {reference}: {name} holds its pairs too, which would count twice")
         name = "/".join(filter(None, [manifest.dataset, wanted]))
         if name in sets:
             name = f"{name}@{manifest.version}"
@@ -165,8 +166,8 @@ def show(scores: Scores) -> None:
 
 
 def to_json(metrics: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN, so a figure for which there is no pixel becomes null."""
-    return {name: None if math.isnan(value) else value for name, value in metrics.items()}
+    """JSON has no NaN or infinity: a figure of no pixel, or of a prediction that is not finite, becomes null."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def summarised(reference: str, precision: Precision, scores: Scores) -> dict[str, Any]:

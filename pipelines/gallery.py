@@ -1,5 +1,7 @@
 """Pairs to look at: the worst of a set and some spread over it, small enough to fit into one HTML file."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import cv2
@@ -74,7 +76,7 @@ class Gallery:
         figures = scored.metrics.compute()
         if number in self.regular:
             self._regular[number] = self._card(scored, figures, worst=False)
-        elif self._is_among_the_worst(number, figures["epe"]):
+        elif self._is_among_the_worst(number, figures):
             self._worst[number] = self._card(scored, figures, worst=True)
             self._trim()
 
@@ -86,12 +88,12 @@ class Gallery:
     def cards(self) -> list[Card]:
         """All cards, largest error first."""
         cards = (self._regular | self._worst).values()
-        return sorted(cards, key=lambda card: _badness(card.figures["epe"]), reverse=True)
+        return sorted(cards, key=lambda card: badness(card.figures), reverse=True)
 
-    def _is_among_the_worst(self, number: int, epe: float) -> bool:
+    def _is_among_the_worst(self, number: int, figures: Mapping[str, float]) -> bool:
         if len(self._worst) < self.worst:
             return True
-        return self.worst > 0 and (_badness(epe), number) > min(map(self._rank, self._worst))
+        return self.worst > 0 and (badness(figures), number) > min(map(self._rank, self._worst))
 
     def _trim(self) -> None:
         order = sorted(self._worst, key=self._rank, reverse=True)
@@ -99,14 +101,17 @@ class Gallery:
 
     def _rank(self, number: int) -> tuple[float, int]:
         """Of two equal errors the later one ranks as worse, so that the cards do not depend on how a set is divided."""
-        return _badness(self._worst[number].figures["epe"]), number
+        return badness(self._worst[number].figures), number
 
     def _card(self, scored: Scored, figures: dict[str, float], *, worst: bool) -> Card:
         return Card(self.set, scored.sample.key, scored.sample.scene, figures, card_pictures(scored), worst)
 
 
-def _badness(epe: float) -> float:
-    return epe if np.isfinite(epe) else -1.0  # a pair without a valid pixel has no error
+def badness(figures: Mapping[str, float]) -> float:
+    """The EPE of a pair or a scene; infinite if its prediction is not finite, and -1 without a valid pixel."""
+    if math.isfinite(figures["epe"]):
+        return figures["epe"]
+    return math.inf if math.isfinite(figures["px1"]) else -1.0  # what is not finite counts as an outlier
 
 
 def card_pictures(scored: Scored) -> dict[str, bytes]:

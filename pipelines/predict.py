@@ -36,6 +36,7 @@ from pipelines.frames import FRAME_SUFFIXES, Clip, Pair, find_clips, telling_whi
 from pipelines.lasting import lasting_store
 from pipelines.references import resolve_model
 from pipelines.side_by_side import SideBySideVideo
+from pipelines.training.memory import telling_memory_lack
 
 console = Console(stderr=True)
 
@@ -174,14 +175,18 @@ def _results(
         ]
         missing = [n for n, wants in enumerate(wanted) if wants and predictions[n] is None]
         if missing:
-            computed = predict_batch(
-                model,
-                [(pairs[n].frame0, pairs[n].frame1) for n in missing],
-                padding=options.padding,
-                precision=options.precision,
-                bidirectional=options.both_ways,
-                tiling=options.tiling,
-            )
+            frames = [(pairs[n].frame0, pairs[n].frame1) for n in missing]
+            with telling_memory_lack(
+                f"frame {pairs[missing[0]].name}", "--tile, a smaller --batch or --precision bf16"
+            ):
+                computed = predict_batch(
+                    model,
+                    frames,
+                    padding=options.padding,
+                    precision=options.precision,
+                    bidirectional=options.both_ways,
+                    tiling=options.tiling,
+                )
             for n, prediction in zip(missing, computed, strict=True):
                 predictions[n] = prediction
         for pair, found in zip(pairs, predictions, strict=True):
@@ -269,7 +274,7 @@ def _outputs(clips: Sequence[Clip], options: PredictionOptions) -> Iterator[tupl
 def check_outputs(
     clips: Sequence[Clip], output: ObjectStore, options: PredictionOptions, folders: Sequence[Path]
 ) -> None:
-    """Check that no two outputs have the same name, and that no output replaces a frame or would be read as one.
+    """Check that no two outputs have the same name, and that none replaces a frame or truth, or would be read as one.
 
     Raises PipelineError if the check fails.
     """
@@ -280,7 +285,10 @@ def check_outputs(
             raise PipelineError(f"{other} and {file} would both give {key}; rename one, or give each its own --output")
         made[key] = file
     if output.url.startswith("file://"):
-        _check_frames_survive(clips, made, Path(url2pathname(output.url.removeprefix("file://"))), folders)
+        root = Path(url2pathname(output.url.removeprefix("file://")))
+        _check_frames_survive(clips, made, root, folders)
+        if options.truth is not None:
+            _check_truth_survives(clips, made, root, options.truth)
 
 
 def _check_frames_survive(clips: Sequence[Clip], keys: Iterable[str], root: Path, folders: Sequence[Path]) -> None:
@@ -294,6 +302,16 @@ def _check_frames_survive(clips: Sequence[Clip], keys: Iterable[str], root: Path
             raise PipelineError(f"{root}: {key} would replace a frame; give another --output")
         if path.parent in folders and path.suffix in FRAME_SUFFIXES:
             raise PipelineError(f"{root}: {key} would be taken for a frame of {path.parent}; give another --output")
+
+
+def _check_truth_survives(clips: Sequence[Clip], keys: Iterable[str], root: Path, folder: Path) -> None:
+    """Check that no output replaces ground truth, or is put where the next command would read it as such."""
+    truths = {
+        (folder / f"{stem}{suffix}").resolve() for clip in clips for stem in _stems(clip) for suffix in TRUTH_SUFFIXES
+    }
+    for key in keys:
+        if (root / key).resolve() in truths:
+            raise PipelineError(f"{root}: {key} would be taken for ground truth of --truth; give another --output")
 
 
 def check_inputs(clips: Sequence[Clip], options: PredictionOptions) -> None:

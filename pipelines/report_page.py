@@ -14,7 +14,7 @@ from typing import Any
 from datasets_etl.loader import EvaluationSet
 from gmflow import GMFlowConfig
 from gmflow.visualize import KITTI_BANDS
-from pipelines.gallery import Card
+from pipelines.gallery import Card, badness
 from pipelines.published import NOTE, published_figures
 from pipelines.scoring import Evaluation
 
@@ -132,7 +132,7 @@ def scene_tables(sets: Sets) -> list[Table]:
     tables = []
     for title, (scored, evaluation) in sets.items():
         if 1 < len(evaluation.scenes) < len(scored):
-            scenes = sorted(evaluation.scenes.items(), key=lambda item: -_or_zero(item[1]["epe"]))
+            scenes = sorted(evaluation.scenes.items(), key=lambda item: -badness(item[1]))
             tables.append(Table(f"{title} by scene", columns, [[s, *(f[name] for name in names)] for s, f in scenes]))
     return tables
 
@@ -140,7 +140,7 @@ def scene_tables(sets: Sets) -> list[Table]:
 def worst_pairs(sets: Sets) -> list[list[Cell]]:
     """Rows of the pairs with the largest EPE in all sets."""
     pairs = [(key, title, figures) for title, (_, found) in sets.items() for key, figures in found.images.items()]
-    pairs.sort(key=lambda pair: -_or_zero(pair[2]["epe"]))
+    pairs.sort(key=lambda pair: -badness(pair[2]))
     return [
         [key, title, *(figures[name] for name in ("epe", "px1", "px3", "f1_all"))]
         for key, title, figures in pairs[:_WORST]
@@ -155,10 +155,6 @@ def prediction_speed(sets: Sets) -> list[list[Cell]]:
         for title, (_, found) in sets.items()
     ]
     return [header, *rows] if rows else []
-
-
-def _or_zero(value: float) -> float:
-    return value if math.isfinite(value) else 0.0
 
 
 def _curve(curve: Curve) -> dict[str, Any]:
@@ -189,7 +185,7 @@ def _error_scale() -> list[tuple[str, str, bool]]:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN or infinity, so such a figure, for which there is no pixel, becomes null."""
+    """JSON has no NaN or infinity: such a figure, of no pixel or of a prediction that is not finite, becomes null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -37,6 +37,7 @@ from pipelines.errors import PipelineError, command
 from pipelines.flow_files import encode_kitti
 from pipelines.lasting import lasting_store
 from pipelines.references import resolve_model
+from pipelines.training.memory import telling_memory_lack
 
 console = Console(stderr=True)
 
@@ -145,7 +146,8 @@ def predict_submission(
             paths.append(path)
             if path not in kept:
                 frames = [(sample.image0, sample.image1)]
-                (found,) = predict_batch(model, frames, padding=benchmark.padding, precision=precision)
+                with telling_memory_lack(f"pair {sample.key}", "--precision bf16 or --device cpu"):
+                    (found,) = predict_batch(model, frames, padding=benchmark.padding, precision=precision)
                 behind.do(write, path, found)
     return paths
 

@@ -1,8 +1,12 @@
-"""The peak memory of a process."""
+"""The memory of a process and its GPU: its peak, and what a user can do where it does not suffice."""
 
+import contextlib
 import resource
+from collections.abc import Iterator
 
 import torch
+
+from pipelines.entry import PipelineError
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -10,3 +14,12 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@contextlib.contextmanager
+def telling_memory_lack(what: str, remedy: str) -> Iterator[None]:
+    """Raises PipelineError if a GPU's memory does not suffice for `what` within the block; it names the remedy."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise PipelineError(f"{what}: the GPU's memory does not suffice; try {remedy}") from error

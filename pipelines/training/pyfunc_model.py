@@ -12,6 +12,7 @@ import cv2
 import mlflow
 import numpy as np
 import numpy.typing as npt
+import torch
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
@@ -25,7 +26,11 @@ class GMFlowPyfunc(PythonModel):
     """Computes flow from image pairs."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        self.model = load_model(context.artifacts["weights"]).eval()
+        """Load the weights, onto an NVIDIA GPU if there is one, or to where `model_config={"device": …}` says."""
+        device = context.model_config["device"]
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = load_model(context.artifacts["weights"]).eval().to(device)
 
     # No type hints: MLflow would make a schema of them, which cannot express arrays. The signature states the input.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]

@@ -193,6 +193,7 @@ def _log_model(model_name: str, run_id: str, weights: Path, tags: dict[str, str]
             name="model",
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={"weights": str(weights)},
+            model_config={"device": "auto"},  # what may be changed when the model is loaded
             code_paths=[str(Path(gmflow.__file__).parent)],
             signature=_SIGNATURE,
             input_example=_example(),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmflow import GMFlow, GMFlowConfig, GMFlowError
 from gmflow.execution import ExecutionConfig, prepare_model
@@ -82,6 +83,7 @@ class Again:
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Again]:
     made: list[Again] = []
+    monkeypatch.setattr("gmflow.replay._can_record", lambda device: True)
     monkeypatch.setattr("gmflow.replay._Graph", lambda *how: made.append(Again(*how)) or made[-1])
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     return made
@@ -126,6 +128,81 @@ def test_what_differs_in_more_than_values_is_not_replayed(graphs: list[Again]) -
         model(wanted, image1).flow.sum().backward()
         assert wanted.grad is not None
     assert not graphs
+
+
+def test_away_from_a_gpu_nothing_is_recorded() -> None:
+    """Also if the model was prepared on one, and was then moved or loaded elsewhere."""
+    model = tiny().eval()
+    replay_passes(model)
+    flows = [model(*images()).flow for _ in range(3)]
+    assert torch.equal(flows[0], flows[2])
+
+
+def test_parameters_that_learn_from_now_on_get_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part is frozen for some steps, as in fine-tuning; a recording knows only what learned when it was made."""
+    recorded: list[int] = []
+    model = tiny()
+    forward = model.forward
+
+    def training_pass(images: Any, compute: Any, parameters: list[Any], aliases: Any) -> Any:
+        recorded.append(len(parameters))
+        return forward
+
+    monkeypatch.setattr("gmflow.replay._can_record", lambda device: True)
+    monkeypatch.setattr("gmflow.replay._TrainingPass", training_pass)
+    replay_passes(model)
+    of_all, of_backbone = (len(list(part.parameters())) for part in (model, model.backbone))
+    for frozen in (True, False):
+        model.backbone.requires_grad_(not frozen)
+        for _ in range(3):
+            model(*images())
+    assert recorded == [of_all - of_backbone, of_all]
+
+
+def test_a_frozen_model_within_another_that_learns_is_replayed(graphs: list[Again]) -> None:
+    plain, model = (tiny().eval().requires_grad_(False) for _ in range(2))
+    replay_passes(model)
+    flows = [model(*images(seed=seed), bidirectional=True) for seed in range(3)]
+    assert [graph.replays for graph in graphs] == [2]
+    assert not flows[2].flow.requires_grad
+    assert torch.equal(flows[2].flow, plain(*images(seed=2), bidirectional=True).flow)
+    with torch.no_grad():  # where other operations may be chosen, as in `gmflow.execution`
+        model(*images(), bidirectional=True)
+    assert len(graphs) == 1
+    wanted = images()[0].requires_grad_()
+    model(wanted, images()[1]).flow.sum().backward()
+    assert wanted.grad is not None
+
+
+class Casts(TorchDispatchMode):
+    """Counts changes of type."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_recording_reads_no_parameters_that_an_autocast_around_it_keeps(
+    graphs: list[Again], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are freed with the autocast, and the recording would go on reading their memory."""
+    monkeypatch.setattr(Again, "replay", lambda graph: None)  # it would compute again
+    model = tiny().eval()
+    replay_passes(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with Casts() as alone:
+            model(*images())
+        assert not graphs
+        with Casts() as recorded:
+            model(*images())
+        assert len(graphs) == 1
+        with Casts() as after:
+            model(*images(height=96))
+    assert alone.count > 10
+    assert recorded.count == alone.count
+    assert after.count == alone.count, "those of the recording are not for others"
 
 
 def test_what_fails_is_not_recorded(graphs: list[Again]) -> None:

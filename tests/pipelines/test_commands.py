@@ -619,6 +619,28 @@ class TestPredict:
         )
         assert (tmp_path / "o" / "frame_0001.flo").read_bytes() == b"truth"
 
+    def test_the_folder_of_the_truth_is_no_place_for_predictions(self, call, weights, frames, tmp_path):
+        """They would replace the truth, or be taken for it by the next command: an error of zero."""
+        truth = tmp_path / "truth"
+        truth.mkdir()
+        (truth / "frame_0000.pfm").write_bytes(formats.encode_pfm(np.zeros((45, 70, 2), np.float32)))
+        command = (pipelines.predict, "--model", weights, "--truth", truth, "--output", truth, "--overwrite")
+        assert_one_line(call(*command, "--formats", "flo", *frames), "frame_0000.flo would be taken for ground truth")
+        assert_one_line(call(*command, "--formats", "color", *frames), "frame_0000.png would be taken for ground truth")
+        assert [path.name for path in truth.iterdir()] == ["frame_0000.pfm"]
+        assert call(*command, "--formats", "error", *frames[:2])[0] == 0
+
+    def test_a_gpu_without_enough_memory_says_what_helps(self, call, weights, frames, manifests, tmp_path, monkeypatch):
+        def full(*_: Any, **__: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+        monkeypatch.setattr(pipelines.predict, "predict_batch", full)
+        said = call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", *frames)
+        assert_one_line(said, "frame frame_0000: the GPU's memory does not suffice; try --tile")
+        monkeypatch.setattr("gmflow.model.GMFlow.forward", full)
+        said = call(pipelines.evaluate, "--model", weights, "--data", f"{manifests['chairs']}#val")
+        assert_one_line(said, "set chairs/val: the GPU's memory does not suffice; try --precision bf16")
+
     def test_frames_are_never_replaced_by_pictures(self, call, weights, frames, tmp_path):
         before = Path(frames[0]).read_bytes()
         result = call(pipelines.predict, "--model", weights, "--output", tmp_path, *frames)
@@ -875,12 +897,15 @@ def test_a_sets_own_subset_and_the_limit_hold(manifests):
 
 def test_a_set_that_is_given_twice_would_count_twice(manifests):
     once = f"{manifests['sintel']}#training-clean"
-    with pytest.raises(PipelineError, match="training-clean: given twice"):
+    with pytest.raises(PipelineError, match="training-clean: sintel/training-clean holds its pairs too"):
         pipelines.evaluate.chosen_sets([once, manifests["chairs"], once], "val", None)
     as_a_path = once.removeprefix("file://")
     assert as_a_path != once
-    with pytest.raises(PipelineError, match="training-clean: given twice"):
+    with pytest.raises(PipelineError, match="training-clean: sintel/training-clean holds its pairs too"):
         pipelines.evaluate.chosen_sets([once, as_a_path], None, None)
+    for order in ([once, manifests["sintel"]], [manifests["sintel"], once]):  # without a subset: all of them
+        with pytest.raises(PipelineError, match="which would count twice"):
+            pipelines.evaluate.chosen_sets(order, None, None)
 
 
 def test_an_mlflow_that_is_away_is_found_before_anything_is_scored(call, weights, manifests, monkeypatch):

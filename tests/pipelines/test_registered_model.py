@@ -17,6 +17,7 @@ import cv2
 import mlflow
 import numpy as np
 import pytest
+import torch
 
 from datasets_etl import formats
 from datasets_etl.synthetic import synthetic_pair
@@ -129,6 +130,17 @@ def test_what_is_no_image_is_said_with_the_pairs_number(loaded, frames, image, m
     good = {"image0": frames[0], "image1": frames[1]}
     with pytest.raises(mlflow.exceptions.MlflowException, match=f"pair 1: .*{message}"):
         loaded.predict([good, {"image0": image, "image1": frames[1]}])
+
+
+def test_it_computes_on_a_gpu_if_there_is_one_or_where_it_is_told_to(registered, loaded):
+    def place(model: Any) -> str:
+        found: str = next(model.unwrap_python_model().model.parameters()).device.type
+        return found
+
+    assert place(loaded) == ("cuda" if torch.cuda.is_available() else "cpu")
+    # A device that every machine has, without memory.
+    there = mlflow.pyfunc.load_model("models:/gmflow@champion", model_config={"device": "meta"})
+    assert place(there) == "meta"
 
 
 def test_the_model_carries_its_signature_and_an_example_of_it(loaded):

@@ -19,6 +19,7 @@ import torch
 from datasets_etl.synthetic import synthetic_pair
 from gmflow import GMFlowConfig
 from gmflow.metrics import FlowMetrics
+from pipelines.evaluate import to_json
 from pipelines.gallery import Gallery, card_pictures
 from pipelines.published import published_figures
 from pipelines.report_page import Curve, Report, Table, figure_cell, scene_tables, worst_pairs
@@ -253,8 +254,12 @@ def test_published_figures_are_for_the_published_variants_only():
     assert published_figures(GMFlowConfig.base(), "kitti", "training") == {}
 
 
-def evaluation_of(epe: dict[str, float], scenes: dict[str, float]) -> Any:
-    def figures(value: float) -> dict[str, float]:
+def evaluation_of(epe: dict[str, float | None], scenes: dict[str, float | None]) -> Any:
+    """None stands for an EPE without a valid pixel."""
+
+    def figures(value: float | None) -> dict[str, float]:
+        if value is None:
+            return dict.fromkeys(["epe", "px1", "px3", "f1_all", "wauc"], math.nan)
         return {"epe": value, "px1": 1.0, "px3": 2.0, "f1_all": 3.0, "wauc": 4.0}
 
     images = {key: figures(value) for key, value in epe.items()}
@@ -262,7 +267,7 @@ def evaluation_of(epe: dict[str, float], scenes: dict[str, float]) -> Any:
 
 
 def test_the_worst_pairs_and_scenes_come_first_and_those_without_a_figure_last():
-    first = evaluation_of({"a": 1.0, "b": math.nan, "c": 9.0}, {"calm": 0.5, "none": math.nan, "wild": 7.0})
+    first = evaluation_of({"a": 1.0, "b": None, "c": 9.0}, {"calm": 0.5, "none": None, "wild": 7.0})
     sets: Any = {
         "one": ([0] * 4, first),
         "two": ([0] * 20, evaluation_of({f"d{n}": 2 + n / 100 for n in range(20)}, {})),
@@ -273,3 +278,20 @@ def test_the_worst_pairs_and_scenes_come_first_and_those_without_a_figure_last()
     assert "b" not in [one[0] for one in rows]
     (table,) = scene_tables(sets)
     assert [one[0] for one in table.rows] == ["wild", "calm", "none"]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_what_is_not_finite_is_the_worst_of_all(wrong: float):
+    """Weights that diverged: the pairs one looks for."""
+    one = evaluation_of({"a": 9.0, "b": wrong, "c": None}, {"calm": 9.0, "wrong": wrong, "none": None})
+    sets: Any = {"one": ([0] * 4, one)}
+    assert [row[0] for row in worst_pairs(sets)] == ["b", "a", "c"]
+    (table,) = scene_tables(sets)
+    assert [row[0] for row in table.rows] == ["wrong", "calm", "none"]
+    gallery = Gallery("s", frozenset(), 1)
+    for number, error in enumerate([50.0, wrong, 60.0]):
+        gallery.offer(number, scored(number, error))
+    gallery.offer(3, without_truth(3))
+    (card,) = gallery.cards()
+    assert not math.isfinite(card.figures["epe"])
+    assert to_json(card.figures)["epe"] is None
