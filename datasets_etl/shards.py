@@ -196,11 +196,15 @@ def _entries(path: Path, facts: Sequence[tuple[SampleRef, SampleFacts]]) -> tupl
 
 
 def read_sample_bytes(store: ObjectStore, shard: ShardEntry, sample: SampleEntry) -> bytes:
-    """One sample's tar members, by one ranged read. Raises DamagedError if they are not what was written."""
-    data = store.read_range(shard.name, sample.offset, sample.length)
-    if zlib.crc32(data) != sample.crc32:
-        raise DamagedError(
-            f"{store.url}/{shard.name}: sample {sample.key} at byte {sample.offset} is damaged (checksum differs); "
-            "delete this shard and run pipelines/etl.py again, it writes what is missing"
-        )
-    return data
+    """One sample's tar members, by one ranged read; by a second one if the first was damaged on its way.
+
+    Raises DamagedError if they are not what was written.
+    """
+    for _ in range(2):
+        data = store.read_range(shard.name, sample.offset, sample.length)
+        if zlib.crc32(data) == sample.crc32:
+            return data
+    raise DamagedError(
+        f"{store.url}/{shard.name}: sample {sample.key} at byte {sample.offset} is damaged (checksum differs); "
+        "delete this shard and run pipelines/etl.py again, it writes what is missing"
+    )

@@ -42,6 +42,9 @@ _SIGNATURE_S = 900
 _SIGNATURE_LEFT_S = 900
 _SIGNATURES = 4096
 _LEFT_BEHIND_S = 24 * 3600
+# EC2's metadata service, which gives machines their credentials. botocore asks it once, for a second: too little where
+# all loader processes of a machine ask at the same time.
+_METADATA_SERVICE = {"metadata_service_timeout": 2, "metadata_service_num_attempts": 3}
 
 
 @dataclass(frozen=True)
@@ -247,6 +250,7 @@ _PASSING = (
     s3_errors.ConnectionError,
     s3_errors.IncompleteReadError,
     s3_errors.FlexibleChecksumError,
+    s3_errors.CredentialRetrievalError,
     HTTPError,
     ConnectionError,
     _ShortAnswerError,
@@ -398,6 +402,8 @@ class S3Store:
             yield
         except s3_errors.NoCredentialsError:
             raise DataError(f"{url}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
+        except s3_errors.CredentialRetrievalError as error:
+            raise DataError(f"{url}: no credentials from where they come from here: {error}") from None
         except (s3_errors.PartialCredentialsError, s3_errors.ProfileNotFound) as error:
             raise DataError(f"{url}: {error}; correct AWS_PROFILE or AWS_ACCESS_KEY_ID and its secret") from None
         except s3_errors.FlexibleChecksumError as error:
@@ -466,10 +472,16 @@ def _s3_of_process(pid: int) -> "S3Client":
         retries={"mode": "standard", "total_max_attempts": 3},
         # botocore would sign URLs with version 2 in some regions, which encrypted objects and newer servers refuse.
         signature_version="s3v4",
-        # Servers other than AWS seldom have a DNS name for every bucket.
-        s3={"addressing_style": "path"} if own_endpoint else None,
+        # Servers other than AWS seldom have a DNS name for every bucket. For AWS, botocore would by default sign URLs
+        # of the host of all regions, which knows only the older ones.
+        s3={"addressing_style": "path" if own_endpoint else "virtual"},
     )
-    session = boto3.session.Session()
+    settings = botocore.session.get_session()
+    for name, least in _METADATA_SERVICE.items():
+        settings.set_config_variable(name, max(least, settings.get_config_variable(name)))
+    session = boto3.session.Session(botocore_session=settings)
+    if session.get_credentials() is None:
+        raise s3_errors.NoCredentialsError  # now, because a client made without credentials would never get any
     try:
         return session.client("s3", config=config)
     except ValueError as error:

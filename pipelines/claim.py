@@ -17,11 +17,11 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 from datasets_etl.errors import DataError
 from datasets_etl.storage import ObjectStore
 from pipelines.entry import PipelineError, interrupted_by
+from pipelines.same_process import start_time, this_machine
 
 CLAIM = "driver.json"
 """Key of the claim in a folder that a driver works on."""
@@ -31,6 +31,8 @@ _RENEWAL_S = 10.0
 _LOOK_S = 1.0
 # Time for four renewals: longer than the longest pause between two attempts to reach storage that is down.
 _LOOKS = 40
+# A claim that was renewed this long ago may have been taken over since.
+_SURE_S = 25.0
 _RELEASED_S = 10.0
 _LOST = signal.SIGUSR1
 
@@ -57,15 +59,18 @@ class Claim:
     @property
     def is_left(self) -> bool:
         """Whether its process ran on this machine and has ended."""
-        return bool(self.machine) and self.machine == _machine() and self.started != _started(self.pid)
+        return bool(self.machine) and self.machine == this_machine() and self.started != start_time(self.pid)
 
     def __str__(self) -> str:
         return f"the driver on {self.host} (process {self.pid}, since {self.since})"
 
 
 @contextlib.contextmanager
-def claimed(folders: Mapping[str, ObjectStore], say: Callable[[str], None]) -> Iterator[None]:
+def claimed(folders: Mapping[str, ObjectStore], say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
     """Claim folders for the length of a `with`. A driver that loses a claim is interrupted only in the main thread.
+
+    Yields a function that tells whether the claim is still held: other threads ask it before they write for others to
+    see, as a driver that stood still may have been taken over.
 
     Args:
         folders: the folders by the names that messages use, such as "stage chairs".
@@ -78,7 +83,7 @@ def claimed(folders: Mapping[str, ObjectStore], say: Callable[[str], None]) -> I
     with interrupted_by(_LOST):  # not SIGINT: a shell's background jobs ignore it
         keeper = _Keeper(folders)
         try:
-            yield
+            yield keeper.is_held
         except KeyboardInterrupt:
             if keeper.lost is not None:
                 raise keeper.lost from None
@@ -144,10 +149,19 @@ class _Keeper:
         self._folders = folders
         self._claim = _own_claim()
         self._ended = threading.Event()
+        self._renewed = time.monotonic()
         for folder in folders.values():
             self._write(folder)
         self._thread = threading.Thread(target=self._run, name="claim", daemon=True)
         self._thread.start()
+
+    def is_held(self) -> bool:
+        """Whether no other driver has taken the claim over. Asks storage if it was not renewed just now; while that is
+        down, nobody takes it over.
+        """
+        if self.lost is None and time.monotonic() - self._renewed > _SURE_S:
+            self._renew_all()
+        return self.lost is None
 
     def release(self) -> None:
         """Give up the claim. If storage is down, the claim stays there and lapses."""
@@ -159,13 +173,18 @@ class _Keeper:
         while self.lost is None and not self._ended.wait(pause):
             pause = _RENEWAL_S
             self._claim = replace(self._claim, renewed=self._claim.renewed + 1)
-            for name, folder in self._folders.items():
-                with contextlib.suppress(DataError):  # storage is down: nobody else can read or write there either
-                    self._renew(name, folder)
+            self._renew_all()
         for folder in self._folders.values():
             with contextlib.suppress(DataError):
                 if self._other(folder) is None:
                     folder.delete(CLAIM)
+
+    def _renew_all(self) -> None:
+        begun = time.monotonic()
+        with contextlib.suppress(DataError):  # storage is down: nobody else can read or write there either
+            for name, folder in self._folders.items():
+                self._renew(name, folder)
+            self._renewed = begun
 
     def _renew(self, name: str, folder: ObjectStore) -> None:
         if (other := self._other(folder)) is None:
@@ -187,22 +206,4 @@ class _Keeper:
 def _own_claim() -> Claim:
     pid = os.getpid()
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    return Claim(uuid.uuid4().hex, socket.gethostname(), pid, now, _machine(), _started(pid))
-
-
-def _machine() -> str:
-    """Identifies this boot of this machine and the PID namespace of this process; empty if they are unknown."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> str:
-    """Start time of a process of this machine, by the kernel's clock; empty if it does not exist or has ended."""
-    try:
-        state, *_, started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:20]
-    except OSError:
-        return ""
-    return "" if state == "Z" else started
+    return Claim(uuid.uuid4().hex, socket.gethostname(), pid, now, this_machine(), start_time(pid))

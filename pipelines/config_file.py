@@ -35,6 +35,9 @@ def spelt(pattern: str, allowed: str) -> pydantic.AfterValidator:
 RunName = Annotated[str, spelt(r"[a-z0-9][a-z0-9_-]*", "lower-case letters, digits, - and _, a letter or digit first")]
 """The name of a curriculum or sweep, which becomes part of folder names."""
 
+Seed = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
+"""A seed that both PyTorch and NumPy take."""
+
 Config = typing.TypeVar("Config", bound=BaseModel)
 
 Location = tuple[int | str, ...]

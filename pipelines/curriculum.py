@@ -15,7 +15,6 @@ from pathlib import Path
 from pipelines.cluster import RayLostError, connected  # sets Ray's environment, so before Ray
 
 # isort: split
-from mlflow.tracking import MlflowClient
 from rich.table import Table
 
 from datasets_etl.storage import waiting_for_storage
@@ -30,7 +29,7 @@ from pipelines.training.config import CurriculumConfig, StageConfig, shown_uri
 from pipelines.training.display import WAITING, Display, output
 from pipelines.training.dry_run import show_dry_run
 from pipelines.training.feed import Record, listening
-from pipelines.training.launch import final_weights, fit_stage, provide_initial_weights
+from pipelines.training.launch import beginning_of, final_weights, fit_stage, provide_initial_weights
 from pipelines.training.plan import FINAL_WEIGHTS, StagePlan, StageResult, plan_curriculum
 
 
@@ -47,8 +46,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def run_curriculum(config: CurriculumConfig) -> list[StageResult]:
+def run_curriculum(config: CurriculumConfig, *, goes_on: bool = False) -> list[StageResult]:
     """Train every selected stage in order, each from the weights of the one before. Needs a connected Ray.
+
+    Args:
+        config: the curriculum.
+        goes_on: whether this process ran it before, with an MLflow that answered: what is away now is waited for.
 
     Raises PipelineError, DataError or GMFlowError for what the user can fix, such as another driver on the same stages.
     """
@@ -58,19 +61,20 @@ def run_curriculum(config: CurriculumConfig) -> list[StageResult]:
         [(plan.stage.name, plan.stage.steps) for plan in plans],
         [] if config.promotion is None else [config.promotion.set_name],
     )
-    client = tracking.connect(config.mlflow.tracking_uri)
+    client = tracking.connect(config.mlflow.tracking_uri, answered=goes_on)
     unfinished = [plan for plan in plans if plan.stage in config.selected_stages and plan.result() is None]
-    with claimed({f"stage {plan.stage.name}": plan.folder for plan in unfinished}, display.say):
-        return _run_stages(config, plans, client, display)
+    with claimed({f"stage {plan.stage.name}": plan.folder for plan in unfinished}, display.say) as held:
+        # A selection of stages gets its own run, so that the config and the report of the whole curriculum stay.
+        selected = [stage.name for stage in config.selected_stages]
+        identity = [config.name, plans[0].folder.url, [plan.hash for plan in plans], selected]
+        key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+        run = tracking.CurriculumRun(client, config.mlflow, config.name, key, display.say, held)
+        return _run_stages(config, plans, run, display)
 
 
 def _run_stages(
-    config: CurriculumConfig, plans: Sequence[StagePlan], client: MlflowClient, display: Display
+    config: CurriculumConfig, plans: Sequence[StagePlan], run: tracking.CurriculumRun, display: Display
 ) -> list[StageResult]:
-    # A selection of stages gets its own run, so that the config and the report of the whole curriculum stay.
-    identity = [config.name, [plan.hash for plan in plans], [stage.name for stage in config.selected_stages]]
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-    run = tracking.CurriculumRun(client, config.mlflow, config.name, key, display.say)
     run.log_setup(config, plans[0].manifests)
 
     results: list[StageResult] = []
@@ -132,10 +136,11 @@ def _run_stage(
     """Train, keep the final weights, register them, and only then mark the stage as finished."""
     config, stage = plan.config, plan.stage
     display.state(stage.name, WAITING)
+    plan.folder.remove_leftovers()
     start = parent.weights if parent else config.init_from
     source = provide_initial_weights(plan.folder, config.model, config.seed, start, config.mlflow.tracking_uri)
     # The stage's recipe decides the folder's name, so the run stays the same if later stages change.
-    key = hashlib.sha256(plan.folder.url.encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{plan.folder.url}{beginning_of(plan.folder)}".encode()).hexdigest()[:16]
     stage_run = run.child(stage.name, key=f"stage/{key}")
     stage_run.log_json(stage.model_dump(mode="json"), "stage.json")
     link = tracking.run_link(str(run.client.tracking_uri), config.mlflow.experiment, stage_run.run_id)
@@ -227,9 +232,11 @@ def _run_to_its_end(config: CurriculumConfig, arguments: argparse.Namespace) -> 
     """
     times, reached = 0, None
     while True:
+        # Once storage was reached, it is an outage that is waited for, not a mistyped address.
+        patience = waiting_for_storage(config.machine.storage_patience_s) if times else contextlib.nullcontext()
         try:
-            with _connected(config, arguments):
-                return run_curriculum(config)
+            with _connected(config, arguments), patience:
+                return run_curriculum(config, goes_on=times > 0)
         except RayLostError as error:
             before, reached = reached, _newest_checkpoints(config)
             times = times + 1 if reached == before else 1

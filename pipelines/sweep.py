@@ -11,7 +11,7 @@ import hashlib
 import json
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,7 +42,7 @@ from pipelines.sweeping.tuning import Listener, TrialRecord, tune_trials
 from pipelines.sweeping.view import SweepView, front_table
 from pipelines.training import registry, tracking
 from pipelines.training.code_version import code_version
-from pipelines.training.config import MachineConfig, SetConfig, shown_uri
+from pipelines.training.config import SetConfig, shown_uri
 from pipelines.training.feed import Record
 from pipelines.training.plan import check_measurable
 
@@ -90,18 +90,17 @@ def run_sweep(sweep: Sweep, *, retry: bool = False) -> list[Row]:
     """Run the phases that are configured, and make the report. Needs a connected Ray with its dashboard."""
     config = sweep.config
     check_room(config, nodes())
-    with claimed({f"sweep {config.name}": sweep.store}, sweep.view.say):
-        return _run_phases(sweep, retry=retry)
+    with claimed({f"sweep {config.name}": sweep.store}, sweep.view.say) as held:
+        return _run_phases(sweep, held, retry=retry)
 
 
-def _run_phases(sweep: Sweep, *, retry: bool) -> list[Row]:
+def _run_phases(sweep: Sweep, held: Callable[[], bool], *, retry: bool) -> list[Row]:
     config = sweep.config
     weights = keep_weights(sweep)
-    run = SweepRun(config, weights, sweep.manifests, sweep.view.say)
+    run = SweepRun(config, weights, sweep.manifests, sweep.view.say, held)
     sweep.view.say(f"MLflow: {tracking.run_link(str(run.client.tracking_uri), config.mlflow.experiment, run.run_id)}")
-    machine = config.tune.machine if config.tune else MachineConfig()
     # From here on storage is known to exist, so an outage is waited for.
-    with run.parent.running(run.run_id), waiting_for_storage(machine.storage_patience_s):
+    with run.parent.running(run.run_id), waiting_for_storage(config.storage_patience_s):
         with sweep.view.showing():
             rows = []
             if config.probe is not None and weights is not None:
@@ -198,7 +197,7 @@ def probe(sweep: Sweep, weights: Weights, run: SweepRun) -> list[Row]:
             run.end(rows[setting])
         sweep.view.show(rows[setting])
 
-    measure_accuracy(sweep.store, jobs, config.probe.cpus, config.probe.use_gpu, on_scored)
+    measure_accuracy(sweep.store, jobs, config.probe, config.storage_patience_s, on_scored)
     return list(rows.values())
 
 

@@ -58,7 +58,7 @@ def _handler(proxy: FaultyProxy) -> type[BaseHTTPRequestHandler]:
             pass
 
         def _pass_on(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = self._body()
             fault = proxy.next_fault(self.command, self.path)
             if fault == "stall":
                 time.sleep(_STALL_S)
@@ -70,6 +70,17 @@ def _handler(proxy: FaultyProxy) -> type[BaseHTTPRequestHandler]:
                 if callable(fault):
                     fault()
                 self._relay(body, fault)
+
+        def _body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            del self.headers["Transfer-Encoding"]  # it goes on in one piece
+            parts = []
+            while length := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(length))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
 
         def _relay(self, body: bytes, fault: Fault) -> None:
             upstream = http.client.HTTPConnection(proxy.upstream, timeout=30)
@@ -106,6 +117,6 @@ def _handler(proxy: FaultyProxy) -> type[BaseHTTPRequestHandler]:
             with contextlib.suppress(OSError):
                 self.wfile.write(body)
 
-        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass_on  # noqa: N815
+        do_GET = do_PUT = do_POST = do_PATCH = do_HEAD = do_DELETE = _pass_on  # noqa: N815
 
     return Handler

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from infra.local_stack.errors import StackError
+from pipelines.same_process import start_time, this_machine
 
 _START_SECONDS = 120
 _STOP_SECONDS = 20
@@ -38,10 +39,15 @@ class Launch:
 
 @dataclass(frozen=True)
 class _Identity:
-    """A pid may be given to another process later; the start time tells whether it is still the same process."""
+    """A pid may be given to another process later; machine (and boot) and start time tell if it is still the same."""
 
     pid: int
-    started: float
+    machine: str
+    started: str
+
+    @classmethod
+    def of(cls, pid: int) -> "_Identity":
+        return cls(pid, this_machine(), start_time(pid))
 
 
 class ServerProcess:
@@ -56,14 +62,14 @@ class ServerProcess:
         """The recorded process if it still runs."""
         known = self._known()
         process = None if known is None else _process(known.pid)
-        if known is None or process is None or process.create_time() != known.started:
+        if known is None or process is None or _Identity.of(known.pid) != known:
             return None
         return process
 
     def _known(self) -> _Identity | None:
         try:
             return _Identity(**json.loads(self._record.read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, TypeError):  # there is none, or it is another version's
             return None
 
     def start(self, launch: Launch, ready: Callable[[], object]) -> None:
@@ -84,8 +90,7 @@ class ServerProcess:
                 group=launch.user,
                 extra_groups=None if launch.user is None else [],
             )
-        identity = _Identity(process.pid, psutil.Process(process.pid).create_time())
-        self._record.write_text(json.dumps(asdict(identity)))
+        self._record.write_text(json.dumps(asdict(_Identity.of(process.pid))))
         deadline = time.monotonic() + _START_SECONDS
         while True:
             try:

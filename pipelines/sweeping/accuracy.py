@@ -21,10 +21,11 @@ from torch import nn
 from datasets_etl.ahead import read_ahead
 from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
-from datasets_etl.storage import ObjectStore, split_url
+from datasets_etl.storage import ObjectStore, split_url, waiting_for_storage
 from gmflow import GMFlow, load_model
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.metrics import FlowMetrics
+from pipelines.sweeping.config import ProbeConfig
 from pipelines.sweeping.settings import Setting
 from pipelines.task_results import fetched
 from pipelines.training.config import SetConfig
@@ -69,11 +70,14 @@ OnScored = Callable[[Setting, SetConfig, Scores], None]
 
 
 def measure_accuracy(
-    store: ObjectStore, jobs: Sequence[ScoreJob], cpus: int, use_gpu: bool, on_scored: OnScored
+    store: ObjectStore, jobs: Sequence[ScoreJob], probe: ProbeConfig, storage_patience_s: float, on_scored: OnScored
 ) -> None:
-    """Score what storage does not hold yet; `on_scored` is called for every setting and set, stored or new."""
+    """Score what storage does not hold yet; `on_scored` is called for every setting and set, stored or new.
+
+    Tasks wait for storage as long as told here: they do not inherit the driver's environment.
+    """
     waiting: dict[Any, ScoreJob] = {}
-    task = score_settings.options(num_cpus=cpus, num_gpus=1 if use_gpu else 0)
+    task = score_settings.options(num_cpus=probe.cpus, num_gpus=1 if probe.use_gpu else 0)
     for job in jobs:
         missing = []
         for setting in job.settings:
@@ -84,7 +88,7 @@ def measure_accuracy(
                 on_scored(setting, job.chosen, stored)
         if missing:
             remaining = ScoreJob(**{**vars(job), "settings": tuple(missing)})
-            waiting[task.remote(remaining, cpus, use_gpu)] = remaining
+            waiting[task.remote(remaining, probe, storage_patience_s)] = remaining
     while waiting:
         (ready,), _ = ray.wait(list(waiting), num_returns=1)
         job = waiting.pop(ready)
@@ -115,10 +119,14 @@ def score_jobs(
 
 
 @ray.remote(max_retries=3)
-def score_settings(job: ScoreJob, threads: int, use_gpu: bool) -> list[Scores]:
+def score_settings(job: ScoreJob, probe: ProbeConfig, storage_patience_s: float) -> list[Scores]:
     """The metrics of each of the job's settings; a metric that no pixel counts for (NaN) is left out."""
-    torch.set_num_threads(threads)
-    device = torch.device("cuda" if use_gpu else "cpu")
+    torch.set_num_threads(probe.cpus)
+    with waiting_for_storage(storage_patience_s):
+        return _scores(job, torch.device("cuda" if probe.use_gpu else "cpu"))
+
+
+def _scores(job: ScoreJob, device: torch.device) -> list[Scores]:
     with tempfile.TemporaryDirectory(prefix="gmflow-probe-") as folder:
         store, name = split_url(job.weights.url)
         path = Path(folder) / name

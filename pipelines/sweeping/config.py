@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from datasets_etl.manifest import Manifest
 from gmflow import GMFlowConfig
 from gmflow.config import GLOBAL
-from pipelines.config_file import Frozen, RunName
+from pipelines.config_file import Frozen, RunName, Seed
 from pipelines.errors import PipelineError
 from pipelines.sweeping.settings import Setting, check_crop, check_size, grid_settings
 from pipelines.training.config import (
@@ -205,7 +205,7 @@ class SweepConfig(Frozen):
     objective: MetricConfig
     model: ModelConfig = ModelConfig(variant="refine")
     weights: str | None = None
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     cluster_grows: bool = False
     probe: ProbeConfig | None = None
@@ -232,6 +232,12 @@ class SweepConfig(Frozen):
         for phase, chosen in self._validated:
             if self.objective.set_name not in [one.name for one in chosen]:
                 raise ValueError(f"{phase}.validation lacks {self.objective.set_name}, the objective; add it")
+        name = self.objective.set_name
+        if len(limits := {one.limit for _, chosen in self._validated for one in chosen if one.name == name}) > 1:
+            raise ValueError(
+                f"probe.validation and tune.stage.validation limit {name}, the objective, to different pairs "
+                f"({', '.join(map(str, limits))}), so their figures cannot be compared; give both the same limit"
+            )
         self._check_space()
         return self
 
@@ -290,6 +296,11 @@ class SweepConfig(Frozen):
         if self.probe is None:
             return []
         return list(dict.fromkeys([*self.probe.grid.settings(self.reference), self.reference]))
+
+    @property
+    def storage_patience_s(self) -> float:
+        """For how many seconds storage that is down is waited for."""
+        return (self.tune.machine if self.tune else MachineConfig()).storage_patience_s
 
     @property
     def metric(self) -> str:

@@ -31,7 +31,7 @@ class SweepRun:
 
     Args:
         config, weights, manifests: those of the sweep.
-        tell: called with a line when waiting for MLflow begins.
+        tell, held: see `ParentRun`.
     """
 
     def __init__(
@@ -40,12 +40,13 @@ class SweepRun:
         weights: Weights | None,
         manifests: Mapping[str, Manifest],
         tell: Callable[[str], None],
+        held: Callable[[], bool] = lambda: True,
     ) -> None:
         self.client = tracking.connect(config.mlflow.tracking_uri)
         content = json.dumps(_identity(config, weights, manifests), sort_keys=True)
         key = f"sweep/{hashlib.sha256(content.encode()).hexdigest()[:16]}"
         self._name = config.name
-        self.parent = tracking.ParentRun(self.client, config.mlflow, config.name, key, tell)
+        self.parent = tracking.ParentRun(self.client, config.mlflow, config.name, key, tell, held)
         self.run_id = self.parent.run_id
         self._patience = self.parent.patience
         self._lock = threading.RLock()

@@ -137,10 +137,16 @@ def seed_points(config: SweepConfig, settings: Sequence[Setting]) -> list[Point]
         for name, values in space.items():
             value = wanted.get(name, usual.get(name, 0))
             point[name] = value if name in wanted else _nearest(value, values)
-        inside = all(isinstance(values, RangeConfig) or point[name] in values for name, values in space.items())
-        if inside and setting_of(point, config.reference) == setting:
+        if _is_inside(point, space) and setting_of(point, config.reference) == setting:
             points.append(point)
     return points
+
+
+def _is_inside(point: Point, space: Mapping[str, tuple[float, ...] | RangeConfig]) -> bool:
+    return all(
+        values.low <= point[name] <= values.high if isinstance(values, RangeConfig) else point[name] in values
+        for name, values in space.items()
+    )
 
 
 def _nearest(value: float, values: tuple[float, ...] | RangeConfig) -> float:
@@ -149,17 +155,26 @@ def _nearest(value: float, values: tuple[float, ...] | RangeConfig) -> float:
     return min(values, key=lambda one: abs(math.log(one / value)))
 
 
-def listed_points(config: SweepConfig, seeds: Sequence[Setting]) -> list[Point]:
-    """The points of a grid or random search, in order; those at the seeds' settings come first."""
+def listed_points(config: SweepConfig, seeds: Sequence[Setting], known: Sequence[Point] = ()) -> list[Point]:
+    """The points of a grid or random search, in order: those that were tried before, then those at the seeds' settings.
+
+    Without the first, a sweep that goes on with other seeds (costs were measured anew) could leave trained trials out.
+
+    Args:
+        config: config of the sweep.
+        seeds: settings to try first.
+        known: points of announced trials; those that are no longer in the space are left out.
+    """
     assert config.tune is not None
     space = dimensions(config.tune)
+    known = [point for point in known if _is_inside(point, space)]
     if config.tune.searcher == "grid":
         values = [values for values in space.values() if not isinstance(values, RangeConfig)]
         points = [dict(zip(space, chosen, strict=True)) for chosen in itertools.product(*values)]
         ranks = {setting: rank for rank, setting in enumerate(seeds)}
-        points.sort(key=lambda point: ranks.get(setting_of(point, config.reference), len(ranks)))
+        points.sort(key=lambda p: (p not in known, ranks.get(setting_of(p, config.reference), len(ranks))))
         return points[: config.tune.trials]
-    points = seed_points(config, seeds)
+    points = [*known, *(point for point in seed_points(config, seeds) if point not in known)]
     generator = np.random.default_rng(config.seed)
     for _ in range(_MOST_DRAWS):
         if len(points) >= (config.tune.trials or 0):

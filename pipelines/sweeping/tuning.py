@@ -56,6 +56,7 @@ OBJECTIVE = "objective"
 """The metric by which Tune compares trials: the config's objective, lower is better."""
 
 _STEP = "step"
+_TOLD_AGAIN = "told_again"
 _REDRAWS = 100
 
 
@@ -149,7 +150,8 @@ def _all_ended(plan: TrialPlan, seeds: Sequence[Setting]) -> list[tuple[Trial, T
         wanted = plan.tune.trials or 1
         trials = trials[:wanted]
     else:
-        keys = {plan.trial(point).key for point in listed_points(plan.config, seeds)}
+        points = listed_points(plan.config, seeds, [trial.point for trial in trials])
+        keys = {plan.trial(point).key for point in points}
         wanted = len(keys)
         trials = [trial for trial in trials if trial.key in keys]
     ended = []
@@ -172,7 +174,7 @@ def _tell_again(ended: Sequence[tuple[Trial, TrialRecords, TrialResult]], listen
 def _scheduler(plan: TrialPlan) -> TrialScheduler:
     if plan.tune.scheduler == "none":
         return FIFOScheduler()
-    return ASHAScheduler(
+    return RememberingASHA(
         time_attr=_STEP,
         max_t=plan.tune.stage.steps,
         grace_period=plan.tune.grace,
@@ -181,11 +183,22 @@ def _scheduler(plan: TrialPlan) -> TrialScheduler:
     )
 
 
+class RememberingASHA(ASHAScheduler):
+    """ASHA that judges no trial by what it tells again: it was judged by that before, beside other trials' results.
+
+    They come in another order now, so that a trial that went on then could be stopped at an early step now.
+    """
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        return TrialScheduler.CONTINUE if result[_TOLD_AGAIN] else decision
+
+
 def _search(plan: TrialPlan, seeds: Sequence[Setting]) -> tuple[dict[str, Any] | None, Searcher | None, int]:
     """(param space, searcher, samples) for Tune."""
-    if plan.tune.searcher != "optuna":
-        return {"point": tune.grid_search(listed_points(plan.config, seeds))}, None, 1
     known = [trial.point for trial in announced(plan)]
+    if plan.tune.searcher != "optuna":
+        return {"point": tune.grid_search(listed_points(plan.config, seeds, known))}, None, 1
     first = known + [point for point in seed_points(plan.config, seeds) if point not in known]
     return None, DistinctOptuna(plan, first, len(known)), plan.tune.trials or 1
 
@@ -241,12 +254,15 @@ def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
 def _replay_and_train(trial: Trial, plan: TrialPlan) -> None:
     records = TrialRecords.open(trial.folder)
     ended = records.result
-    if ended is None:
-        _catch_up(trial, plan, CheckpointStore(open_store(trial.folder)).newest(log.warning))
-        records = TrialRecords.open(trial.folder)
+    trained = 0
+    if ended is None and (snapshot := CheckpointStore(open_store(trial.folder)).newest(log.warning)) is not None:
+        _catch_up(trial, plan, snapshot)
+        records, trained = TrialRecords.open(trial.folder), snapshot["step"]
     for step, metrics in records.history:
         if ended is not None or step < trial.stage.steps:
-            tune.report(_report(plan, step, metrics))
+            # Where it was killed at a validation, it may not have been judged by that one.
+            judged = ended is not None or step < max(trained, records.last_step)
+            tune.report(_report(plan, step, metrics, told_again=judged))
     if ended is not None and ended.status == "failed":
         raise PipelineError(ended.reason)  # Tune needs this: the trial may never have reported a metric
     if ended is None:
@@ -266,8 +282,8 @@ def _replay_and_train(trial: Trial, plan: TrialPlan) -> None:
         tune.report(_report(plan, step, metrics))
 
 
-def _report(plan: TrialPlan, step: int, metrics: dict[str, float]) -> dict[str, Any]:
-    return {_STEP: step, OBJECTIVE: metrics[plan.config.metric], "metrics": metrics}
+def _report(plan: TrialPlan, step: int, metrics: dict[str, float], *, told_again: bool = False) -> dict[str, Any]:
+    return {_STEP: step, OBJECTIVE: metrics[plan.config.metric], "metrics": metrics, _TOLD_AGAIN: told_again}
 
 
 def _train(trial: Trial, plan: TrialPlan) -> None:
@@ -301,9 +317,9 @@ def _train(trial: Trial, plan: TrialPlan) -> None:
         raise PipelineError(f"{config.metric} has no value at the last step: the flow is not finite; lower peak_lr")
 
 
-def _catch_up(trial: Trial, plan: TrialPlan, snapshot: dict[str, Any] | None) -> None:
+def _catch_up(trial: Trial, plan: TrialPlan, snapshot: dict[str, Any]) -> None:
     """Add the validations of a checkpoint that the history lacks: the attempt was killed between the two writes."""
-    for step, metrics in snapshot["records"] if snapshot else ():
+    for step, metrics in snapshot["records"]:
         _remember(trial, plan, step, metrics)
 
 

@@ -14,7 +14,7 @@ from datasets_etl.augment import AugmentConfig
 from datasets_etl.cache import SampleCache
 from gmflow import GMFlowConfig
 from gmflow.execution import ExecutionConfig, Precision
-from pipelines.config_file import Frozen, RunName, spelt
+from pipelines.config_file import Frozen, RunName, Seed, spelt
 
 
 class ModelConfig(Frozen):
@@ -313,7 +313,7 @@ class CurriculumConfig(Frozen):
     promotion: MetricConfig | None = None
     init_from: str | None = None
     only: tuple[str, ...] | None = Field(default=None, min_length=1)
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     precision: Precision = "fp32"
 
     @pydantic.model_validator(mode="after")

@@ -12,6 +12,7 @@ from gmflow import GMFlow
 from gmflow.execution import prepare_model
 from gmflow.loss import sequence_loss
 from gmflow.replay import WARM_UPS
+from pipelines.cluster import nodes, slots
 from pipelines.task_results import fetched
 from pipelines.training.config import CurriculumConfig, StageConfig
 from pipelines.training.memory import peak_bytes
@@ -35,7 +36,7 @@ class TooLargeError(Exception):
 def estimate(config: CurriculumConfig, stage: StageConfig) -> StepCost | None:
     """Measure the forward and backward pass of a micro-batch on a worker of this Ray.
 
-    Returns None if the cluster is too small for a worker, or if this took longer than `_PATIENCE_S`: others use the
+    Returns None if no node is large enough for a worker, or if this took longer than `_PATIENCE_S`: others use the
     resources, or the pass is slow.
 
     Raises:
@@ -44,8 +45,7 @@ def estimate(config: CurriculumConfig, stage: StageConfig) -> StepCost | None:
     """
     machine = config.machine
     wanted = {"CPU": float(machine.cpus_per_worker), "GPU": float(machine.use_gpu)}
-    there = ray.cluster_resources()
-    if any(there.get(name, 0.0) < amount for name, amount in wanted.items()):
+    if not slots(nodes(), machine.cpus_per_worker, machine.use_gpu):
         return None
     measure = _measure.options(num_cpus=wanted["CPU"], num_gpus=wanted["GPU"])
     measuring = measure.remote(config, stage)

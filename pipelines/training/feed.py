@@ -49,7 +49,8 @@ class _Queue:
     def __init__(self) -> None:
         self._records: list[Record] = []
         self._gave_up_for: Exception | None = None
-        self._arrivals = self._departures = 0
+        self._departures = 0
+        self._heard = time.monotonic()
 
     def put(self, record: Record) -> None:
         self._records.append(record)
@@ -64,11 +65,11 @@ class _Queue:
     def gave_up_for(self) -> Exception | None:
         return self._gave_up_for
 
-    def arrive(self) -> None:
-        self._arrivals += 1
+    def live(self) -> None:
+        self._heard = time.monotonic()
 
-    def arrivals(self) -> int:
-        return self._arrivals
+    def silent_s(self) -> float:
+        return time.monotonic() - self._heard
 
     def depart(self) -> None:
         self._departures += 1
@@ -96,14 +97,14 @@ class FeedWriter:
         error: Exception | None = ray.get(self._queue.gave_up_for.remote())
         return error
 
-    def arrive(self) -> None:
-        """Count one start of the workers."""
-        self._queue.arrive.remote()
+    def live(self) -> None:
+        """Give a sign of life."""
+        self._queue.live.remote()
 
-    def arrivals(self) -> int:
-        """How often the workers have started."""
-        times: int = ray.get(self._queue.arrivals.remote())
-        return times
+    def silent_s(self) -> float:
+        """Seconds since a worker's last sign of life, or since the queue was made."""
+        seconds: float = ray.get(self._queue.silent_s.remote())
+        return seconds
 
     def depart(self) -> None:
         """Count one departure: all workers leave because of a preemption notice for one of their machines."""

@@ -6,7 +6,7 @@ The curriculum and the sweep both train through this module; there is no other t
 import logging
 import tempfile
 import threading
-import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -39,6 +39,7 @@ from pipelines.training.state import result_weights
 log = logging.getLogger(__name__)
 
 _INITIAL_SOURCE = "init.txt"
+_BEGINNING = "begun.txt"
 # Collectives time out this many seconds after our watchdog: it reports what the worker was doing; PyTorch would not.
 _WATCHDOG_FIRST_S = 300
 _LOOK_S = 20.0
@@ -48,6 +49,11 @@ _SLOW_START_S = 180.0
 def weights_are_pinned(folder: ObjectStore) -> bool:
     """Whether a stage's folder already holds its initial weights."""
     return folder.size(_INITIAL_SOURCE) is not None
+
+
+def beginning_of(folder: ObjectStore) -> str:
+    """What tells this training in a stage's folder from one that was deleted there, whose curves are another run's."""
+    return folder.read(_BEGINNING).decode() if folder.size(_BEGINNING) is not None else ""
 
 
 def provide_initial_weights(
@@ -79,6 +85,7 @@ def provide_initial_weights(
         path = Path(scratch) / f"pinned-{INITIAL_WEIGHTS}"
         save_weights(initial, path)
         folder.upload(path, INITIAL_WEIGHTS)
+    folder.write(_BEGINNING, uuid.uuid4().hex.encode())
     folder.write(_INITIAL_SOURCE, source.encode())  # last: it says that the weights are there
     return source
 
@@ -219,7 +226,6 @@ class _Wait:
 
     def __init__(self, job: StageJob, feed: FeedWriter) -> None:
         self._job, self._feed = job, feed
-        self._since, self._arrivals = time.monotonic(), feed.arrivals()
         self._told = ""
 
     def look(self) -> None:
@@ -229,12 +235,12 @@ class _Wait:
         self._told = news
 
     def _slow_start(self) -> str:
-        """A line if no worker has come up: Ray retries workers that die while starting; only its logs say so."""
-        if time.monotonic() - self._since < _SLOW_START_S or self._feed.arrivals() != self._arrivals:
+        """A line if no worker is there: Ray retries workers that die while starting; only its logs say so."""
+        if self._feed.silent_s() < _SLOW_START_S:
             return ""
         return (
-            f"waits for workers: there is room, and none has come up for {_SLOW_START_S:.0f} s; Ray's logs on their "
-            "nodes say why (session_latest/logs)"
+            f"waits for workers: the cluster could hold them, but none is there for {_SLOW_START_S:.0f} s; others use "
+            "the room, or they die while they start: Ray's logs on their nodes say why (session_latest/logs)"
         )
 
 

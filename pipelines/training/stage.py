@@ -79,13 +79,11 @@ def train_stage(config: dict[str, Any]) -> None:
     if feed.gave_up_for() is not None:
         return
     rank = ray.train.get_context().get_world_rank()
-    if rank == 0:
-        feed.arrive()
 
     def tell(step: int, text: str) -> None:
         feed.send(Record(step, line=_line(job, step, rank, text)))
 
-    watchdog = Watchdog(job.machine.hang_timeout_s, tell)
+    watchdog = Watchdog(job.machine.hang_timeout_s, tell, feed.live)
     try:
         with watchdog.watching():
             _train(_Worker(job, feed, watchdog))

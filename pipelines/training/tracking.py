@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
@@ -20,6 +21,7 @@ from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 from mlflow.entities import LifecycleStage, Metric, Run
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.tracking import MlflowClient
 
@@ -43,6 +45,8 @@ PARENT_TAG = "mlflow.parentRunId"
 
 _Result = TypeVar("_Result")
 
+_MOMENT_S = 10.0
+
 
 def tracking_uri(configured: str | None) -> str:
     """The configured URI, else MLFLOW_TRACKING_URI, else SQLite in `runs/` of the working folder."""
@@ -54,8 +58,8 @@ def place_of(client: MlflowClient) -> str:
     return shown_uri(str(client.tracking_uri))
 
 
-def connect(configured: str | None) -> MlflowClient:
-    """A client whose server has answered. Raises PipelineError if it does not answer."""
+def connect(configured: str | None, *, answered: bool = False) -> MlflowClient:
+    """A client whose server has answered, now or (`answered`) before. Raises PipelineError if it does not answer."""
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # no line for each table it creates
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # nor for each attempt to reach a server
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # nor a bar for each download
@@ -72,6 +76,8 @@ def connect(configured: str | None) -> MlflowClient:
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     client = MlflowClient(uri)
+    if answered:
+        return client
     try:
         client.search_experiments(max_results=1)  # on the first call this creates the tables of an embedded database
     except Exception as error:  # MLflow raises whatever its transport does
@@ -168,23 +174,28 @@ def _is_busy(status: int) -> bool:
 
 
 TRANSPORT_ERRORS = (requests.RequestException, BotoCoreError, ClientError, Boto3Error)
+_EXISTS = ErrorCode.Name(RESOURCE_ALREADY_EXISTS)
 _LATER = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
 
 
 class TrackedRun:
     """A run that logs records, and ensures that no metric is logged twice for a step."""
 
-    def __init__(self, client: MlflowClient, run: Run, patience: Patience) -> None:
+    def __init__(self, client: MlflowClient, run: Run, patience: Patience, held: Callable[[], bool]) -> None:
         self.client = client
         self.run_id: str = run.info.run_id
         self._patience = patience
+        self._held = held
         self._told: dict[str, int] | None = None  # metric → newest step MLflow has; None: not asked yet
 
     def log(self, record: Record) -> None:
         """Log metrics against the step. Those an earlier attempt already logged are left out: a replay is exact.
 
         Waits for MLflow if it is unreachable. If MLflow refuses a picture, this is reported and the picture dropped.
+        Nothing is logged if another driver has taken the work over: it logs the same, and its steps would go back.
         """
+        if not self._held():
+            return
         for step, metrics in (*record.earlier, (record.step, record.metrics)):
             self._patience(self._log_metrics, step, metrics, record.time_ms)
         for name, png in record.pictures.items():
@@ -231,16 +242,27 @@ class ParentRun:
         name: name of the curriculum or sweep.
         key: identifies what the run belongs to; the same key finds the same run.
         tell: called with a line when waiting for MLflow begins.
+        held: whether this driver still has the claim on the work, see `claimed`.
     """
 
     def __init__(
-        self, client: MlflowClient, config: MlflowConfig, name: str, key: str, tell: Callable[[str], None]
+        self,
+        client: MlflowClient,
+        config: MlflowConfig,
+        name: str,
+        key: str,
+        tell: Callable[[str], None],
+        held: Callable[[], bool] = lambda: True,
     ) -> None:
+        # MLflow's client would send a request again whose answer was lost, and have a run or a version made twice.
+        # `Patience` repeats what asks first whether it is there already.
+        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
         self.client = client
+        self.held = held
         self.patience = Patience(config.patience_s, tell)
         self.experiment_id = self.patience(_experiment, client, config.experiment)
         own = self.patience(_find_or_create, client, self.experiment_id, name, key, {})
-        self.own = TrackedRun(client, own, self.patience)
+        self.own = TrackedRun(client, own, self.patience, held)
         self.run_id = self.own.run_id
 
     def child(self, name: str, key: str) -> TrackedRun:
@@ -254,7 +276,7 @@ class ParentRun:
             self.patience(self.client.set_tag, run.info.run_id, PARENT_TAG, self.run_id)
             if before is not None and self.patience(self.client.get_run, before).info.status == "RUNNING":
                 self.patience(self.client.set_terminated, before, "KILLED")
-        return TrackedRun(self.client, run, self.patience)
+        return TrackedRun(self.client, run, self.patience, self.held)
 
     def holds(self, run_id: str) -> bool:
         """Whether this MLflow has a run. Another MLflow has neither the curves nor the models of that training."""
@@ -266,7 +288,7 @@ class ParentRun:
 
     def running(self, run_id: str) -> contextlib.AbstractContextManager[None]:
         """`run_status` for this run or one of its children; waits if the server is unreachable."""
-        return run_status(self.client, run_id, self.patience)
+        return run_status(self.client, run_id, self.patience, self.held)
 
 
 class CurriculumRun(ParentRun):
@@ -324,17 +346,35 @@ def machines() -> list[dict[str, float]]:
 
 
 @contextlib.contextmanager
-def run_status(client: MlflowClient, run_id: str, patience: Patience | None = None) -> Iterator[None]:
-    """Mark a run as running, then as finished, as killed (interrupted), or as failed (any other error)."""
+def run_status(
+    client: MlflowClient, run_id: str, patience: Patience | None = None, held: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
+    """Mark a run as running, then as finished, as killed (interrupted), or as failed (any other error).
+
+    After an error it is not waited for long, and not marked if another driver has taken it over (not `held`).
+    """
     call = patience or _at_once
     call(client.update_run, run_id, status="RUNNING")
     try:
         yield
     except BaseException as error:
-        with contextlib.suppress(MlflowException):  # the error being raised says more
-            client.set_terminated(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        if held():
+            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            _for_a_moment(client.set_terminated, run_id, status)
         raise
     call(client.set_terminated, run_id, "FINISHED")
+
+
+def _for_a_moment(work: Callable[..., object], *arguments: Any) -> None:
+    """Try it, for `_MOMENT_S` at most and without its errors: what ends the program now says more."""
+
+    def attempt() -> None:
+        with contextlib.suppress(Exception):
+            work(*arguments)
+
+    trying = threading.Thread(target=attempt, name="last-words", daemon=True)
+    trying.start()
+    trying.join(_MOMENT_S)
 
 
 def _at_once(work: Callable[..., _Result], *arguments: Any, **named: Any) -> _Result:
@@ -350,7 +390,14 @@ def _experiment(client: MlflowClient, name: str) -> str:
     """The id of an experiment by name, created if it does not exist. Raises PipelineError if it cannot be used."""
     found = client.get_experiment_by_name(name)
     if found is None:
-        return str(client.create_experiment(name, artifact_location=_place_of_artifacts(str(client.tracking_uri))))
+        place = _place_of_artifacts(str(client.tracking_uri))
+        try:
+            return str(client.create_experiment(name, artifact_location=place))
+        except MlflowException as error:
+            if error.error_code != _EXISTS:
+                raise
+        # Another job was faster, or the answer to an earlier request of ours was lost.
+        found = client.get_experiment_by_name(name)
     where = f"MLflow at {place_of(client)}: experiment {name!r}"
     if found.lifecycle_stage != LifecycleStage.ACTIVE:
         raise PipelineError(

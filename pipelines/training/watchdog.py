@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import math
 import os
 import sys
 import threading
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterator
 _EXIT_CODE = 70
 # A worker that waits for this long says what for: somebody who looks at a table that stands still may know better.
 _SLOW_S = 60.0
+# How often the driver hears that a worker is there: one that is computing may have nothing to tell for long.
+_LIFE_S = 30.0
 
 
 class Watchdog:
@@ -20,11 +23,13 @@ class Watchdog:
         limit_s: number of seconds without progress after which the process is ended.
         tell: called with the step and a message before that, and once whenever a minute (or a quarter of the limit, if
             that is less) has brought no progress.
+        live: called at once and then every half a minute, with or without progress.
     """
 
-    def __init__(self, limit_s: float, tell: Callable[[int, str], None]) -> None:
+    def __init__(self, limit_s: float, tell: Callable[[int, str], None], live: Callable[[], None]) -> None:
         self._limit_s = limit_s
         self._tell = tell
+        self._live = live
         self._now = (time.monotonic(), "starting", 0)
 
     def progress(self, doing: str, step: int) -> None:
@@ -46,8 +51,12 @@ class Watchdog:
 
     def _watch(self, ended: threading.Event) -> None:
         slow_s = min(_SLOW_S, self._limit_s / 4)
-        told = 0.0
+        told, lived = 0.0, -math.inf
         while not ended.wait(min(1.0, self._limit_s / 8)):
+            if time.monotonic() - lived > _LIFE_S:
+                lived = time.monotonic()
+                with contextlib.suppress(Exception):  # as below
+                    self._live()
             since, doing, step = self._now
             idle = time.monotonic() - since
             if idle > self._limit_s:

@@ -4,7 +4,9 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,8 @@ from datasets_etl.etl import run_etl
 from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
 from datasets_etl.range_reads import RangeReader
-from datasets_etl.storage import ObjectStore, open_store
+from datasets_etl.storage import FileStore, ObjectStore, open_store
+from tests.datasets_etl.instance_role import Role, serving
 from tests.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.seaweedfs import S3Server, running
 
@@ -137,6 +140,43 @@ class TestShortAnswersToTheEtl:
         assert not list(tmp_path.rglob("manifest-*"))
 
 
+def test_a_sample_that_was_damaged_on_its_way_is_read_again(sharded_chairs, monkeypatch):
+    """Ranges have no checksum on the wire, and damage ends a training for good."""
+    manifest = Manifest.load(sharded_chairs.manifest_url)
+    expected, flipped = EvaluationSet(manifest, None)[3], [1]
+    read = FileStore.read_range
+
+    def damaging(store: FileStore, key: str, offset: int, length: int) -> bytes:
+        data = bytearray(read(store, key, offset, length))
+        if flipped:
+            data[len(data) // 2] ^= flipped.pop()
+        return bytes(data)
+
+    monkeypatch.setattr(FileStore, "read_range", damaging)
+    assert (EvaluationSet(manifest, None)[3].flow == expected.flow).all()
+    assert not flipped
+    flipped += [1, 2]
+    with pytest.raises(DamagedError, match="checksum differs"):
+        EvaluationSet(manifest, None)[3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "address"),
+    [
+        ({"AWS_DEFAULT_REGION": "eu-south-1"}, "https://data.s3.eu-south-1.amazonaws.com/x?"),
+        ({"AWS_DEFAULT_REGION": "us-east-1"}, "https://data.s3.amazonaws.com/x?"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "http://127.0.0.1:1/data/x?"),
+    ],
+)
+def test_samples_are_read_from_the_regions_own_host(settings, address, fresh_client, monkeypatch):
+    """The host of all regions refuses the newer ones, and each sample would be asked for twice."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", **settings}.items():
+        monkeypatch.setenv(name, value)
+    assert storage._signed_url("data", "x", 0).startswith(address)
+
+
 def test_training_reads_the_same_samples_through_a_bad_network(sharded_chairs, proxy, tmp_path):
     folder = Path(sharded_chairs.manifest_url.removeprefix("file://")).parent
     remote = open_store(f"s3://data/{tmp_path.name}")
@@ -147,6 +187,54 @@ def test_training_reads_the_same_samples_through_a_bad_network(sharded_chairs, p
     there = EvaluationSet(Manifest.load(f"{remote.url}/{Path(sharded_chairs.manifest_url).name}"), None)
     assert all((here[i].flow == there[i].flow).all() and (here[i].image0 == there[i].image0).all() for i in range(8))
     assert not proxy.faults
+
+
+@pytest.fixture
+def role(s3: S3Server, fresh_client: None, tmp_path: Path, monkeypatch) -> Iterator[Role]:
+    """Credentials of the S3 server from a metadata service, as on an EC2 machine, and from nowhere else."""
+    keys = [os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]]
+    open_store(f"s3://data/{tmp_path.name}").write("x", CONTENT)
+    storage._s3_of_process.cache_clear()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(Role(*keys)) as role:
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", role.url)
+        yield role
+
+
+class TestMetadataService:
+    def test_a_slow_answer_is_asked_for_again(self, role, tmp_path):
+        role.stalls = 2
+        assert open_store(f"s3://data/{tmp_path.name}").read("x") == CONTENT
+        assert role.stalls == 0
+
+    def test_a_process_that_got_no_credentials_gets_them_later(self, role, tmp_path):
+        role.is_away = True
+        store = open_store(f"s3://data/{tmp_path.name}")
+        with pytest.raises(DataError, match="no credentials"):
+            store.read("x")
+        role.is_away = False
+        assert store.read("x") == CONTENT
+
+    def test_credentials_that_cannot_be_renewed_now_are_waited_for(self, role, tmp_path, monkeypatch):
+        store = open_store(f"s3://data/{tmp_path.name}")
+        assert store.read("x") == CONTENT
+
+        def end_soon() -> None:
+            """Within the quarter of an hour in which botocore renews them before each request."""
+            held: Any = storage._s3()._request_signer._credentials
+            held._expiry_time = datetime.now(UTC) + timedelta(minutes=12)
+
+        role.is_away = True
+        end_soon()
+        threading.Timer(2.0, lambda: setattr(role, "is_away", False)).start()
+        assert store.read("x") == CONTENT
+        assert not role.is_away
+        role.is_away = True
+        end_soon()
+        monkeypatch.setenv(storage.PATIENCE_VARIABLE, "0.5")
+        with pytest.raises(DataError, match="no credentials from where they come from here: Error when retrieving"):
+            store.read("x")
 
 
 class TestServerKilled:

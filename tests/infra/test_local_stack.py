@@ -19,6 +19,7 @@ from infra.local_stack import seaweedfs
 from infra.local_stack.errors import StackError
 from infra.local_stack.processes import Launch, ServerProcess
 from infra.local_stack.settings import HOST, Stack
+from pipelines.same_process import start_time, this_machine
 from tests.infra.conftest import RunningStack, port_arguments, stack_command
 
 
@@ -68,14 +69,28 @@ time.sleep(600)
     def test_a_pid_that_now_belongs_to_another_is_left_alone(self, tmp_path: Path):
         other = subprocess.Popen(["sleep", "600"])
         try:
-            (tmp_path / "s.json").write_text(json.dumps({"pid": other.pid, "started": 1.0}))
+            mine = {"pid": other.pid, "machine": this_machine(), "started": start_time(other.pid)}
             process = ServerProcess(tmp_path, "s")
-            assert process.find() is None
-            assert not process.stop()
-            assert other.poll() is None
+            for changed in ({"started": "1"}, {"machine": "before the last boot"}):
+                (tmp_path / "s.json").write_text(json.dumps(mine | changed))
+                assert process.find() is None
+                assert not process.stop()
+                assert other.poll() is None
+            (tmp_path / "s.json").write_text(json.dumps(mine))
+            assert process.find() is not None
         finally:
             other.kill()
             other.wait()
+
+    def test_a_system_clock_that_is_set_changes_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """As after a suspended laptop has found its time server."""
+        ServerProcess(tmp_path, "s").start(launch(self.SERVER, tmp_path), lambda: listed(tmp_path, "pids"))
+        before = psutil.boot_time()
+        monkeypatch.setattr("psutil._pslinux.boot_time", lambda: before + 3)
+        process = ServerProcess(tmp_path, "s")
+        assert process.find() is not None
+        assert process.stop()
+        assert not any(psutil.pid_exists(pid) for pid in listed(tmp_path, "pids").values())
 
     def test_a_server_that_ends_says_its_last_words(self, tmp_path: Path):
         process = ServerProcess(tmp_path, "s")

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from datasets_etl.errors import DataError
 from datasets_etl.storage import PATIENCE_VARIABLE, ObjectStore, open_store
 from pipelines import claim
 from pipelines.claim import CLAIM, Claim, claimed
@@ -131,6 +132,43 @@ def test_a_driver_that_stood_still_is_taken_over_and_ends_once_it_goes_on(folder
             assert process.returncode == 1
             assert "has taken it over" in errors.splitlines()[-1]
             assert read(folder).token == own
+
+
+def test_a_driver_asks_whether_it_was_taken_over_before_it_writes(folder: ObjectStore, monkeypatch):
+    """Its renewal may not be due yet when it wakes."""
+    monkeypatch.setattr(claim, "_FIRST_RENEWAL_S", 1000.0)
+    answers: list[bool] = []
+
+    def ask(held: Callable[[], bool]) -> None:
+        asking = threading.Thread(target=lambda: answers.append(held()))
+        asking.start()
+        asking.join()
+
+    def is_taken_over() -> None:
+        with claimed({"stage chairs": folder}, pytest.fail) as held:
+            other = replace(read(folder), token="other")
+            ask(held)
+            monkeypatch.setattr(claim, "_SURE_S", 0.0)
+            ask(held)
+            with monkeypatch.context() as patch:
+                patch.setattr(type(folder), "read", raising(DataError("storage is down")))
+                ask(held)
+            assert answers == [True] * 3
+            write(folder, other)
+            ask(held)
+            wait_until(lambda: len(answers) == 4)  # where the interruption comes
+
+    with pytest.raises(PipelineError, match="has taken it over"):
+        is_taken_over()
+    wait_until(lambda: answers == [True] * 3 + [False])
+    assert read(folder).token == "other"
+
+
+def raising(error: Exception) -> Callable[..., object]:
+    def fail(*_: object) -> object:
+        raise error
+
+    return fail
 
 
 def test_another_process_with_the_number_of_a_killed_one_is_not_it(folder: ObjectStore):

@@ -432,32 +432,38 @@ def test_workers_that_cannot_be_connected_are_started_again(
 
 def test_what_workers_wait_for_is_told_each_time_it_changes(workplace, tmp_path, monkeypatch):
     job = StageJob(resolved(workplace).stages[0], MachineConfig(), {}, str(tmp_path), "feed", 0, "fp32")
-    queue, now, lacking = _Queue(), [0.0], [""]
+    queue, lacking = _Queue(), [""]
     monkeypatch.setattr(launch, "room_lacking", lambda machine: lacking[0])
-    monkeypatch.setattr(launch.time, "monotonic", lambda: now[0])
     waiting = launch._Wait(job, queue)
-    for seconds, lacks in ((1, "waits for room"), (20, "waits for room"), (40, ""), (300, ""), (320, "")):
-        now[0], lacking[0] = seconds, lacks
+    told = []
+    for silent, lacks in (
+        *((1, "waits for room"), (20, "waits for room"), (40, ""), (300, ""), (320, "")),
+        (15, ""),  # a worker is there
+        (20, "waits for room"),  # a machine is lost
+        (25, ""),
+        (200, ""),  # there is another, but the workers do not come up on it: as after hours of training
+    ):
+        queue.silent, lacking[0] = silent, lacks
         waiting.look()
-    queue.arrived += 1
-    waiting.look()
-    lacking[0] = "waits for room"  # a machine is lost
-    waiting.look()
+        told.append(len(queue.records))
+    assert told == [1, 1, 1, 2, 2, 2, 3, 3, 4]
     assert all(record.waiting and not record.metrics for record in queue.records)
-    first, second, third = [record.line for record in queue.records]
+    first, second, third, fourth = [record.line for record in queue.records]
     assert first == third == "stage=chairs waits for room"
-    assert "there is room, and none has come up" in second
+    assert second == fourth
+    assert "the cluster could hold them, but none is there for 180 s" in second
 
 
 class _Queue:
-    """The feed, as a driver asks it how often workers have come and left, and tells it what they wait for."""
+    """The feed, as a driver asks it how workers are and how often they left, and tells it what they wait for."""
 
     def __init__(self) -> None:
-        self.left = self.arrived = 0
+        self.left = 0
+        self.silent = 0.0
         self.records: list[Record] = []
 
-    def arrivals(self) -> int:
-        return self.arrived
+    def silent_s(self) -> float:
+        return self.silent
 
     def send(self, record: Record) -> None:
         self.records.append(record)
@@ -522,8 +528,9 @@ def test_ray_may_be_lost_as_often_as_workers_may_fail(reached, is_ended, workpla
     seen = iter([[step] for step in reached])
     left = len(reached)
 
-    def run(config: CurriculumConfig) -> list[str]:
+    def run(config: CurriculumConfig, *, goes_on: bool) -> list[str]:
         nonlocal left
+        assert goes_on == (left < len(reached)) == (PATIENCE_VARIABLE in os.environ), "what is away is waited for"
         left -= 1
         if left < 0:
             return ["done"]

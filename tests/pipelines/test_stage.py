@@ -40,7 +40,7 @@ class Trained:
         (plan,) = plan_curriculum(config)
         launch.provide_initial_weights(plan.folder, config.model, config.seed, None, None)
         feed: Any = SimpleNamespace(send=self.told.append)
-        self.worker = stage._Worker(plan.job, feed, Watchdog(900.0, lambda step, text: None))
+        self.worker = stage._Worker(plan.job, feed, Watchdog(900.0, lambda step, text: None, lambda: None))
 
     def run(self) -> "Trained":
         stage._train(self.worker)

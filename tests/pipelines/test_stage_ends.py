@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import os
 import re
+import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,6 +68,42 @@ def driver(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(pipelines.curriculum.registry, "register", driver.register)
     monkeypatch.setattr(pipelines.curriculum.report, "log_curriculum_report", lambda client, run_id: None)
     return driver
+
+
+def test_what_is_trained_anew_has_runs_of_its_own(driver: Driver):
+    """Otherwise MLflow would keep the curves of what was deleted, and leave the new ones out: it has those steps."""
+
+    def stage_run(*overrides: str) -> str:
+        (chairs, *_) = driver.run(*overrides)
+        return chairs.mlflow_run
+
+    first = stage_run()
+    assert stage_run() == first
+    (chairs,) = (driver.workplace.folder / "storage").glob("tiny-chairs-*")
+    (chairs / "result.json").unlink()  # goes on, and registers again
+    assert stage_run() == first
+    shutil.rmtree(chairs)
+    anew = stage_run()
+    assert anew != first
+    elsewhere = stage_run(f"storage={driver.workplace.folder / 'another'}")
+    client = MlflowClient(driver.workplace.tracking_uri)
+    parents = [client.get_run(run).data.tags["mlflow.parentRunId"] for run in (first, anew, elsewhere)]
+    assert parents[0] == parents[1] != parents[2]
+
+
+def test_what_killed_writers_left_in_a_stages_folder_goes(driver: Driver):
+    driver.run()
+    (chairs,) = (driver.workplace.folder / "storage").glob("tiny-chairs-*")
+    (chairs / "result.json").unlink()
+    left, busy = (chairs / "checkpoints" / f".step_{name}.pt.x.part" for name in ("old", "new"))
+    left.parent.mkdir(exist_ok=True)
+    for file in (left, busy):
+        file.write_bytes(b"half")
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(left, (two_days_ago, two_days_ago))
+    driver.run()
+    assert not left.exists()
+    assert busy.exists()
 
 
 def test_a_stage_that_has_just_been_trained_stops_at_its_gate_and_is_not_registered(driver: Driver):

@@ -163,6 +163,8 @@ def test_a_radius_larger_than_the_map_names_the_largest(radius):
         (["tune.searcher=random"], "trials is missing"),
         (["tune.space.peak_lr={low: 1e-5, high: 1e-4}"], "a grid needs values"),
         (["tune.stage.validate_every=30"], "asha stops nothing"),
+        (["tune.stage.validation=[{data: chairs, subset: val, limit: 2}]"], "limit chairs/val, the objective, to diff"),
+        (["seed=9223372036854775808"], "seed"),
         (
             ["tune.stage.gates=[{data: chairs, subset: val, metric: epe, below: 5}]"],
             "stage.gates: nothing is built on a trial",
@@ -230,6 +232,21 @@ def test_seeds_come_first_and_nothing_is_lost(tree, load):
     ]
     assert sorted(map(str, points)) == sorted(map(str, listed_points(config, [])))
     assert len(points) == 8
+
+
+@pytest.mark.parametrize("searcher", ["grid", "random"])
+def test_what_was_tried_stays_in_the_list_whatever_the_seeds_are_now(tree, load, searcher):
+    """Seeds follow from measured costs: on another machine, or with another torch, they may be others."""
+    config = load(tree, f"tune.searcher={searcher}", "tune.trials=3")
+    seeds = [Setting((2, 4), (-1, 3), (-1, 1)), Setting((1, 8), (-1, 2), (-1, 1))]
+    known = listed_points(config, seeds)
+    again = listed_points(config, [Setting((2, 8), (-1, 2), (-1, 1))], known)
+    assert sorted(map(str, again)) == sorted(map(str, known))
+    more = listed_points(load(tree, f"tune.searcher={searcher}", "tune.trials=4"), seeds[:0], known)
+    assert [point for point in more if point in known] == more[:3]
+    assert len({str(point) for point in more}) == 4
+    outside = {"attn_splits_1": 64, "attn_splits_2": 8, "corr_radius": 3}
+    assert outside not in listed_points(config, seeds, [outside])
 
 
 def test_random_points_are_distinct_inside_the_space_and_the_same_every_time(tree, load):
@@ -620,12 +637,13 @@ def test_a_trial_is_another_with_other_weights_precision_or_validation(tree, loa
     """Else a sweep goes on with figures that were measured of something else."""
     plan = plan_of(load(tree))
     point = {"attn_splits_1": 1, "attn_splits_2": 4, "corr_radius": 3}
+    limited = ["tune.stage.validation.0.limit=2", "probe.validation.0.limit=2"]
     plans = [
         plan,
         *(replace(plan, weights=Weights("w.safetensors", version, "w.pth")) for version in ("v1", "v2")),
         *(
-            plan_of(load(tree, override))
-            for override in ("precision=bf16", "tune.stage.validation.0.limit=2", "tune.stage.validate_every=5")
+            plan_of(load(tree, *overrides))
+            for overrides in (["precision=bf16"], limited, ["tune.stage.validate_every=5"])
         ),
     ]
     assert len({one.trial(point).key for one in plans}) == len(plans)
@@ -669,6 +687,63 @@ def test_asha_stops_by_the_configs_rungs(tree, load):
     assert [milestone for milestone, _ in asha._brackets[0]._rungs] == [28, 14, 7]
     usual = tuning._scheduler(plan_of(load(tree)))
     assert [milestone for milestone, _ in usual._brackets[0]._rungs] == [30, 10]
+
+
+def asha_of(config: SweepConfig, *names: str) -> tuple[Any, dict[str, Any]]:
+    """The sweep's scheduler, and trials that it knows."""
+    asha = tuning._scheduler(plan_of(config))
+    asha.set_search_properties(tuning.OBJECTIVE, "min")
+    trials = {name: SimpleNamespace(trial_id=name) for name in names}
+    for trial in trials.values():
+        asha.on_trial_add(None, trial)
+    return asha, trials
+
+
+def test_asha_judges_no_trial_by_what_it_tells_again(tree, load):
+    """Histories come in another order than at first: a late starter that won would be stopped at its first step."""
+    plan = plan_of(load(tree))
+    asha, trials = asha_of(plan.config, "late", *"abcdef")
+
+    def tells(name: str, step: int, epe: float, *, told_again: bool) -> str:
+        report = tuning._report(plan, step, {METRIC: epe}, told_again=told_again)
+        return asha.on_trial_result(None, trials[name], report)
+
+    assert [tells(name, 10, 1.0, told_again=True) for name in "abc"] == ["CONTINUE"] * 3
+    assert tells("late", 10, 5.0, told_again=True) == "CONTINUE"
+    assert tells("late", 30, 0.5, told_again=False) == "CONTINUE"
+    assert tells("d", 10, 9.0, told_again=False) == "STOP", "the others' results count"
+    assert tells("e", 10, 0.1, told_again=False) == "CONTINUE"
+
+
+@pytest.mark.parametrize(
+    ("ended", "trained", "told_again"),
+    [
+        (TrialResult("finished", "", 30), 30, {10: True, 20: True, 30: True}),
+        (TrialResult("stopped", "behind", 20), 20, {10: True, 20: True}),
+        (None, 25, {10: True, 20: True}),  # it went on behind step 20, so it was judged there
+        (None, 20, {10: True, 20: False}),  # killed at step 20, perhaps before it was judged
+        (None, 30, {10: True, 20: True, 30: False}),  # killed before its end was stored: tells the last step at the end
+    ],
+)
+def test_a_trial_tells_again_what_it_was_judged_by(tree, load, monkeypatch, ended, trained, told_again):
+    plan = plan_of(load(tree))
+    trial = plan.trial(listed_points(plan.config, [])[0])
+    records = TrialRecords.open(trial.folder)
+    for step in told_again:
+        records.add(step, {METRIC: 100.0 - step})
+    if ended is not None:
+        records.end(ended)
+    reports: list[dict[str, Any]] = []
+    newest = {"step": trained, "records": []}
+    monkeypatch.setattr(tuning.CheckpointStore, "newest", lambda store, warn: newest)
+    monkeypatch.setattr(tuning.tune, "report", reports.append)
+    monkeypatch.setattr(tuning, "_train", lambda trial, plan: None)
+    tuning.run_trial({"point": trial.point}, plan)
+    told = {report["step"]: report["told_again"] for report in reports}
+    if ended is None:
+        assert told.pop(max(told_again)) is False  # once more at the end; here nothing was trained
+        told_again.pop(max(told_again))
+    assert told == told_again
 
 
 def test_of_several_registered_trials_the_best_is_the_last_and_has_the_alias(tracked, tmp_path, monkeypatch):

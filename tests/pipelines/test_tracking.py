@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import numpy as np
@@ -76,6 +77,74 @@ def test_a_second_attempt_finds_the_same_runs(server, stage_run, request):
     assert again.child("chairs", key=f"{request.node.name}/chairs").run_id == stage_run.run_id
     other = curriculum_run(server, "another config")
     assert other.run_id != again.run_id
+
+
+def test_a_lost_answer_makes_no_run_version_or_experiment_twice(server, tmp_path: Path):
+    """The server did what it was asked for. Whoever asks again without looking has it done twice."""
+    weights = tmp_path / "model.safetensors"
+    save_weights(GMFlow(TINY), weights)
+    told: list[str] = []
+    with faulty_proxy(server) as between:
+        met: set[str] = set()
+
+        def is_the_first_to_create(method: str, path: str) -> bool:
+            new = method == "POST" and path.endswith("/create") and path not in met
+            met.update([path] if new else [])
+            return new
+
+        between.applies, between.faults = is_the_first_to_create, ["cut"] * 9
+        run = curriculum_run(between.endpoint, "lost", told.append, experiment="lost answers")
+        stage = run.child("chairs", key="lost/chairs")
+        found = lineage("chairs", "h1", 3.0)
+        version = run.patience(registry.register, run.client, "lost", stage.run_id, weights, found, None)
+    assert {path.rpartition("2.0/mlflow/")[2] for path in met} == {
+        *("experiments/create", "runs/create", "registered-models/create", "model-versions/create")
+    }
+    assert [line.partition(" (")[0] for line in told] == ["MLflow is away", "MLflow answers again"] * 3
+    client = tracking.connect(server)
+    experiment = client.get_experiment_by_name("lost answers").experiment_id
+    assert {each.info.run_id for each in client.search_runs([experiment])} == {run.run_id, stage.run_id}
+    assert [each.version for each in client.search_model_versions("name = 'lost'")] == [version.version]
+
+
+def test_an_mlflow_that_answered_before_is_not_asked_first(server):
+    """Where the driver connects to Ray anew, MLflow may be away; what asks it next waits."""
+    with pytest.raises(PipelineError, match="does not answer"):
+        tracking.connect("http://127.0.0.1:9")
+    assert tracking.connect("http://127.0.0.1:9", answered=True).tracking_uri == "http://127.0.0.1:9"
+    tracking.connect(server)
+
+
+def test_a_driver_that_was_taken_over_writes_no_more_to_mlflow(server, stage_run, request):
+    """It stood still, and wakes with records that the other driver has logged long since."""
+    held = True
+    config = MlflowConfig(tracking_uri=server)
+    run = tracking.CurriculumRun(stage_run.client, config, "test", request.node.name, pytest.fail, lambda: held)
+    old = run.child("chairs", key=f"{request.node.name}/chairs")
+    old.log(Record(2, {"train/loss": 1.0}))
+
+    def is_taken_over() -> None:
+        nonlocal held
+        with run.running(old.run_id):
+            held = False
+            stage_run.log(Record(4, {"train/loss": 2.0}))
+            old.log(Record(4, {"train/loss": 2.0}))
+            old.log(Record(6, {"train/loss": 3.0}))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        is_taken_over()
+    assert history(stage_run, "train/loss") == [(2, 1.0), (4, 2.0)]
+    assert stage_run.client.get_run(old.run_id).info.status == "RUNNING"
+
+
+def test_an_end_waits_only_a_moment_for_an_mlflow_that_is_silent(stage_run, monkeypatch):
+    monkeypatch.setattr(tracking, "_MOMENT_S", 0.1)
+    silence = threading.Event()
+    silent = SimpleNamespace(update_run=lambda *_, **__: None, set_terminated=lambda *_: silence.wait())
+    with pytest.raises(KeyboardInterrupt), tracking.run_status(silent, "run"):
+        raise KeyboardInterrupt
+    silence.set()
 
 
 def test_steps_told_again_after_a_resume_are_not_told_twice(server, stage_run, request):

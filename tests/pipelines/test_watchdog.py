@@ -19,10 +19,20 @@ def tell(step, text):
         raise RuntimeError("Ray is gone")
     print(step, text, flush=True)
 
-watchdog = Watchdog(4.0, tell)
+def live():
+    if sys.argv[1] == "hangs, with nobody to tell":
+        raise RuntimeError("Ray is gone")
+    if sys.argv[1] == "lives":
+        print("lives", flush=True)
+
+import pipelines.training.watchdog
+pipelines.training.watchdog._LIFE_S = 1.0
+watchdog = Watchdog(4.0, tell, live)
 with watchdog.watching():
     if sys.argv[1] == "hangs at once":
         threading.Event().wait()
+    if sys.argv[1] == "lives":
+        time.sleep(3.6)
     for step in range(5):
         watchdog.progress("computing", step)
         time.sleep(2.5 if sys.argv[1] == "is slow" and step == 3 else 0.1)
@@ -74,3 +84,12 @@ def test_what_takes_long_is_told_once(tmp_path: Path):
 def test_progress_keeps_a_process_alive(tmp_path: Path):
     ended = run("works", tmp_path)
     assert (ended.returncode, ended.stdout) == (0, "done\n")
+
+
+def test_a_worker_gives_signs_of_life_even_without_progress(tmp_path: Path):
+    """It is there, and nothing else is waited for."""
+    ended = run("lives", tmp_path)
+    lines = ended.stdout.splitlines()
+    assert lines[0] == "lives"
+    assert 2 <= lines.count("lives") <= 4
+    assert lines[-1] == "done"

@@ -1,0 +1,24 @@
+"""Whether a process that was written down is the one that runs: pids are given again, and clocks are set."""
+
+from pathlib import Path
+
+
+def this_machine() -> str:
+    """Identifies this boot of this machine and the PID namespace of this process; empty if they are unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def start_time(pid: int) -> str:
+    """Start time of a process of this machine, by the kernel's clock; empty if it does not exist or has ended.
+
+    The kernel counts from the boot on. Times of day, as psutil tells them, move when the system's clock is set.
+    """
+    try:
+        state, *_, started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:20]
+    except OSError:
+        return ""
+    return "" if state == "Z" else started
