@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import unquote, urlparse
 
 import boto3
@@ -460,11 +460,24 @@ def _s3() -> "S3Client":
     return _s3_of_process(os.getpid())
 
 
+def _addressing_style(settings: botocore.session.Session) -> Literal["path", "virtual"] | None:
+    """Where an object's bucket stands in its URL; None to leave it to the user's profile, if that says anything of S3.
+
+    Servers other than AWS seldom have a DNS name for every bucket. For AWS, botocore would by default sign URLs of the
+    host of all regions, which knows only the older ones.
+    """
+    if os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+        return "path"
+    return None if {"endpoint_url", "services", "s3"} & settings.get_scoped_config().keys() else "virtual"
+
+
 @functools.lru_cache(maxsize=1)
+@_retry
 def _s3_of_process(pid: int) -> "S3Client":
     """One client per process: a fork must not share sockets."""
     _patience()  # report a wrong value now, not in the middle of training when storage is away
-    own_endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    settings = botocore.session.get_session()
+    style = _addressing_style(settings)
     config = Config(
         connect_timeout=_CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
@@ -472,11 +485,8 @@ def _s3_of_process(pid: int) -> "S3Client":
         retries={"mode": "standard", "total_max_attempts": 3},
         # botocore would sign URLs with version 2 in some regions, which encrypted objects and newer servers refuse.
         signature_version="s3v4",
-        # Servers other than AWS seldom have a DNS name for every bucket. For AWS, botocore would by default sign URLs
-        # of the host of all regions, which knows only the older ones.
-        s3={"addressing_style": "path" if own_endpoint else "virtual"},
+        s3=None if style is None else {"addressing_style": style},
     )
-    settings = botocore.session.get_session()
     for name, least in _METADATA_SERVICE.items():
         settings.set_config_variable(name, max(least, settings.get_config_variable(name)))
     session = boto3.session.Session(botocore_session=settings)

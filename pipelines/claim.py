@@ -33,6 +33,7 @@ _LOOK_S = 1.0
 _LOOKS = 40
 # A claim that was renewed this long ago may have been taken over since.
 _SURE_S = 25.0
+_ANSWERED_S = 3.0
 _RELEASED_S = 10.0
 _LOST = signal.SIGUSR1
 
@@ -149,41 +150,54 @@ class _Keeper:
         self._folders = folders
         self._claim = _own_claim()
         self._ended = threading.Event()
-        self._renewed = time.monotonic()
+        self._asked, self._looked = threading.Event(), threading.Event()
+        self._renewed = _awake_or_asleep_s()
         for folder in folders.values():
             self._write(folder)
         self._thread = threading.Thread(target=self._run, name="claim", daemon=True)
         self._thread.start()
 
     def is_held(self) -> bool:
-        """Whether no other driver has taken the claim over. Asks storage if it was not renewed just now; while that is
-        down, nobody takes it over.
+        """Whether no other driver has taken the claim over. If it was not renewed lately, it is now, in a moment: while
+        storage is down, nobody takes it over.
         """
-        if self.lost is None and time.monotonic() - self._renewed > _SURE_S:
-            self._renew_all()
+        if self.lost is None and _awake_or_asleep_s() - self._renewed > _SURE_S:
+            self._looked.clear()
+            self._asked.set()
+            self._looked.wait(_ANSWERED_S)
         return self.lost is None
 
     def release(self) -> None:
         """Give up the claim. If storage is down, the claim stays there and lapses."""
         self._ended.set()
+        self._asked.set()
         self._thread.join(_RELEASED_S)
 
     def _run(self) -> None:
         pause = _FIRST_RENEWAL_S
-        while self.lost is None and not self._ended.wait(pause):
+        while self.lost is None:
+            self._asked.wait(pause)
+            self._asked.clear()
+            if self._ended.is_set():
+                break
             pause = _RENEWAL_S
             self._claim = replace(self._claim, renewed=self._claim.renewed + 1)
             self._renew_all()
+            self._looked.set()
         for folder in self._folders.values():
             with contextlib.suppress(DataError):
                 if self._other(folder) is None:
                     folder.delete(CLAIM)
 
     def _renew_all(self) -> None:
-        begun = time.monotonic()
-        with contextlib.suppress(DataError):  # storage is down: nobody else can read or write there either
-            for name, folder in self._folders.items():
+        begun = _awake_or_asleep_s()
+        failed = False
+        for name, folder in self._folders.items():
+            try:
                 self._renew(name, folder)
+            except DataError:  # storage is down: nobody else can read or write there either
+                failed = True
+        if not failed:
             self._renewed = begun
 
     def _renew(self, name: str, folder: ObjectStore) -> None:
@@ -201,6 +215,11 @@ class _Keeper:
 
     def _write(self, folder: ObjectStore) -> None:
         folder.write(CLAIM, json.dumps(asdict(self._claim)).encode())
+
+
+def _awake_or_asleep_s() -> float:
+    """Seconds that pass also while the machine is suspended, as those of `time.monotonic` do not."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _own_claim() -> Claim:

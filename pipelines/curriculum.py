@@ -17,7 +17,7 @@ from pipelines.cluster import RayLostError, connected  # sets Ray's environment,
 # isort: split
 from rich.table import Table
 
-from datasets_etl.storage import waiting_for_storage
+from datasets_etl.storage import ObjectStore, waiting_for_storage
 from pipelines import report
 from pipelines.claim import claimed
 from pipelines.config_file import load_config
@@ -29,7 +29,13 @@ from pipelines.training.config import CurriculumConfig, StageConfig, shown_uri
 from pipelines.training.display import WAITING, Display, output
 from pipelines.training.dry_run import show_dry_run
 from pipelines.training.feed import Record, listening
-from pipelines.training.launch import beginning_of, final_weights, fit_stage, provide_initial_weights
+from pipelines.training.launch import (
+    beginning_of,
+    final_weights,
+    fit_stage,
+    provide_initial_weights,
+    weights_are_pinned,
+)
 from pipelines.training.plan import FINAL_WEIGHTS, StagePlan, StageResult, plan_curriculum
 
 
@@ -66,10 +72,17 @@ def run_curriculum(config: CurriculumConfig, *, goes_on: bool = False) -> list[S
     with claimed({f"stage {plan.stage.name}": plan.folder for plan in unfinished}, display.say) as held:
         # A selection of stages gets its own run, so that the config and the report of the whole curriculum stay.
         selected = [stage.name for stage in config.selected_stages]
-        identity = [config.name, plans[0].folder.url, [plan.hash for plan in plans], selected]
+        identity = [config.name, *_place_of(plans[0].folder), [plan.hash for plan in plans], selected]
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
         run = tracking.CurriculumRun(client, config.mlflow, config.name, key, display.say, held)
         return _run_stages(config, plans, run, display)
+
+
+def _place_of(folder: ObjectStore) -> list[str]:
+    """What tells a curriculum from the same one on other storage. Earlier versions, which wrote no `beginning_of`, did
+    not: what they began is gone on with in the run that it has.
+    """
+    return [] if weights_are_pinned(folder) and not beginning_of(folder) else [folder.url]
 
 
 def _run_stages(
@@ -156,6 +169,7 @@ def _run_stage(
             metrics = final_weights(last, config.model, weights)
             plan.folder.upload(weights, FINAL_WEIGHTS)
             _check_gates(stage, metrics)
+            run.held()  # a driver that was taken over is interrupted here
             version = run.patience(
                 registry.register,
                 run.client,

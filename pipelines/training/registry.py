@@ -37,6 +37,8 @@ MEASURED_TAG = "measured."
 
 _WEIGHTS_TAG = "weights_sha256"
 
+_LOADED_WITH = "MLFLOW_PYFUNC_INFERENCE_CONFIG"
+
 _REMEMBERED = 100  # how many versions an alias can be rolled back
 
 # AnyType stands for an array, or the bytes of an image file, plain or in base64: MLflow has no type for "one of these".
@@ -187,8 +189,10 @@ def _registered(client: MlflowClient, model_name: str, run_id: str, tags: Mappin
 
 
 def _log_model(model_name: str, run_id: str, weights: Path, tags: dict[str, str]) -> ModelVersion:
+    # MLflow loads what it logs, to try the example. In a driver that must take no memory of the workers' GPU.
+    on_the_cpu = tracking.in_environment(_LOADED_WITH, json.dumps({"device": "cpu"}))
     # Silences MLflow: it recommends type hints (but has none for arrays) and reports its steps. Failures are raised.
-    with contextlib.redirect_stderr(io.StringIO()), mlflow.start_run(run_id=run_id):
+    with on_the_cpu, contextlib.redirect_stderr(io.StringIO()), mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
@@ -202,7 +206,8 @@ def _log_model(model_name: str, run_id: str, weights: Path, tags: dict[str, str]
                 for package in ("mlflow", "numpy", "opencv-python-headless", "safetensors", "torch")
             ],
         )
-        return mlflow.register_model(logged.model_uri, model_name, tags=tags)
+        with tracking.asked_once():
+            return mlflow.register_model(logged.model_uri, model_name, tags=tags)
 
 
 def _example() -> list[dict[str, str]]:

@@ -46,6 +46,8 @@ PARENT_TAG = "mlflow.parentRunId"
 _Result = TypeVar("_Result")
 
 _MOMENT_S = 10.0
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+_ASKING = threading.RLock()
 
 
 def tracking_uri(configured: str | None) -> str:
@@ -64,7 +66,7 @@ def connect(configured: str | None, *, answered: bool = False) -> MlflowClient:
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # nor for each attempt to reach a server
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # nor a bar for each download
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # nor links among a command's results
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # `Patience` waits, and says so
+    os.environ.setdefault(_RETRIES, "2")  # `Patience` waits, and says so
     uri = tracking_uri(configured)
     if (folder := _embedded_folder(uri)) is not None:
         if is_uploaded(folder.as_posix()):
@@ -254,9 +256,6 @@ class ParentRun:
         tell: Callable[[str], None],
         held: Callable[[], bool] = lambda: True,
     ) -> None:
-        # MLflow's client would send a request again whose answer was lost, and have a run or a version made twice.
-        # `Patience` repeats what asks first whether it is there already.
-        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
         self.client = client
         self.held = held
         self.patience = Patience(config.patience_s, tell)
@@ -358,19 +357,18 @@ def run_status(
     try:
         yield
     except BaseException as error:
-        if held():
-            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-            _for_a_moment(client.set_terminated, run_id, status)
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        _for_a_moment(lambda: held() and client.set_terminated(run_id, status))
         raise
     call(client.set_terminated, run_id, "FINISHED")
 
 
-def _for_a_moment(work: Callable[..., object], *arguments: Any) -> None:
+def _for_a_moment(work: Callable[[], object]) -> None:
     """Try it, for `_MOMENT_S` at most and without its errors: what ends the program now says more."""
 
     def attempt() -> None:
         with contextlib.suppress(Exception):
-            work(*arguments)
+            work()
 
     trying = threading.Thread(target=attempt, name="last-words", daemon=True)
     trying.start()
@@ -392,7 +390,8 @@ def _experiment(client: MlflowClient, name: str) -> str:
     if found is None:
         place = _place_of_artifacts(str(client.tracking_uri))
         try:
-            return str(client.create_experiment(name, artifact_location=place))
+            with asked_once():
+                return str(client.create_experiment(name, artifact_location=place))
         except MlflowException as error:
             if error.error_code != _EXISTS:
                 raise
@@ -429,4 +428,29 @@ def _find_or_create(client: MlflowClient, experiment_id: str, name: str, key: st
     found = client.search_runs([experiment_id], filter_string=f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
     if found:
         return found[0]
-    return client.create_run(experiment_id, run_name=name, tags={KEY_TAG: key, **tags})
+    with asked_once():
+        return client.create_run(experiment_id, run_name=name, tags={KEY_TAG: key, **tags})
+
+
+@contextlib.contextmanager
+def asked_once() -> Iterator[None]:
+    """Within the block, MLflow's client sends no request again whose answer was lost, so that nothing is made twice.
+
+    `Patience` repeats what looks first whether it is there already.
+    """
+    with _ASKING, in_environment(_RETRIES, "0"):
+        yield
+
+
+@contextlib.contextmanager
+def in_environment(name: str, value: str) -> Iterator[None]:
+    """Within the block a variable has this value: some settings of MLflow are nothing but variables."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -161,15 +161,20 @@ def test_a_sample_that_was_damaged_on_its_way_is_read_again(sharded_chairs, monk
 
 
 @pytest.mark.parametrize(
-    ("settings", "address"),
+    ("settings", "profile", "address"),
     [
-        ({"AWS_DEFAULT_REGION": "eu-south-1"}, "https://data.s3.eu-south-1.amazonaws.com/x?"),
-        ({"AWS_DEFAULT_REGION": "us-east-1"}, "https://data.s3.amazonaws.com/x?"),
-        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "http://127.0.0.1:1/data/x?"),
+        ({"AWS_DEFAULT_REGION": "eu-south-1"}, "", "https://data.s3.eu-south-1.amazonaws.com/x?"),
+        ({}, "region = eu-south-1", "https://data.s3.eu-south-1.amazonaws.com/x?"),
+        ({"AWS_DEFAULT_REGION": "us-east-1"}, "", "https://data.s3.amazonaws.com/x?"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "", "http://127.0.0.1:1/data/x?"),
+        ({}, "endpoint_url = http://minio.local", "http://minio.local/data/x?"),
+        ({}, "s3 =\n  addressing_style = path", "https://s3.amazonaws.com/data/x?"),
     ],
 )
-def test_samples_are_read_from_the_regions_own_host(settings, address, fresh_client, monkeypatch):
+def test_samples_are_read_from_the_regions_own_host(settings, profile, address, tmp_path, fresh_client, monkeypatch):
     """The host of all regions refuses the newer ones, and each sample would be asked for twice."""
+    (tmp_path / "config").write_text(f"[default]\n{profile}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", **settings}.items():
@@ -195,8 +200,10 @@ def role(s3: S3Server, fresh_client: None, tmp_path: Path, monkeypatch) -> Itera
     keys = [os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]]
     open_store(f"s3://data/{tmp_path.name}").write("x", CONTENT)
     storage._s3_of_process.cache_clear()
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
     with serving(Role(*keys)) as role:
         monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", role.url)
         yield role

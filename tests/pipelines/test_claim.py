@@ -137,6 +137,7 @@ def test_a_driver_that_stood_still_is_taken_over_and_ends_once_it_goes_on(folder
 def test_a_driver_asks_whether_it_was_taken_over_before_it_writes(folder: ObjectStore, monkeypatch):
     """Its renewal may not be due yet when it wakes."""
     monkeypatch.setattr(claim, "_FIRST_RENEWAL_S", 1000.0)
+    monkeypatch.setattr(claim, "_RENEWAL_S", 1000.0)
     answers: list[bool] = []
 
     def ask(held: Callable[[], bool]) -> None:
@@ -162,6 +163,35 @@ def test_a_driver_asks_whether_it_was_taken_over_before_it_writes(folder: Object
         is_taken_over()
     wait_until(lambda: answers == [True] * 3 + [False])
     assert read(folder).token == "other"
+
+
+def test_storage_that_is_silent_holds_nobody_up_who_asks(folder: ObjectStore, monkeypatch):
+    """Such as the end of a run, which has a moment."""
+    monkeypatch.setattr(claim, "_ANSWERED_S", 0.1)
+    monkeypatch.setattr(claim, "_RELEASED_S", 0.1)
+    silence = threading.Event()
+    with claimed({"stage chairs": folder}, pytest.fail) as held:
+        monkeypatch.setattr(type(folder), "read", lambda *_: silence.wait(WAIT_SECONDS) and b"")
+        monkeypatch.setattr(claim, "_SURE_S", 0.0)
+        assert held()
+        assert held()
+    assert not silence.is_set()
+    silence.set()
+
+
+def test_the_time_of_a_suspended_machine_passes_for_a_claim(folder: ObjectStore, monkeypatch):
+    """`time.monotonic` stands still meanwhile, and the driver would think that it has just renewed its claim."""
+    passed = 0.0
+    clock = claim._awake_or_asleep_s
+    monkeypatch.setattr(claim, "_FIRST_RENEWAL_S", 1000.0)
+    monkeypatch.setattr(claim, "_awake_or_asleep_s", lambda: clock() + passed)
+    with claimed({"stage chairs": folder}, pytest.fail) as held:
+        before = read(folder).renewed
+        assert held()
+        assert read(folder).renewed == before
+        passed = 3600.0
+        assert held()
+        assert read(folder).renewed == before + 1
 
 
 def raising(error: Exception) -> Callable[..., object]:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -141,6 +142,25 @@ def test_it_computes_on_a_gpu_if_there_is_one_or_where_it_is_told_to(registered,
     # A device that every machine has, without memory.
     there = mlflow.pyfunc.load_model("models:/gmflow@champion", model_config={"device": "meta"})
     assert place(there) == "meta"
+
+
+def test_registering_takes_no_gpu_from_the_workers(registered, monkeypatch):
+    """MLflow loads what it logs. The driver may be on the machine with the GPU, which the next stage needs whole."""
+    looked: list[bool] = []
+
+    def look() -> bool:
+        looked.append(any(frame.name == "load_context" for frame in traceback.extract_stack()))
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", look)
+    client = tracking.connect(registered.tracking_uri)
+    run = tracking.start_run(client, "served", "things", {}).info
+    lineage = registry.Lineage("things", "random", {}, "h", "sources:x", {})
+    version = registry.register(client, "tried", run.run_id, registered.folder / "model.safetensors", lineage, None)
+    assert not any(looked)
+    loaded = mlflow.pyfunc.load_model(f"models:/tried/{version.version}")
+    assert looked.count(True) == 1
+    assert loaded.model_config == {"device": "auto"}
 
 
 def test_the_model_carries_its_signature_and_an_example_of_it(loaded):

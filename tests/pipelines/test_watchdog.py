@@ -32,7 +32,7 @@ with watchdog.watching():
     if sys.argv[1] == "hangs at once":
         threading.Event().wait()
     if sys.argv[1] == "lives":
-        time.sleep(3.6)
+        time.sleep(2.6)
     for step in range(5):
         watchdog.progress("computing", step)
         time.sleep(2.5 if sys.argv[1] == "is slow" and step == 3 else 0.1)
@@ -91,5 +91,5 @@ def test_a_worker_gives_signs_of_life_even_without_progress(tmp_path: Path):
     ended = run("lives", tmp_path)
     lines = ended.stdout.splitlines()
     assert lines[0] == "lives"
-    assert 2 <= lines.count("lives") <= 4
+    assert lines.count("lives") >= 2
     assert lines[-1] == "done"
