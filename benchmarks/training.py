@@ -49,7 +49,7 @@ from pipelines.config_file import load_config
 from pipelines.training.checkpoints import INITIAL_WEIGHTS
 from pipelines.training.config import CurriculumConfig
 from pipelines.training.state import TrainingState
-from tests.pipelines.conftest import train_workers
+from tests.pipelines.machines import train_workers
 
 ROOT = Path(__file__).parents[1]
 TURNS = 5
