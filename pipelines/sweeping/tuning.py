@@ -96,10 +96,11 @@ def tune_trials(plan: TrialPlan, seeds: Sequence[Setting], listener: Listener) -
         seeds: settings to try first.
         listener: called with news of the trials.
     """
-    if ended := _all_ended(plan, seeds):
+    known = announced(plan)
+    if ended := _all_ended(plan, seeds, known):
         _tell_again(ended, listener)
         return
-    space, searcher, samples = _search(plan, seeds)
+    space, searcher, samples = _search(plan, seeds, [trial.point for trial in known])
     driver = tune.with_resources(tune.with_parameters(run_trial, plan=plan), driver_resources())
     tuner = tune.Tuner(
         driver,
@@ -119,7 +120,7 @@ def tune_trials(plan: TrialPlan, seeds: Sequence[Setting], listener: Listener) -
             name="tune",
             storage_path=plan.folder.rpartition("/")[0],
             verbose=0,
-            callbacks=[_Bookkeeping(plan, listener)],
+            callbacks=[_Bookkeeping(plan, listener, len(known))],
         ),
     )
     for name in ("ray.tune.execution.tune_controller", "ray.tune.tune"):
@@ -143,17 +144,18 @@ def _is_no_trials_failure(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(("Trial task failed", "Trials did not complete"))
 
 
-def _all_ended(plan: TrialPlan, seeds: Sequence[Setting]) -> list[tuple[Trial, TrialRecords, TrialResult]]:
-    """The trials of the search, in the order they came, if all of them have ended; otherwise an empty list."""
-    trials = announced(plan)
+def _all_ended(
+    plan: TrialPlan, seeds: Sequence[Setting], known: Sequence[Trial]
+) -> list[tuple[Trial, TrialRecords, TrialResult]]:
+    """Those of the `known` trials that the search is of, if all of them have ended; otherwise an empty list."""
     if plan.tune.searcher == "optuna":
         wanted = plan.tune.trials or 1
-        trials = trials[:wanted]
+        trials = known[:wanted]
     else:
-        points = listed_points(plan.config, seeds, [trial.point for trial in trials])
+        points = listed_points(plan.config, seeds, [trial.point for trial in known])
         keys = {plan.trial(point).key for point in points}
         wanted = len(keys)
-        trials = [trial for trial in trials if trial.key in keys]
+        trials = [trial for trial in known if trial.key in keys]
     ended = []
     for trial in trials:
         records = TrialRecords.open(trial.folder)
@@ -194,12 +196,13 @@ class RememberingASHA(ASHAScheduler):
         return TrialScheduler.CONTINUE if result[_TOLD_AGAIN] else decision
 
 
-def _search(plan: TrialPlan, seeds: Sequence[Setting]) -> tuple[dict[str, Any] | None, Searcher | None, int]:
-    """(param space, searcher, samples) for Tune."""
-    known = [trial.point for trial in announced(plan)]
+def _search(
+    plan: TrialPlan, seeds: Sequence[Setting], known: Sequence[Point]
+) -> tuple[dict[str, Any] | None, Searcher | None, int]:
+    """(param space, searcher, samples) for Tune; points that are `known` from earlier attempts come first."""
     if plan.tune.searcher != "optuna":
         return {"point": tune.grid_search(listed_points(plan.config, seeds, known))}, None, 1
-    first = known + [point for point in seed_points(plan.config, seeds) if point not in known]
+    first = [*known, *(point for point in seed_points(plan.config, seeds) if point not in known)]
     return None, DistinctOptuna(plan, first, len(known)), plan.tune.trials or 1
 
 
@@ -355,12 +358,18 @@ class _ReportValidations(TuneReportCallback):
 
 
 class _Bookkeeping(tune.Callback):
-    """Passes the events of Tune's loop to the sweep's driver, the only one that prints and writes to MLflow."""
+    """Passes the events of Tune's loop to the sweep's driver, the only one that prints and writes to MLflow.
 
-    def __init__(self, plan: TrialPlan, listener: Listener) -> None:
+    Args:
+        plan: what all trials share.
+        listener: the driver's.
+        number: of the next trial that starts: how many were announced before.
+    """
+
+    def __init__(self, plan: TrialPlan, listener: Listener, number: int) -> None:
         self.plan = plan
         self.listener = listener
-        self.number = len(announced(plan))
+        self.number = number
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the listener, which has open connections: Tune pickles its run for `Tuner.restore`, unused here."""

@@ -44,10 +44,9 @@ def estimate(config: CurriculumConfig, stage: StageConfig) -> StepCost | None:
         GMFlowError: the model cannot be run as configured.
     """
     machine = config.machine
-    wanted = {"CPU": float(machine.cpus_per_worker), "GPU": float(machine.use_gpu)}
     if not slots(nodes(), machine.cpus_per_worker, machine.use_gpu):
         return None
-    measure = _measure.options(num_cpus=wanted["CPU"], num_gpus=wanted["GPU"])
+    measure = _measure.options(num_cpus=machine.cpus_per_worker, num_gpus=float(machine.use_gpu))
     measuring = measure.remote(config, stage)
     ready, _ = ray.wait([measuring], timeout=_PATIENCE_S)
     if not ready:

@@ -17,8 +17,8 @@ from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
 from datasets_etl.range_reads import RangeReader
 from datasets_etl.storage import FileStore, ObjectStore, open_store
-from tests.datasets_etl.instance_role import Role, serving
 from tests.faulty_proxy import FaultyProxy, faulty_proxy
+from tests.infra.metadata_server import MetadataServer
 from tests.seaweedfs import S3Server, running
 
 CONTENT = bytes(range(256)) * 400
@@ -195,18 +195,22 @@ def test_training_reads_the_same_samples_through_a_bad_network(sharded_chairs, p
 
 
 @pytest.fixture
-def role(s3: S3Server, fresh_client: None, tmp_path: Path, monkeypatch) -> Iterator[Role]:
+def role(s3: S3Server, fresh_client: None, tmp_path: Path, monkeypatch) -> Iterator[MetadataServer]:
     """Credentials of the S3 server from a metadata service, as on an EC2 machine, and from nowhere else."""
-    keys = [os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]]
+    keys = os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
     open_store(f"s3://data/{tmp_path.name}").write("x", CONTENT)
     storage._s3_of_process.cache_clear()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
-    with serving(Role(*keys)) as role:
-        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", role.url)
-        yield role
+    server = MetadataServer("127.0.0.1", 0, tmp_path / "no notice")
+    server.keys = keys
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 class TestMetadataService:
@@ -216,11 +220,11 @@ class TestMetadataService:
         assert role.stalls == 0
 
     def test_a_process_that_got_no_credentials_gets_them_later(self, role, tmp_path):
-        role.is_away = True
+        role.broken = True
         store = open_store(f"s3://data/{tmp_path.name}")
         with pytest.raises(DataError, match="no credentials"):
             store.read("x")
-        role.is_away = False
+        role.broken = False
         assert store.read("x") == CONTENT
 
     def test_credentials_that_cannot_be_renewed_now_are_waited_for(self, role, tmp_path, monkeypatch):
@@ -232,12 +236,12 @@ class TestMetadataService:
             held: Any = storage._s3()._request_signer._credentials
             held._expiry_time = datetime.now(UTC) + timedelta(minutes=12)
 
-        role.is_away = True
+        role.broken = True
         end_soon()
-        threading.Timer(2.0, lambda: setattr(role, "is_away", False)).start()
+        threading.Timer(2.0, lambda: setattr(role, "broken", False)).start()
         assert store.read("x") == CONTENT
-        assert not role.is_away
-        role.is_away = True
+        assert not role.broken
+        role.broken = True
         end_soon()
         monkeypatch.setenv(storage.PATIENCE_VARIABLE, "0.5")
         with pytest.raises(DataError, match="no credentials from where they come from here: Error when retrieving"):

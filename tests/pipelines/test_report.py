@@ -164,6 +164,20 @@ def test_the_gallery_sorts_filters_and_searches(visit: Visit):
     assert visit.complaints == []
 
 
+def test_a_prediction_that_is_not_finite_leads_the_gallery_and_no_truth_ends_it(browser: Any, tmp_path: Path):
+    gallery = Gallery.of("s", 3, 6)
+    for number, one in enumerate([scored(0, 50.0), without_truth(1), scored(2, math.nan)]):
+        gallery.offer(number, one)
+    fine, unknown, wrong = (scored(number, 0.0).sample.key for number in range(3))
+    path = tmp_path / "report.html"
+    path.write_text(Report("t", "s", cards=gallery.cards()).to_html())
+    visit = Visit(browser, path, 1280)
+    assert visit.keys() == [wrong, fine, unknown]
+    visit.tab.fill("[name=least]", "60")
+    assert visit.keys() == [wrong]
+    visit.tab.close()
+
+
 def test_every_picture_of_the_gallery_loads(visit: Visit):
     tab = visit.tab
     for kind in ("truth", "error", "frame 0", "prediction"):

@@ -91,6 +91,16 @@ def test_what_is_trained_anew_has_runs_of_its_own(driver: Driver):
     assert parents[0] == parents[1] != parents[2]
 
 
+def test_what_an_earlier_version_began_goes_on_in_the_run_it_has(tmp_path: Path):
+    """It wrote no mark into the folder, and its curriculum's run does not tell one storage from another."""
+    folder = open_store(str(tmp_path))
+    assert pipelines.curriculum._place_of(folder) == [folder.url]
+    folder.write("init.txt", b"random")
+    assert pipelines.curriculum._place_of(folder) == []
+    folder.write("begun.txt", b"1")
+    assert pipelines.curriculum._place_of(folder) == [folder.url]
+
+
 def test_what_killed_writers_left_in_a_stages_folder_goes(driver: Driver):
     driver.run()
     (chairs,) = (driver.workplace.folder / "storage").glob("tiny-chairs-*")

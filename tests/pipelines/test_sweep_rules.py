@@ -29,7 +29,7 @@ from gmflow.predict import padded_flow
 from pipelines.config_file import load_config
 from pipelines.errors import PipelineError
 from pipelines.sweep import Sweep, keep_weights, plan_trials, prepare, register_best
-from pipelines.sweeping import cost, plots, tuning
+from pipelines.sweeping import accuracy, cost, plots, tuning
 from pipelines.sweeping.accuracy import SharedFeatures, Weights, score_jobs
 from pipelines.sweeping.config import CostConfig, SweepConfig
 from pipelines.sweeping.cost import Cost, _allocated_on_cpu
@@ -337,6 +337,16 @@ def test_a_trials_driver_waits_for_storage_as_its_workers_do(tree, load, monkeyp
     plan = plan_of(load(tree, "tune.machine={storage_patience_s: 33}"))
     with pytest.raises(ActorDiedError):
         tuning.run_trial({"point": listed_points(plan.config, [])[0]}, plan)
+    assert waits == ["33.0"]
+
+
+def test_a_probes_task_waits_for_storage_as_the_sweep_does(tree, load, monkeypatch):
+    """On another machine, or in a process that Ray started before, it has not the driver's environment."""
+    config = load(tree, "tune.machine={storage_patience_s: 33}")
+    waits = []
+    monkeypatch.setattr(accuracy, "_scores", lambda job, device: waits.append(os.environ[PATIENCE_VARIABLE]))
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    accuracy.score_settings._function(None, config.probe, config.storage_patience_s)
     assert waits == ["33.0"]
 
 

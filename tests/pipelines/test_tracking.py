@@ -516,6 +516,15 @@ def test_no_password_is_shown_or_kept():
 
 
 @pytest.mark.usefixtures("local_ray")
+def test_a_sign_of_life_ends_the_silence():
+    with listening("feed-alive", lambda record: None, lambda record: None):
+        writer = FeedWriter("feed-alive")
+        wait_until(lambda: writer.silent_s() > 1)
+        writer.live()
+        assert writer.silent_s() < 1
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_a_queue_whose_process_is_killed_is_there_again():
     told: list[int] = []
     with listening("feed-killed", lambda record: None, lambda record: told.append(record.step)):
