@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +25,15 @@ from gmflow.model import FlowOutput, GMFlow
 
 KEPT = 4
 """Recordings that a model keeps at most: each holds the memory of its pass."""
+
+_log = logging.getLogger(__name__)
+
+PASSES_AFTER_LACK = 50
+"""How often a pass runs normally after its recording was dropped for lack of memory.
+
+Validation on large images may lack the memory that the recording of a training step holds, and comes again and again;
+so recordings are made again, but not so often that making them takes the time they save.
+"""
 
 WARM_UPS = 2
 """Passes of a shape that take longer than later ones: one that runs normally, and one that is recorded."""
@@ -41,7 +51,7 @@ def replay_passes(model: GMFlow) -> None:
     The first pass of a shape and mode runs normally and warms up; the second is recorded; later ones are replayed. In
     training, call backward before the next forward pass. Passes that need gradients for the images, or gradients in
     both directions, are never recorded. If a forward pass runs out of GPU memory, all recordings in this process are
-    dropped, the pass runs normally, and neither it nor what was dropped is recorded again.
+    dropped and the pass runs normally. What was dropped is recorded again `PASSES_AFTER_LACK` passes later.
 
     Do not call the model from two threads at once: replays of one recording share its memory.
     """
@@ -73,7 +83,8 @@ def _forward(
     with contextlib.suppress(torch.cuda.OutOfMemoryError):
         return _replayed(recordings, key, record, run_normally, image0, image1)
     # Out of memory. Outside the block above, where the error no longer holds the tensors of the pass that failed.
-    recordings.give_up(key)
+    if recordings.lacked_memory(key):
+        _log.warning("GPU memory does not suffice to record passes of images %s", tuple(image0.shape))
     torch.cuda.empty_cache()
     return run_normally()
 
@@ -110,16 +121,16 @@ class Recordings:
 
     def __init__(self) -> None:
         _of_this_process.add(self)
-        self._seen: set[Any] = set()
-        self._given_up: set[Any] = set()
+        self._seen: dict[Any, int] = {}  # how many passes ran normally
+        self._too_large: set[Any] = set()
         self._kept: OrderedDict[Any, _Recording] = OrderedDict()
 
     def of(self, key: Any, record: Callable[[], _Recording]) -> _Recording | None:
-        """The recording of this key. If there is none, it is made now if the key was seen before; otherwise None."""
+        """The recording of this key. If there is none, it is made now if its pass has run normally; otherwise None."""
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        if key not in self._seen or key in self._given_up:
+        if self._seen.get(key, 0) < 1 or key in self._too_large:
             return None
         while len(self._kept) >= KEPT:
             self._kept.popitem(last=False)
@@ -128,17 +139,22 @@ class Recordings:
 
     def saw(self, key: Any) -> None:
         """Note that a pass of this key ran normally, without an error: the next one may be recorded."""
-        self._seen.add(key)
+        self._seen[key] = self._seen.get(key, 0) + 1
 
-    def give_up(self, key: Any) -> None:
-        """Memory ran out in a pass of this key: drop all recordings of this process.
+    def lacked_memory(self, key: Any) -> bool:
+        """Memory ran out in a pass of this key: drop all recordings of this process; they are made again later.
 
-        Never record this key, or those dropped, again.
+        If there were none, the pass itself is too large to be recorded, and never will be. Returns whether that is so.
         """
-        self._given_up.add(key)
-        for each in _of_this_process:
-            each._given_up.update(each._kept)
+        holding = [each for each in _of_this_process if each._kept]
+        for each in holding:
+            each._seen.update(dict.fromkeys(each._kept, 1 - PASSES_AFTER_LACK))
             each._kept.clear()
+        if holding:
+            self._seen[key] = 1 - PASSES_AFTER_LACK
+        else:
+            self._too_large.add(key)
+        return not holding
 
     def __reduce__(self) -> tuple[type[Recordings], tuple[()]]:
         return Recordings, ()

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gmflow import GMFlow, GMFlowConfig, GMFlowError
 from gmflow.execution import ExecutionConfig, prepare_model
 from gmflow.model import FlowOutput
-from gmflow.replay import KEPT, Recordings, _aliases, _Graph, replay_passes
+from gmflow.replay import KEPT, PASSES_AFTER_LACK, Recordings, _aliases, _Graph, replay_passes
 
 
 def tiny() -> GMFlow:
@@ -259,12 +259,29 @@ def test_where_memory_runs_out_all_recordings_go_and_their_passes_run_as_they_ar
 
 
 def test_memory_that_runs_out_takes_the_recordings_of_all_models() -> None:
-    """A validation of averaged weights may need what the training's recording holds."""
+    """A validation of averaged weights may need what the training's recording holds. Training goes on for days."""
     validated, trained = Recordings(), Recordings()
-    trained.saw("a step")
-    assert trained.of("a step", lambda: "recorded") == "recorded"  # type: ignore[arg-type, return-value]
-    validated.give_up("a pass")
-    assert trained.of("a step", pytest.fail) is None
+
+    def asks(recordings: Recordings, key: str) -> Any:
+        found = recordings.of(key, lambda: f"{key}, recorded")  # type: ignore[arg-type, return-value]
+        if found is None:
+            recordings.saw(key)
+        return found
+
+    assert [asks(trained, "a step") for _ in range(2)] == [None, "a step, recorded"]
+    for _ in range(2):
+        assert not validated.lacked_memory("a pass")
+        for recordings, key in ((trained, "a step"), (validated, "a pass")):
+            assert [asks(recordings, key) for _ in range(PASSES_AFTER_LACK + 1)][-2:] == [None, f"{key}, recorded"]
+
+
+def test_a_pass_that_is_too_large_by_itself_is_never_recorded() -> None:
+    recordings = Recordings()
+    recordings.saw("a pass")
+    assert recordings.lacked_memory("a pass")
+    for _ in range(2 * PASSES_AFTER_LACK):
+        assert recordings.of("a pass", pytest.fail) is None
+        recordings.saw("a pass")
 
 
 def test_a_pass_is_recorded_and_replayed_on_the_gpu_of_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
