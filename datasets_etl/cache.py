@@ -50,6 +50,15 @@ class SampleCache:
                 kept.set(key, data)
         return data
 
+    def trouble(self) -> str:
+        """Why no sample can be kept now, in a line; empty if it can. Reading goes on without."""
+        try:
+            self._tables().set("trouble", b"")
+            self._tables().delete("trouble")
+        except (OSError, sqlite3.Error, diskcache.Timeout) as error:
+            return f"{self.folder}: {' '.join(str(error).split()) or type(error).__name__}"
+        return "" if _has_room(self.folder) else f"{self.folder}: its disk is almost full"
+
     def _kept(self, key: str) -> bytes | None:
         with contextlib.suppress(OSError, sqlite3.Error, diskcache.Timeout):
             data = self._tables().get(key)

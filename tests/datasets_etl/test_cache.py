@@ -85,6 +85,8 @@ def test_a_folder_that_takes_nothing_is_no_reason_to_stop(tmp_path: Path):
     for _ in range(2):
         assert cache.read(SHARD, entry(1), fetched(asked, 1)) == content(1)
     assert asked == [1, 1]
+    assert f"{cache.folder}: " in cache.trouble()
+    assert SampleCache(tmp_path / "elsewhere", 10 << 20).trouble() == ""
 
 
 @pytest.mark.parametrize("by_another", [False, True])
@@ -110,6 +112,7 @@ def test_a_disk_smaller_than_the_bound_is_not_filled(small_disk):
     for number in range(400):
         assert cache.read(SHARD, entry(number), lambda n=number: content(n)) == content(number)
     assert shutil.disk_usage(folder).free > 400_000
+    assert cache.trouble() == f"{folder}: its disk is almost full"
     tables = sqlite3.connect(":memory:")
     known = 0
     for part in folder.glob("0*/cache.db"):
