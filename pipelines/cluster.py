@@ -141,15 +141,17 @@ def free_port() -> int:
 
 
 def talk_where_ray_does() -> None:
-    """Make gloo use the network interface by whose address Ray knows this node, unless the user chose another.
+    """Make gloo and NCCL use the interface by whose address Ray knows this node, unless the user chose another.
 
     By default gloo uses the interface that the host's own name resolves to. On many hosts that is loopback, and workers
-    could then not reach those on other nodes.
+    could then not reach those on other nodes. NCCL takes the first one that is up, which may be a bridge of virtual
+    machines; what it sends over InfiniBand or EFA is not concerned.
     """
     address = ray.util.get_node_ip_address()
     for _, name in socket.if_nameindex():
         if _address_of(name) == address:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # = : this name, not all that begin like it
 
 
 def _address_of(interface: str) -> str | None:

@@ -160,7 +160,7 @@ class TestRayAutoscaler:
         prepared = prepare_config(copy.deepcopy(AUTOSCALER))
         validate_config(prepared)
         workers = {name: kind for name, kind in prepared["available_node_types"].items() if name != "head"}
-        assert all(kind["resources"]["GPU"] > 0 and kind["min_workers"] == 0 for kind in workers.values())
+        assert {kind["min_workers"] for kind in workers.values()} == {0}
         assert sum(kind["max_workers"] for kind in workers.values()) <= prepared["max_workers"]
         spot = [name for name, kind in workers.items() if "InstanceMarketOptions" in kind["node_config"]]
         assert spot == ["gpu-spot"]
@@ -168,6 +168,7 @@ class TestRayAutoscaler:
     def test_spot_instances_come_first(self):
         config = prepare_config(copy.deepcopy(AUTOSCALER))
         assert_spot_comes_first(config)
+        assert_no_gpu_waits_for_etl(config)
         # `ray up` with RAY_UP_enable_autoscaler_v2=0.
         assert launched_by_v1(config, 20) == {"gpu-spot": 5}
         assert launched_by_v1(config, 1000) == {"gpu-spot": 12, "gpu": 4}
@@ -198,20 +199,24 @@ class TestRayAutoscaler:
     def test_containers_of_workers_get_the_gpus(self):
         """--runtime=nvidia, which Ray adds, looks at a variable that CUDA's own images set and this one does not."""
         assert AUTOSCALER["docker"]["worker_run_options"] == ["--gpus all"]
+        kinds = AUTOSCALER["available_node_types"].items()
+        without = {name for name, kind in kinds if kind.get("docker") == {"worker_run_options": []}}
+        assert without == {name for name, kind in kinds if "GPU" not in kind["resources"]} - {"head"}
         assert not any("gpus" in option for option in AUTOSCALER["docker"]["run_options"])
 
 
 WORKER = {"CPU": 8, "GPU": 1}  # four of them fit a machine, and leave CPUs free
+ETL_TASK = {"CPU": 1}
 
 
-def launched(config: dict[str, Any], workers: int) -> dict[str, int]:
+def launched(config: dict[str, Any], workers: int, what: dict[str, float] = WORKER) -> dict[str, int]:
     """How many machines of which kind Ray's autoscaler launches for so many workers where there are none."""
     autoscaling = AutoscalingConfig(config, skip_content_hash=True)
     request = SchedulingRequest(
         disable_launch_config_check=True,
         node_type_configs=autoscaling.get_node_type_configs(),
         max_num_nodes=autoscaling.get_max_num_nodes(),
-        resource_requests=[ResourceRequestByCount(request=ResourceRequestUtil.make(WORKER), count=workers)],
+        resource_requests=[ResourceRequestByCount(request=ResourceRequestUtil.make(what), count=workers)],
     )
     reply = ResourceDemandScheduler().schedule(request)
     return {launch.instance_type: launch.count for launch in reply.to_launch}
@@ -233,6 +238,14 @@ def assert_spot_comes_first(config: dict[str, Any]) -> None:
         alone = copy.deepcopy(config)
         alone["available_node_types"][left_out]["max_workers"] = 0
         assert launched(alone, 1000) == {other: most}
+
+
+def assert_no_gpu_waits_for_etl(config: dict[str, Any]) -> None:
+    """Unless there are more tasks than the machines without GPUs hold."""
+    cpus = int(config["available_node_types"]["cpu"]["resources"]["CPU"])
+    assert launched(config, 1, ETL_TASK) == {"cpu": 1}
+    assert launched(config, 4 * cpus, ETL_TASK) == {"cpu": 4}
+    assert set(launched(config, 4 * cpus + 1, ETL_TASK)) > {"cpu"}
 
 
 def filled_in(key: str) -> list[str]:
@@ -309,19 +322,24 @@ class TestKubernetes:
         assert "nvidia.com/gpu" not in head["resources"]["limits"]
         for worker in workers:
             resources = worker["resources"]
-            assert resources["limits"]["nvidia.com/gpu"] == resources["requests"]["nvidia.com/gpu"] == "4"
+            assert resources["limits"].get("nvidia.com/gpu") == ("4" if worker["image"].endswith("-cuda") else None)
             assert resources["limits"] == resources["requests"]
 
     def test_spot_pods_come_first(self):
         cluster = copy.deepcopy(CLUSTER)
         cluster["metadata"]["namespace"] = "default"  # Kubernetes fills it in
         assert cluster["spec"]["autoscalerOptions"]["version"] == "v2"
-        assert_spot_comes_first(_derive_autoscaling_config_from_ray_cr(cluster))
+        config = _derive_autoscaling_config_from_ray_cr(cluster)
+        assert_spot_comes_first(config)
+        assert_no_gpu_waits_for_etl(config)
 
-    def test_a_job_that_cannot_succeed_is_not_tried_for_long(self):
-        """KubeRay tries again whatever the exit code says, each time with all GPUs; a lost head needs one more try."""
-        assert 1 <= JOB["spec"]["backoffLimit"] <= 2
-        assert JOB["spec"]["submitterConfig"]["backoffLimit"] == 0
+    def test_weeks_outlive_lost_heads_and_logs_but_what_cannot_succeed_ends(self):
+        """KubeRay tries again whatever the exit code says, each time with all GPUs. In K8sJobMode its submitter first
+        asks whether the job is there, so that another one submits nothing twice.
+        """
+        assert JOB["spec"]["submissionMode"] == "K8sJobMode"
+        assert 5 <= JOB["spec"]["backoffLimit"] <= 10
+        assert JOB["spec"]["submitterConfig"]["backoffLimit"] >= 10
 
     def test_nothing_needs_a_persistent_volume(self):
         assert "persistentVolumeClaim" not in "".join(path.read_text() for path in KUBERAY.glob("*.yaml"))
@@ -372,7 +390,8 @@ class TestAgreement:
         assert set(re.findall(r"docker push (\S+)", DOCKERFILE)) == {cpu, cuda}
         for spec in CLUSTER_SPECS.values():
             head, *workers = (container["image"] for container in containers(spec))
-            assert (head, set(workers)) == (cpu, {cuda})
+            assert head == cpu
+            assert {cuda} <= set(workers) <= {cpu, cuda}
         (deployment,) = [document for document in documents("mlflow.yaml") if document["kind"] == "Deployment"]
         assert deployment["spec"]["template"]["spec"]["containers"][0]["image"] == cpu
         assert AUTOSCALER["docker"]["image"] == cuda

@@ -1,5 +1,6 @@
 """Being connected to Ray: how it begins, and how it ends."""
 
+import os
 import re
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from pipelines.cluster import connected
+from pipelines.cluster import connected, talk_where_ray_does
 from pipelines.errors import PipelineError
 from tests.conftest import ROOT
 from tests.waiting import output_of
@@ -73,3 +74,12 @@ def test_a_ray_that_is_not_there_is_said_in_a_line(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("RAY_ADDRESS")
     with pytest.raises(PipelineError, match=re.escape("no Ray: it does not start here")):
         connected().__enter__()
+
+
+@pytest.mark.parametrize("chosen", [{}, {"NCCL_SOCKET_IFNAME": "ib"}])
+def test_workers_talk_by_the_interface_that_ray_uses(monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str]):
+    """By itself, NCCL takes the first that is up, be it a bridge; gloo, whatever the host's name leads to."""
+    monkeypatch.setattr(os, "environ", dict(chosen))
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    talk_where_ray_does()
+    assert os.environ == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"} | chosen
