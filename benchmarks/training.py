@@ -37,7 +37,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from benchmarks.turns import Mark, Program, take_turns, warmed_up
 from datasets_etl.etl import run_etl
-from datasets_etl.loader import MixturePart, PositionDataset, TrainingStream, collate
+from datasets_etl.loader import PositionDataset, TrainingStream, collate
 from datasets_etl.manifest import Manifest
 from datasets_etl.synthetic import write_dataset
 from gmflow import GMFlow, load_model
@@ -298,10 +298,7 @@ def _bare_worker(rank: int, world_size: int, port: int, config_path: Path, told:
     prepare_model(model, ExecutionConfig())  # the same process-wide settings as on Ray
     prepared = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
     state = TrainingState.fresh(model, stage)
-    parts = [
-        MixturePart(Manifest.load(str(config.data[part.data])), part.subset, 1, part.augmentation(stage.crop))
-        for part in stage.mixture
-    ]
+    parts = [part.build(Manifest.load(str(config.data[part.data])), stage.crop) for part in stage.mixture]
     stream = TrainingStream(
         PositionDataset(parts, seed=config.seed),
         range(stage.steps),
@@ -414,7 +411,7 @@ def _plain_losses(config_path: Path, threads: int) -> list[float]:
     schedule = OneCycleLR(optimizer, stage.peak_lr, stage.steps + 10, pct_start=0.05, cycle_momentum=False)
     (part,) = stage.mixture
     manifest = Manifest.load(str(config.data[part.data]))
-    samples = PositionDataset([MixturePart(manifest, part.subset, 1, part.augmentation(stage.crop))], seed=config.seed)
+    samples = PositionDataset([part.build(manifest, stage.crop)], seed=config.seed)
     found = []
     for step in range(_COMPARED):
         first = step * stage.global_batch

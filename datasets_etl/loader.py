@@ -69,12 +69,21 @@ class _Packed(NamedTuple):
 
 @dataclass(frozen=True)
 class MixturePart:
-    """A subset of one dataset as part of a mixture: how often an epoch contains it, and how it is augmented."""
+    """A subset of one dataset as part of a mixture: how often an epoch contains it, and how it is augmented.
+
+    `only` and `without` choose among its samples by name, see `Manifest.select`.
+    """
 
     manifest: Manifest
     subset: str | None
     repeats: int
     augmentation: AugmentConfig
+    only: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+    def indices(self) -> npt.NDArray[np.int64]:
+        """Numbers of its samples in the manifest."""
+        return self.manifest.select(self.subset, only=self.only, without=self.without)
 
 
 def read_sample(
@@ -115,15 +124,28 @@ class EvaluationSet(Dataset[FlowSample]):
         subset: the subset's name; None: all subsets.
         limit: how many samples to use, from the first on; None: all.
         cache: as for `PositionDataset`.
+        only, without: choose among the samples by name, see `Manifest.select`.
     """
 
     def __init__(
-        self, manifest: Manifest, subset: str | None, limit: int | None = None, cache: SampleCache | None = None
+        self,
+        manifest: Manifest,
+        subset: str | None,
+        limit: int | None = None,
+        cache: SampleCache | None = None,
+        *,
+        only: Sequence[str] = (),
+        without: Sequence[str] = (),
     ) -> None:
         self.manifest = manifest
         self.subset = subset
-        self.indices = manifest.select(subset)[:limit]
+        self.indices = manifest.select(subset, only=only, without=without)[:limit]
         self._cache = cache
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it holds every sample of its subset that has ground truth."""
+        return len(self.indices) == len(self.manifest.select(self.subset))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -145,7 +167,7 @@ class PositionDataset(Dataset[FlowBatch]):
         self.mixture = tuple(mixture)
         self._cache = cache
         self.seed = seed
-        self.selections = [part.manifest.select(part.subset) for part in mixture]
+        self.selections = [part.indices() for part in mixture]
         self.order = Order(
             sizes=tuple(len(selection) for selection in self.selections),
             repeats=tuple(part.repeats for part in mixture),

@@ -4,6 +4,7 @@ A manifest is immutable and named by its content: `manifest-<first 16 hex digits
 time, no host and no absolute path, so the same source gives the same manifest wherever it is made.
 """
 
+import fnmatch
 import functools
 import hashlib
 import json
@@ -38,6 +39,11 @@ class SampleEntry:
     height: int
     width: int
     invalid_pixels: int | None
+
+    @property
+    def name(self) -> str:
+        """The key without its subset, such as "alley_1_frame_0001": Sintel's passes have the same names."""
+        return self.key.removeprefix(f"{self.subset}_")
 
 
 @dataclass(frozen=True)
@@ -131,10 +137,19 @@ class Manifest:
             counts[sample.subset] = counts.get(sample.subset, 0) + 1
         return counts
 
-    def select(self, subset: str | None, *, with_truth: bool = True) -> npt.NDArray[np.int64]:
-        """Numbers of the samples of one subset (None: all subsets); with `with_truth`, only those with ground truth.
+    def select(
+        self, subset: str | None, *, only: Sequence[str] = (), without: Sequence[str] = (), with_truth: bool = True
+    ) -> npt.NDArray[np.int64]:
+        """Numbers of the samples of one subset (None: all subsets), in order.
 
-        Raises DataError if there are none.
+        Args:
+            subset: the subset's name.
+            only: patterns of samples' names (see `SampleEntry.name`), as a shell's: "alley_*". If there are any, only
+                samples that match one of them are chosen.
+            without: patterns of the names of samples that are left out.
+            with_truth: choose only samples with ground truth.
+
+        Raises DataError if there are none, or if a pattern matches none.
         """
         if subset is not None and subset not in self.subsets:
             raise DataError(f"{self.url}: no subset {subset!r}; it has {', '.join(self.subsets)}")
@@ -147,7 +162,26 @@ class Manifest:
             raise DataError(
                 f"{self.url}: no sample with ground truth in {subset or 'any subset'}; choose another subset"
             )
-        return np.array(chosen, dtype=np.int64)
+        return np.array(self._matching(chosen, subset, only, without), dtype=np.int64)
+
+    def _matching(
+        self, chosen: list[int], subset: str | None, only: Sequence[str], without: Sequence[str]
+    ) -> list[int]:
+        """Those of the chosen samples that the patterns let through."""
+        names = {number: self.samples[number].name for number in chosen}
+        matched = {
+            pattern: {number for number, name in names.items() if fnmatch.fnmatchcase(name, pattern)}
+            for pattern in (*only, *without)
+        }
+        for pattern, those in matched.items():
+            if not those:
+                example = names[chosen[0]]
+                raise DataError(f"{self.url}: no sample of {subset} matches {pattern!r}; names are such as {example}")
+        wanted = set().union(*(matched[pattern] for pattern in only)) if only else set(chosen)
+        left = wanted.difference(*(matched[pattern] for pattern in without))
+        if not left:
+            raise DataError(f"{self.url}: {', '.join(without)} leaves no sample of {subset}")
+        return sorted(left)
 
     def place(self, index: int) -> tuple[ShardEntry, SampleEntry]:
         """The shard and the entry of sample number `index`."""

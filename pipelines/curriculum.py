@@ -33,10 +33,11 @@ from pipelines.training.launch import (
     beginning_of,
     final_weights,
     fit_stage,
+    moved_start,
     provide_initial_weights,
     weights_are_pinned,
 )
-from pipelines.training.plan import FINAL_WEIGHTS, StagePlan, StageResult, plan_curriculum
+from pipelines.training.plan import FINAL_WEIGHTS, StagePlan, StageResult, new_beside, plan_curriculum
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -97,6 +98,8 @@ def _run_stages(
         # From here on storage is known to exist: it is an outage that is waited for, not a mistyped address.
         waiting_for_storage(config.machine.storage_patience_s),
     ):
+        if moved := moved_start(plans[0].folder, config.init_from, config.mlflow.tracking_uri):
+            display.say(f"stage={plans[0].stage.name} {moved}")
         for plan in plans:
             result = plan.result()
             if result is not None:
@@ -149,6 +152,8 @@ def _run_stage(
     """Train, keep the final weights, register them, and only then mark the stage as finished."""
     config, stage = plan.config, plan.stage
     display.state(stage.name, WAITING)
+    if new := new_beside(plan):
+        display.say(f"stage={stage.name} {new}")
     plan.folder.remove_leftovers()
     start = parent.weights if parent else config.init_from
     source = provide_initial_weights(plan.folder, config.model, config.seed, start, config.mlflow.tracking_uri)

@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 from pipelines.cluster import connected, has_gpus  # sets Ray's environment, so before Ray
@@ -33,6 +33,7 @@ from pipelines.entry import first_line
 from pipelines.errors import PipelineError, command
 from pipelines.lasting import lasting_store
 from pipelines.references import resolve_model
+from pipelines.report_page import without_nan
 from pipelines.scoring import Evaluation, OnScored, ScoringOptions, evaluate, evaluate_on_ray, pool
 from pipelines.training import tracking
 from pipelines.training.code_version import code_version
@@ -56,6 +57,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="URL of a manifest, as pipelines/etl.py prints it; may be given several times",
     )
     parser.add_argument("--subset", help="of every --data without its own (default: all samples with ground truth)")
+    for option, what in (("--only", "score only"), ("--without", "leave out")):
+        parser.add_argument(
+            option,
+            action="append",
+            default=[],
+            metavar="PATTERN",
+            help=f"{what} samples whose names match, such as 'alley_*'; may be given several times",
+        )
     parser.add_argument("--limit", type=positive, help="the first samples of each set only")
     parser.add_argument("--output", help="folder or URL for metrics.json, report.html and a picture of every pair")
     parser.add_argument(
@@ -92,7 +101,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def chosen_sets(data: list[str], subset: str | None, limit: int | None) -> dict[str, EvaluationSet]:
+def chosen_sets(
+    data: list[str],
+    subset: str | None,
+    limit: int | None = None,
+    only: Sequence[str] = (),
+    without: Sequence[str] = (),
+) -> dict[str, EvaluationSet]:
     """The sets to score, by unique names: dataset and subset, with the version added if that name is already taken."""
     sets: dict[str, EvaluationSet] = {}
     for reference in data:
@@ -105,7 +120,7 @@ def chosen_sets(data: list[str], subset: str | None, limit: int | None) -> dict[
         name = "/".join(filter(None, [manifest.dataset, wanted]))
         if name in sets:
             name = f"{name}@{manifest.version}"
-        sets[name] = EvaluationSet(manifest, wanted, limit)
+        sets[name] = EvaluationSet(manifest, wanted, limit, only=only, without=without)
     return sets
 
 
@@ -125,7 +140,12 @@ def score_sets(
                     output.write(f"{prefix}{key}.png", picture)
 
             options = ScoringOptions(
-                name, arguments.gallery, output is not None, arguments.occlusion, arguments.precision
+                name=name,
+                gallery=arguments.gallery,
+                pictures=output is not None,
+                bidirectional=arguments.occlusion,
+                precision=arguments.precision,
+                remedy="--precision bf16 or --device cpu",
             )
             scores[name] = chosen, _score(model, chosen, options, arguments, keep)
     return scores
@@ -165,11 +185,6 @@ def show(scores: Scores) -> None:
     console.print(table)
 
 
-def to_json(metrics: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN or infinity: a figure of no pixel, or of a prediction that is not finite, becomes null."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-
-
 def summarised(reference: str, precision: Precision, scores: Scores) -> dict[str, Any]:
     """The JSON object that is printed as the last line."""
     sets = {
@@ -178,7 +193,7 @@ def summarised(reference: str, precision: Precision, scores: Scores) -> dict[str
             "subset": chosen.subset,
             "pairs": len(chosen),
             "seconds_per_pair": evaluation.seconds,
-            **to_json(evaluation.pooled),
+            **without_nan(evaluation.pooled),
         }
         for title, (chosen, evaluation) in scores.items()
     }
@@ -187,16 +202,16 @@ def summarised(reference: str, precision: Precision, scores: Scores) -> dict[str
         return how | next(iter(sets.values()))
     pairs = sum(len(chosen) for chosen, _ in scores.values())
     pooled = pool(evaluation for _, evaluation in scores.values())
-    return {**how, "pairs": pairs, **to_json(pooled), "sets": sets}
+    return {**how, "pairs": pairs, **without_nan(pooled), "sets": sets}
 
 
 def detailed(summary: dict[str, Any], scores: Scores) -> dict[str, Any]:
     """The content of metrics.json: the summary, and each set's figures: pooled, by scene and by image."""
     details = {
         title: {
-            "pooled": to_json(evaluation.pooled),
-            "scenes": {scene: to_json(metrics) for scene, metrics in evaluation.scenes.items()},
-            "images": {key: to_json(metrics) for key, metrics in evaluation.images.items()},
+            "pooled": without_nan(evaluation.pooled),
+            "scenes": {scene: without_nan(metrics) for scene, metrics in evaluation.scenes.items()},
+            "images": {key: without_nan(metrics) for key, metrics in evaluation.images.items()},
         }
         for title, (_, evaluation) in scores.items()
     }
@@ -265,7 +280,7 @@ def keep_results(
 @command
 def main() -> None:
     arguments = parse_arguments()
-    sets = chosen_sets(arguments.data, arguments.subset, arguments.limit)
+    sets = chosen_sets(arguments.data, arguments.subset, arguments.limit, arguments.only, arguments.without)
     model = resolve_model(arguments.model)
     if not arguments.ray:  # Ray tasks prepare their own copy
         prepare_model(model, ExecutionConfig(arguments.precision, replay=True), arguments.device)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datasets_etl.storage import ObjectStore, file_sha256, split_url
 from gmflow import GMFlow, GMFlowError, load_model, save_weights
-from pipelines.errors import PipelineError
+from pipelines.errors import USER_ERRORS, PipelineError
 from pipelines.training.checkpoints import checkpoint_model
 
 _REGISTERED = "models:/"
@@ -73,6 +73,19 @@ def stands_for(reference: str, tracking_uri: str | None = None) -> str:
         return registry.numbered(registry.look_up(reference, tracking_uri)[1])
     with tempfile.TemporaryDirectory(prefix="gmflow-model-") as folder:
         return fetch_weights(reference, Path(folder), tracking_uri)[1]
+
+
+def has_moved(reference: str, pinned: str, tracking_uri: str | None = None) -> bool:
+    """Whether a reference now stands for something else than what was `pinned`, as `fetch_weights` names it.
+
+    False if that cannot be found out: whoever pinned it has what it needs.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return stands_for(reference, tracking_uri) != pinned
+    except (*USER_ERRORS, MlflowException):
+        return False
 
 
 def check_reference(reference: str, tracking_uri: str | None = None) -> None:

@@ -168,8 +168,9 @@ def _score_validation_sets(client: MlflowClient, found: _Curriculum, pairs: int)
     sets: dict[str, tuple[EvaluationSet, Evaluation]] = {}
     for chosen in stage.validation:
         manifest = Manifest.load(str(found.config.data[chosen.data]))
-        scored = EvaluationSet(manifest, chosen.subset, min(pairs, chosen.limit or pairs))
-        options = ScoringOptions(name=chosen.name, gallery=pairs, bidirectional=True)
+        scored = chosen.build(manifest, at_most=pairs)
+        remedy = "report.py --pairs 0, which makes no gallery"
+        options = ScoringOptions(chosen.name, pairs, bidirectional=True, remedy=remedy)
         # Use GPUs if this cluster has them, whatever the training used: tasks could wait for a GPU that never comes.
         sets[chosen.name] = (scored, evaluate_on_ray(model, scored, options, use_gpu=has_gpus()))
     return sets
@@ -180,7 +181,7 @@ def _stage_tables(found: _Curriculum) -> list[Table]:
     model = found.config.model.build()
     tables = []
     for title, chosen in found.sets.items():
-        theirs = published_figures(model, found.datasets[chosen.data], chosen.subset)
+        theirs = {} if chosen.cut else published_figures(model, found.datasets[chosen.data], chosen.subset)
         rows: list[list[Cell]] = []
         for stage in found.stages:
             ours = {name: stage.run.data.metrics.get(f"val/{title}/{name}") for name in FIGURES}
@@ -193,10 +194,10 @@ def _stage_tables(found: _Curriculum) -> list[Table]:
             continue
         shown = [n for n in range(len(FIGURES) + 1) if any(row[n] is not None for row in rows)]
         columns = ["after stage", *FIGURES.values()]
-        limited = "" if chosen.limit is None else f", first {chosen.limit} pairs"
+        part = f", {chosen.cut}" if chosen.cut else ""
         note = NOTE if theirs else ""
         tables.append(
-            Table(f"{title}{limited}", [columns[n] for n in shown], [[row[n] for n in shown] for row in rows], note)
+            Table(f"{title}{part}", [columns[n] for n in shown], [[row[n] for n in shown] for row in rows], note)
         )
     return tables
 

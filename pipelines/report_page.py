@@ -98,7 +98,7 @@ class Report:
             "figure_names": FIGURES,
         }
         # The JSON is inside an HTML element, so nothing in it may look like the end of that element.
-        data = json.dumps(_without_nan(content), ensure_ascii=False).replace("<", "\\u003c")
+        data = json.dumps(without_nan(content), ensure_ascii=False).replace("<", "\\u003c")
         page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
         return page.replace("@@DATA@@", data)
 
@@ -113,7 +113,7 @@ def figures_table(config: GMFlowConfig, sets: Sets) -> Table:
     rows: list[list[Cell]] = []
     told = False
     for title, (scored, evaluation) in sets.items():
-        theirs = published_figures(config, scored.manifest.dataset, scored.subset)
+        theirs = published_figures(config, scored.manifest.dataset, scored.subset) if scored.is_whole else {}
         told = told or bool(theirs)
         cells = [figure_cell(evaluation.pooled.get(name), theirs.get(name)) for name in names]
         rows.append([title, len(scored), *cells])
@@ -184,12 +184,12 @@ def _error_scale() -> list[tuple[str, str, bool]]:
     ]
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """JSON has no NaN or infinity: such a figure, of no pixel or of a prediction that is not finite, becomes null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {name: _without_nan(item) for name, item in value.items()}
+        return {name: without_nan(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return value

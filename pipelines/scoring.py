@@ -83,6 +83,7 @@ class ScoringOptions:
         pictures: hand a comparison picture of every pair to `on_scored`.
         bidirectional: compute both flows, for the occlusion on the cards.
         precision: precision of Ray tasks, which prepare the model themselves.
+        remedy: what the person who gave the command can do where a GPU's memory does not suffice.
     """
 
     name: str = ""
@@ -90,6 +91,7 @@ class ScoringOptions:
     pictures: bool = False
     bidirectional: bool = False
     precision: Precision = "fp32"
+    remedy: str = "the CPU"
 
 
 @dataclass
@@ -206,7 +208,7 @@ def _score(
         on_scored(scored.sample.key, comparison_png(scored) if options.pictures else None)
 
     found = score(model, read_ahead(samples), device, bidirectional=options.bidirectional)
-    lack = telling_memory_lack(f"set {options.name}", "--precision bf16 or --device cpu")
+    lack = telling_memory_lack(f"set {options.name}", options.remedy)
     with lack, Behind() as behind:
         for number, scored in zip(numbers, found, strict=True):
             sample, state = scored.sample, tuple(scored.metrics.state().tolist())

@@ -6,7 +6,6 @@ config. Run the same command again to continue where it stopped.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import tempfile
@@ -15,10 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipelines.cluster import connected, nodes  # sets Ray's environment, so before Ray
+from pipelines.cluster import connected, nodes, own_node  # sets Ray's environment, so before Ray
 
 # isort: split
-from mlflow.exceptions import MlflowException
 from rich.table import Table
 
 from datasets_etl.manifest import Manifest
@@ -26,14 +24,14 @@ from datasets_etl.storage import ObjectStore, file_sha256, open_store, waiting_f
 from gmflow import GMFlow, load_weights, save_weights
 from pipelines.claim import claimed
 from pipelines.config_file import load_config
-from pipelines.errors import USER_ERRORS, PipelineError, command
+from pipelines.errors import PipelineError, command
 from pipelines.lasting import lasting_store
-from pipelines.references import check_reference, fetch_weights, stands_for, telling
+from pipelines.references import check_reference, fetch_weights, has_moved, telling
 from pipelines.sweeping import plots
 from pipelines.sweeping.accuracy import Scores, Weights, measure_accuracy, score_jobs
 from pipelines.sweeping.config import SweepConfig
 from pipelines.sweeping.cost import measure_costs
-from pipelines.sweeping.room import check_room
+from pipelines.sweeping.room import check_room, told_of_drivers
 from pipelines.sweeping.settings import Setting, padded_size
 from pipelines.sweeping.table import Row, best_settings, mark_front, to_csv, to_json
 from pipelines.sweeping.tracking import SweepRun
@@ -44,7 +42,7 @@ from pipelines.training import registry, tracking
 from pipelines.training.code_version import code_version
 from pipelines.training.config import SetConfig, shown_uri
 from pipelines.training.feed import Record
-from pipelines.training.plan import check_measurable
+from pipelines.training.plan import check_measurable, learned_pairs
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -79,7 +77,7 @@ def prepare(config: SweepConfig) -> Sweep:
         url = config.data[part.data]
         if part.data not in manifests and url is not None:
             manifests[part.data] = Manifest.load(url)
-        manifests[part.data].select(part.subset)
+        part.indices(manifests[part.data])
     check_measurable("objective", config.objective, manifests[config.objective.data])
     config.check_sizes(manifests)
     store = open_store(f"{lasting_store(config.storage, 'storage').url}/{config.name}")
@@ -96,6 +94,7 @@ def run_sweep(sweep: Sweep, *, retry: bool = False) -> list[Row]:
 
 def _run_phases(sweep: Sweep, held: Callable[[], bool], *, retry: bool) -> list[Row]:
     config = sweep.config
+    _tell_if_learned(sweep)
     weights = keep_weights(sweep)
     run = SweepRun(config, weights, sweep.manifests, sweep.view.say, held)
     sweep.view.say(f"MLflow: {tracking.run_link(str(run.client.tracking_uri), config.mlflow.experiment, run.run_id)}")
@@ -160,13 +159,25 @@ def _kept_weights(store: ObjectStore, pinned: Mapping[str, str]) -> Weights:
 
 
 def _tell_if_moved(sweep: Sweep, reference: str, pinned: Mapping[str, str]) -> None:
-    """Say if a reference now stands for other weights. A failed look-up is ignored: the sweep has what it needs."""
-    with contextlib.suppress(*USER_ERRORS, MlflowException):
-        if stands_for(reference, sweep.config.mlflow.tracking_uri) != pinned["source"]:
-            sweep.view.say(
-                f"goes on with {pinned['source']}, what {reference} was when this sweep began; another name= starts a "
-                "sweep of what it is now"
-            )
+    """Say if a reference now stands for other weights than those that the sweep keeps."""
+    if has_moved(reference, pinned["source"], sweep.config.mlflow.tracking_uri):
+        sweep.view.say(
+            f"goes on with {pinned['source']}, what {reference} was when this sweep began; another name= starts a "
+            "sweep of what it is now"
+        )
+
+
+def _tell_if_learned(sweep: Sweep) -> None:
+    """Say if trials are compared by pairs that they are trained on."""
+    tuned = sweep.config.tune
+    if tuned is None:
+        return
+    (chosen,) = (chosen for chosen in tuned.stage.validation if chosen.name == sweep.config.objective.set_name)
+    if learned := learned_pairs(tuned.stage.mixture, chosen, sweep.manifests):
+        sweep.view.say(
+            f"trials are trained on {learned:,} of the {len(chosen.indices(sweep.manifests[chosen.data])):,} pairs of "
+            f"{chosen.name} that they are compared by (to hold pairs out: without, in the mixture)"
+        )
 
 
 def probe(sweep: Sweep, weights: Weights, run: SweepRun) -> list[Row]:
@@ -235,6 +246,8 @@ def tune(
         sweep.view.say(f"{retry_failed(plan)} failed trial(s) will be tried again")
     for name in (setting.name for setting in seeds):
         sweep.view.say(f"the probe's front seeds {name}")
+    if told := told_of_drivers(sweep.config, nodes(), own_node()):
+        sweep.view.say(told)
     board = _TrialBoard(sweep.view, run)
     tune_trials(plan, seeds, board)
     return list(board.rows.values())
@@ -358,12 +371,11 @@ def show_plan(sweep: Sweep) -> None:
     config = sweep.config
     if config.weights is not None and sweep.store.size(_weights_pin(config.weights)) is None:
         check_reference(config.weights, config.mlflow.tracking_uri)
+    _tell_if_learned(sweep)
     console = sweep.view.console
     if config.probe is not None:
         table = Table(title=f"probe: {len(config.probed)} settings of {config.weights}")
-        sets = ", ".join(
-            f"{one.name}" + (f" (first {one.limit})" if one.limit else "") for one in config.probe.validation
-        )
+        sets = ", ".join(f"{one.name}" + (f" ({one.cut})" if one.cut else "") for one in config.probe.validation)
         for name in ("windows", "radius", "prop", f"{config.cost.height}×{config.cost.width} padded to", ""):
             table.add_column(name, justify="right")
         for setting in config.probed:

@@ -62,7 +62,7 @@ def test_a_command_is_understood_by_its_script(line):
         assert config.stages[0].steps == 50000
     if script.endswith("sweep.py"):
         swept = load_config(SweepConfig, str(ROOT / parsed.config), parsed.overrides)
-        assert swept.weights == "models:/gmflow@champion"
+        assert swept.weights == "models:/gmflow@things"
 
 
 def test_what_commands_write_here_lies_below_runs():

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from datasets_etl.ahead import read_ahead
-from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
 from datasets_etl.storage import ObjectStore, split_url, waiting_for_storage
 from gmflow import GMFlow, load_model
@@ -60,8 +59,10 @@ class ScoreJob:
 
     def key(self, setting: Setting) -> str:
         """A key that identifies everything that determines a setting's metrics."""
-        decides = [self.weights.version, asdict(setting), self.manifest_version, self.chosen.subset, self.chosen.limit]
-        content = json.dumps([*decides, self.precision], sort_keys=True)
+        chosen = self.chosen
+        decides = [self.weights.version, asdict(setting), self.manifest_version, chosen.subset, chosen.limit]
+        patterns = [chosen.patterns] if chosen.patterns else []
+        content = json.dumps([*decides, self.precision, *patterns], sort_keys=True)
         return f"accuracy/{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
 
 
@@ -93,7 +94,7 @@ def measure_accuracy(
         (ready,), _ = ray.wait(list(waiting), num_returns=1)
         job = waiting.pop(ready)
         for setting, scores in zip(job.settings, fetched(ready), strict=True):
-            content = {"setting": asdict(setting), "set": job.chosen.name, "limit": job.chosen.limit, "scores": scores}
+            content = {"setting": asdict(setting), "set": job.chosen.name, "cut": job.chosen.cut, "scores": scores}
             store.write(job.key(setting), json.dumps(content).encode())
             on_scored(setting, job.chosen, scores)
 
@@ -135,7 +136,7 @@ def _scores(job: ScoreJob, device: torch.device) -> list[Scores]:
     for model in models:
         prepare_model(model, ExecutionConfig(job.precision), device, keep_freed_memory=False)
     pooled = [FlowMetrics() for _ in models]
-    evaluation = EvaluationSet(Manifest.load(job.manifest_url), job.chosen.subset, job.chosen.limit)
+    evaluation = job.chosen.build(Manifest.load(job.manifest_url))
     shared = SharedFeatures(models)
     for sample in read_ahead(evaluation[number] for number in range(len(evaluation))):
         for model, metrics in zip(shared.each(), pooled, strict=True):

@@ -233,10 +233,11 @@ class SweepConfig(Frozen):
             if self.objective.set_name not in [one.name for one in chosen]:
                 raise ValueError(f"{phase}.validation lacks {self.objective.set_name}, the objective; add it")
         name = self.objective.set_name
-        if len(limits := {one.limit for _, chosen in self._validated for one in chosen if one.name == name}) > 1:
+        cuts = {one.cut: None for _, chosen in self._validated for one in chosen if one.name == name}
+        if len(cuts) > 1:
             raise ValueError(
-                f"probe.validation and tune.stage.validation limit {name}, the objective, to different pairs "
-                f"({', '.join(map(str, limits))}), so their figures cannot be compared; give both the same limit"
+                f"probe.validation and tune.stage.validation hold different pairs of {name}, the objective "
+                f"({' / '.join(cut or 'all' for cut in cuts)}), so their figures cannot be compared; give both the same"
             )
         self._check_space()
         return self
@@ -347,5 +348,5 @@ class SweepConfig(Frozen):
 
 def image_sizes(manifest: Manifest, chosen: SetConfig) -> set[tuple[int, int]]:
     """The sizes (height, width) of a set's images, in pixels."""
-    entries = (manifest.samples[int(number)] for number in manifest.select(chosen.subset)[: chosen.limit])
+    entries = (manifest.samples[int(number)] for number in chosen.indices(manifest))
     return {(entry.height, entry.width) for entry in entries}

@@ -7,8 +7,10 @@ from pipelines.errors import PipelineError
 from pipelines.sweeping.config import SweepConfig
 from pipelines.training.launch import room_for_workers
 
-# Memory of a trial's driver together with Ray Train's controller, which runs on the same node.
+# Memory of a trial's driver together with Ray Train's controller, which runs on the same node; and of what is there
+# once: the sweep's own driver, Ray's head and its dashboard.
 _DRIVER_BYTES = 2**30
+_ONCE_BYTES = 2 * 2**30
 
 
 def check_room(config: SweepConfig, nodes: Nodes) -> None:
@@ -30,7 +32,19 @@ def check_room(config: SweepConfig, nodes: Nodes) -> None:
 
 def drivers_at_once(node: Mapping[str, float]) -> int:
     """How many trials' drivers fit into the memory of a node with these resources; at least one."""
-    return max(1, int(node.get("memory", 0) // _DRIVER_BYTES))
+    return max(1, int((node.get("memory", 0) - _ONCE_BYTES) // _DRIVER_BYTES))
+
+
+def told_of_drivers(config: SweepConfig, nodes: Nodes, own: Mapping[str, float]) -> str:
+    """A line if fewer trials run at once than the cluster has room for, or `tune.max_concurrent` says; else empty."""
+    wanted, fitting = concurrent_trials(config, nodes), drivers_at_once(own)
+    if fitting >= wanted:
+        return ""
+    return (
+        f"runs {fitting} trial(s) at once, not {wanted}: their drivers run on this node, which has "
+        f"{own.get('memory', 0) / 2**30:.1f} GiB for Ray; each takes {_DRIVER_BYTES / 2**30:g} GiB, and "
+        f"{_ONCE_BYTES / 2**30:g} GiB are left to what is there once"
+    )
 
 
 def concurrent_trials(config: SweepConfig, nodes: Nodes) -> int:

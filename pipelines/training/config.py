@@ -7,11 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
+import numpy.typing as npt
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from datasets_etl.augment import AugmentConfig
 from datasets_etl.cache import SampleCache
+from datasets_etl.loader import EvaluationSet, MixturePart
+from datasets_etl.manifest import Manifest
 from gmflow import GMFlowConfig
 from gmflow.execution import ExecutionConfig, Precision
 from pipelines.config_file import Frozen, RunName, Seed, spelt
@@ -35,14 +39,49 @@ class ModelConfig(Frozen):
         return GMFlowConfig.from_dict(variant.to_dict() | self.model_dump(exclude={"variant"}, exclude_none=True))
 
 
-class PartConfig(Frozen):
+class SubsetConfig(Frozen):
+    """Samples of a dataset.
+
+    Attributes:
+        data: name of the dataset in the config.
+        subset: one of its subsets.
+        only: patterns of samples' names, such as "alley_*"; samples that match none of them are left out.
+        without: patterns of the names of samples that are left out, to validate on them.
+    """
+
+    data: str
+    subset: str
+    only: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+    @pydantic.model_serializer(mode="wrap")
+    def _patterns_if_any(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without patterns, this is what versions wrote that had none: hashes of their stages stay the same."""
+        content: dict[str, Any] = dump(self)
+        return {name: value for name, value in content.items() if value or name not in ("only", "without")}
+
+    @property
+    def set_name(self) -> str:
+        """Such as "sintel/training-clean"."""
+        return f"{self.data}/{self.subset}"
+
+    @property
+    def patterns(self) -> str:
+        """Which part of the subset the patterns choose, such as "only alley_*"; empty if there are none."""
+        told = [f"{word} {', '.join(patterns)}" for word in ("only", "without") if (patterns := getattr(self, word))]
+        return "; ".join(told)
+
+    def indices(self, manifest: Manifest) -> npt.NDArray[np.int64]:
+        """Numbers of its samples in the dataset's manifest. Raises DataError if there are none."""
+        return manifest.select(self.subset, only=self.only, without=self.without)
+
+
+class PartConfig(SubsetConfig):
     """A part of a stage's mixture: a subset of a dataset, how often an epoch repeats it, and how it is augmented.
 
     Scales are log2, as in the paper's recipe; flips are probabilities.
     """
 
-    data: str
-    subset: str
     repeats: PositiveInt = 1
     min_log2_scale: float = 0.0
     max_log2_scale: float = 0.0
@@ -55,14 +94,16 @@ class PartConfig(Frozen):
             raise ValueError(f"min_log2_scale {self.min_log2_scale} is above max_log2_scale {self.max_log2_scale}")
         return self
 
-    def augmentation(self, crop: tuple[int, int]) -> AugmentConfig:
-        return AugmentConfig(
+    def build(self, manifest: Manifest, crop: tuple[int, int]) -> MixturePart:
+        """The part, its samples cut to `crop` (height, width)."""
+        augmentation = AugmentConfig(
             crop=crop,
             min_log2_scale=self.min_log2_scale,
             max_log2_scale=self.max_log2_scale,
             hflip=self.hflip,
             vflip=self.vflip,
         )
+        return MixturePart(manifest, self.subset, self.repeats, augmentation, self.only, self.without)
 
 
 def _no_alias_of_the_registry(name: str) -> str:
@@ -72,17 +113,33 @@ def _no_alias_of_the_registry(name: str) -> str:
     return name
 
 
-class SetConfig(Frozen):
+class SetConfig(SubsetConfig):
     """A validation set: a subset of a dataset, or its first `limit` samples."""
 
-    data: str
-    subset: str
     limit: PositiveInt | None = None
 
     @property
     def name(self) -> str:
         """The name of the set in metrics, such as "sintel/training-clean"."""
-        return f"{self.data}/{self.subset}"
+        return self.set_name
+
+    @property
+    def cut(self) -> str:
+        """Which part of the subset this is, such as "only alley_*; first 8 pairs"; empty if it is the whole."""
+        first = "" if self.limit is None else f"first {self.limit} pairs"
+        return "; ".join(filter(None, [self.patterns, first]))
+
+    def indices(self, manifest: Manifest) -> npt.NDArray[np.int64]:
+        return super().indices(manifest)[: self.limit]
+
+    def build(
+        self, manifest: Manifest, *, at_most: int | None = None, cache: SampleCache | None = None
+    ) -> EvaluationSet:
+        """Its samples, or the first `at_most` of them."""
+        limits = [limit for limit in (self.limit, at_most) if limit is not None]
+        return EvaluationSet(
+            manifest, self.subset, min(limits, default=None), cache, only=self.only, without=self.without
+        )
 
 
 def check_named_once(sets: Sequence[SetConfig], whose: str) -> None:
@@ -170,7 +227,11 @@ class StageConfig(Frozen):
             )
 
     def recipe(self) -> dict[str, Any]:
-        """The part of the config that determines the weights."""
+        """The part of the config that determines the weights.
+
+        It is hashed, so a field that is added later must not appear here as long as it has its default: otherwise
+        nothing that earlier versions trained is found again.
+        """
         watched = {"validation", "validate_every", "checkpoint_every", "keep_last", "keep_best", "log_every", "gates"}
         watched.add("max_skipped_in_a_row")  # it may end a stage, but changes no weight
         return self.model_dump(mode="json", exclude=watched)

@@ -1,5 +1,6 @@
 """`curriculum.py --dry-run`: the resolved config, and the time and memory that every stage would take."""
 
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import yaml
@@ -11,8 +12,8 @@ from pipelines.training.checkpoints import CheckpointStore
 from pipelines.training.config import CurriculumConfig, StageConfig
 from pipelines.training.display import output
 from pipelines.training.estimate import TooLargeError, estimate
-from pipelines.training.launch import weights_are_pinned
-from pipelines.training.plan import StagePlan, plan_curriculum
+from pipelines.training.launch import moved_start, weights_are_pinned
+from pipelines.training.plan import StagePlan, learned_pairs, new_beside, plan_curriculum
 
 
 def show_dry_run(config: CurriculumConfig) -> None:
@@ -32,7 +33,7 @@ def show_dry_run(config: CurriculumConfig) -> None:
     start = config.init_from or "random weights"
     for plan in plans:
         stage = plan.stage
-        samples = sum(len(plan.manifests[part.data].select(part.subset)) * part.repeats for part in stage.mixture)
+        samples = sum(len(part.indices(plan.manifests[part.data])) * part.repeats for part in stage.mixture)
         print(f"stage={stage.name} measuring a step on one worker", flush=True)
         time, memory = _cost(config, stage)
         table.add_row(
@@ -53,8 +54,37 @@ def show_dry_run(config: CurriculumConfig) -> None:
         "computing: steps × the time of one, measured just now on one worker of this Ray, without reading, validation "
         "and the workers' meeting; empty where this Ray has no room for a worker, or measuring took too long"
     )
+    for told in (*_beginnings(config, plans), *_learned(config, plans)):
+        print(told)
     for name, claim in standing_claims({f"stage {plan.stage.name}": plan.folder for plan in plans}).items():
         print(f"{name}: claimed by {claim}; the same command is refused as long as that lives")
+
+
+def _beginnings(config: CurriculumConfig, plans: Sequence[StagePlan]) -> Iterator[str]:
+    """What a person may not expect of how the stages begin."""
+    if moved := moved_start(plans[0].folder, config.init_from, config.mlflow.tracking_uri):
+        yield f"stage {plans[0].stage.name} {moved}"
+    for plan in plans:
+        if new := new_beside(plan):
+            yield f"stage {plan.stage.name} {new}"
+
+
+def _learned(config: CurriculumConfig, plans: Sequence[StagePlan]) -> Iterator[str]:
+    """A line for each decision that compares models by pairs that they were trained on."""
+    promotion = [] if config.promotion is None else [("promotion", config.promotion)]
+    for number, plan in enumerate(plans):
+        if plan.stage not in config.selected_stages:
+            continue
+        mixtures = [part for before in plans[: number + 1] for part in before.stage.mixture]
+        sets = {chosen.name: chosen for chosen in plan.stage.validation}
+        for purpose, metric in [*plan.stage.compared, *promotion]:
+            chosen = sets[metric.set_name]
+            if learned := learned_pairs(mixtures, chosen, plan.manifests):
+                pairs = len(chosen.indices(plan.manifests[chosen.data]))
+                yield (
+                    f"{purpose} compares stage {plan.stage.name} by {metric.name}: it has trained on {learned:,} of "
+                    f"these {pairs:,} pairs by then (to hold pairs out: without, in mixtures)"
+                )
 
 
 def _cost(config: CurriculumConfig, stage: StageConfig) -> tuple[str, str]:

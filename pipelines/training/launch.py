@@ -28,7 +28,7 @@ from gmflow import GMFlow, load_weights, save_weights
 from pipelines.cluster import Nodes, listed, nodes, slots
 from pipelines.entry import last_line
 from pipelines.errors import LASTING_ERRORS, USER_ERRORS, PipelineError
-from pipelines.references import fetch_weights, telling
+from pipelines.references import fetch_weights, has_moved, telling
 from pipelines.training import state
 from pipelines.training.checkpoints import INITIAL_WEIGHTS, CheckpointStore
 from pipelines.training.config import MachineConfig, ModelConfig
@@ -49,6 +49,16 @@ _SLOW_START_S = 180.0
 def weights_are_pinned(folder: ObjectStore) -> bool:
     """Whether a stage's folder already holds its initial weights."""
     return folder.size(_INITIAL_SOURCE) is not None
+
+
+def moved_start(folder: ObjectStore, reference: str | None, tracking_uri: str | None) -> str:
+    """A line if a stage's initial weights are no longer what the reference stands for; empty otherwise."""
+    if reference is None or not weights_are_pinned(folder):
+        return ""
+    pinned = folder.read(_INITIAL_SOURCE).decode()
+    if not has_moved(reference, pinned, tracking_uri):
+        return ""
+    return f"starts from {pinned}, what {reference} was when it began; another name= starts from what it is now"
 
 
 def beginning_of(folder: ObjectStore) -> str:

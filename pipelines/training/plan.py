@@ -1,15 +1,17 @@
 """What a curriculum will do: its stages, what determines their weights, and where the files of each are."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from datasets_etl.manifest import Manifest
-from datasets_etl.storage import ObjectStore, open_store
+from datasets_etl.storage import ObjectStore, open_store, split_url
 from pipelines.errors import PipelineError
 from pipelines.lasting import lasting_store
-from pipelines.training.config import CurriculumConfig, MetricConfig, StageConfig
+from pipelines.training.config import CurriculumConfig, MetricConfig, PartConfig, SetConfig, StageConfig, SubsetConfig
+from pipelines.training.launch import weights_are_pinned
 from pipelines.training.stage import StageJob
 
 FINAL_WEIGHTS = "final.safetensors"
@@ -104,6 +106,19 @@ class StagePlan:
         )
 
 
+def new_beside(plan: StagePlan) -> str:
+    """A line if a stage is about to begin where a stage of the same name has begun with another hash; else empty."""
+    if weights_are_pinned(plan.folder):
+        return ""
+    store, own = split_url(plan.folder.url)
+    prefix = own.removesuffix(plan.hash)
+    folders = {found.key.partition("/")[0] for found in store.walk(prefix)} - {own}
+    others = sorted(name for name in folders if re.fullmatch(r"[0-9a-f]{12}", name.removeprefix(prefix)))
+    if not others:
+        return ""
+    return f"is new: recipe, data, model, seed or start are not those of {', '.join(others)}, which is left as it is"
+
+
 def plan_curriculum(config: CurriculumConfig) -> list[StagePlan]:
     """Plans of the stages that lead from the start to the last selected one; nothing is run.
 
@@ -129,12 +144,28 @@ def _load_manifests(config: CurriculumConfig) -> dict[str, Manifest]:
             url = config.data[part.data]
             if part.data not in manifests and url is not None:
                 manifests[part.data] = Manifest.load(url)
-            manifests[part.data].select(part.subset)
+            part.indices(manifests[part.data])
     for stage in config.selected_stages:
         promotion = [] if config.promotion is None else [("promotion", config.promotion)]
         for purpose, metric in [*stage.compared, *promotion]:
             check_measurable(purpose, metric, manifests[metric.data])
     return manifests
+
+
+def learned_pairs(mixtures: Iterable[PartConfig], chosen: SetConfig, manifests: Mapping[str, Manifest]) -> int:
+    """How many pairs of a validation set are trained on too, be it in another of the dataset's passes.
+
+    Their figures tell how well a model has learned them, and not how well it does on others.
+    """
+
+    def scenes(used: SubsetConfig) -> set[tuple[str, str]]:
+        samples = (manifests[used.data].samples[int(number)] for number in used.indices(manifests[used.data]))
+        # Sintel's training-clean and training-final show the same; Things' train-clean and val-clean do not.
+        return {(sample.subset.partition("-")[0], sample.name) for sample in samples}
+
+    version = manifests[chosen.data].version
+    learned = [scenes(part) for part in mixtures if manifests[part.data].version == version]
+    return len(scenes(chosen).intersection(set().union(*learned)))
 
 
 def check_measurable(purpose: str, metric: MetricConfig, manifest: Manifest) -> None:

@@ -83,14 +83,19 @@ class Lineage:
 
 
 def measured_on(sets: Sequence[SetConfig], data: Mapping[str, str]) -> dict[str, str]:
-    """Name of a validation set → version of its manifest; with a limit, the number of its first pairs is added.
+    """Name of a validation set → version of its manifest, and which part of it was used if that was not all.
 
     Args:
         sets: the sets that a stage is validated on.
         data: data name → manifest URL.
     """
     versions = {name: url.rpartition("/manifest-")[2].removesuffix(".json") for name, url in data.items()}
-    return {one.name: versions[one.data] + (f"[:{one.limit}]" if one.limit else "") for one in sets}
+    return {
+        one.name: versions[one.data]
+        + (f"[{one.patterns}]" if one.patterns else "")
+        + (f"[:{one.limit}]" if one.limit else "")
+        for one in sets
+    }
 
 
 def _measured_tag(name: str) -> str:

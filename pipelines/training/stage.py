@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets_etl.errors import DataError
-from datasets_etl.loader import EvaluationSet, FlowBatch, MixturePart, PositionDataset, TrainingStream
+from datasets_etl.loader import FlowBatch, PositionDataset, TrainingStream
 from datasets_etl.manifest import Manifest
 from datasets_etl.storage import PATIENCE_VARIABLE, open_store
 from gmflow import GMFlow
@@ -128,16 +128,12 @@ class _Worker:
         stage = job.stage
         cache = job.machine.cache.build() if job.machine.cache else None
         self.dataset = PositionDataset(
-            [
-                MixturePart(manifests[part.data], part.subset, part.repeats, part.augmentation(stage.crop))
-                for part in stage.mixture
-            ],
+            [part.build(manifests[part.data], stage.crop) for part in stage.mixture],
             seed=job.seed,
             cache=cache,
         )
         self.validation = {
-            chosen.name: EvaluationSet(manifests[chosen.data], chosen.subset, chosen.limit, cache)
-            for chosen in stage.validation
+            chosen.name: chosen.build(manifests[chosen.data], cache=cache) for chosen in stage.validation
         }
         self.checkpoints = CheckpointStore(open_store(job.folder))
         self.model = initial_model(self.checkpoints.folder).to(self.device)
@@ -147,6 +143,8 @@ class _Worker:
         self.writer = CheckpointWriter(self.checkpoints, KeepPolicy(stage.keep_last, best), self._warn)
         self.checkpointed = (-1, -1)  # step and validation of the newest snapshot handed to the writer
         self.looked_out = time.monotonic()
+        if cache is not None and context.get_local_rank() == 0 and (trouble := cache.trouble()):
+            self._warn(f"machine.cache keeps nothing, so every sample is read from storage each time: {trouble}")
 
     def _prepare(self) -> nn.Module:
         execution = self.job.machine.execution(self.job.precision, ddp=self.world_size > 1)

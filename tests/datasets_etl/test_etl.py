@@ -24,7 +24,7 @@ from datasets_etl.manifest import FORMAT_VERSION, Manifest, build
 from datasets_etl.shards import plan_shards, write_shard
 from datasets_etl.sources import SOURCES, SampleRef, SourceTree
 from datasets_etl.storage import FileStore, open_store
-from datasets_etl.synthetic import synthetic_pair
+from datasets_etl.synthetic import synthetic_pair, write_dataset
 from tests.waiting import WAIT_SECONDS
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -499,6 +499,25 @@ def test_a_missing_manifest_says_how_to_get_one(tmp_path):
 def test_a_missing_subset_names_those_there_are(sharded_chairs: EtlResult):
     with pytest.raises(DataError, match="no subset 'trian'; it has train, val"):
         Manifest.load(sharded_chairs.manifest_url).select("trian")
+
+
+def test_patterns_choose_among_the_samples_of_a_subset(local_ray, tmp_path):
+    write_dataset("sintel", tmp_path / "raw", pairs=6, height=48, width=64, seed=1)
+    manifest = Manifest.load(run_etl("sintel", str(tmp_path / "raw"), str(tmp_path / "shards")).manifest_url)
+
+    def chosen(**patterns: list[str]) -> list[str]:
+        return [manifest.samples[n].name for n in manifest.select("training-final", **patterns)]
+
+    every = chosen()
+    assert every == [f"scene_000{scene}_frame_000{frame}" for scene in range(3) for frame in (1, 2)]
+    first = every[:2]
+    assert chosen(only=["scene_0000*"]) == first
+    assert chosen(without=["scene_0000*"]) == [name for name in every if name not in first]
+    assert chosen(only=["*_frame_0001", "scene_0000*"], without=["*_frame_0001"]) == first[1:]
+    with pytest.raises(DataError, match=r"no sample of training-final matches 'alley\*'; names are such as scene_0000"):
+        chosen(without=["alley*"])
+    with pytest.raises(DataError, match="leaves no sample of training-final"):
+        chosen(without=["*"])
 
 
 def test_every_source_goes_through(samples, format_samples, tmp_path):

@@ -895,6 +895,19 @@ def test_a_sets_own_subset_and_the_limit_hold(manifests):
     assert len(pipelines.evaluate.chosen_sets(sets[:1], None, None)["sintel/training-clean"]) == 6
 
 
+def test_pairs_are_chosen_by_name(call, weights, manifests, tmp_path):
+    command = (pipelines.evaluate, "--model", weights, "--data", f"{manifests['sintel']}#training-clean")
+    output = tmp_path / "scores"
+    code, *_ = call(
+        *command, "--only", "scene_0000*", "--only", "scene_0001*", "--without", "*1_frame_0002", "--output", output
+    )
+    assert code == 0
+    assert sorted(path.stem for path in output.glob("*.png")) == [
+        f"training-clean_scene_{rest}" for rest in ("0000_frame_0001", "0000_frame_0002", "0001_frame_0001")
+    ]
+    assert_one_line(call(*command, "--only", "alley_*"), "no sample of training-clean matches 'alley_*'")
+
+
 def test_a_set_that_is_given_twice_would_count_twice(manifests):
     once = f"{manifests['sintel']}#training-clean"
     with pytest.raises(PipelineError, match="training-clean: sintel/training-clean holds its pairs too"):

@@ -10,12 +10,14 @@ import ray
 import torch
 import yaml
 
+from datasets_etl.manifest import Manifest, SampleEntry, ShardEntry
 from gmflow import GMFlowError
 from pipelines.config_file import load_config
 from pipelines.errors import PipelineError
 from pipelines.training import dry_run
 from pipelines.training import estimate as estimating
-from pipelines.training.config import CurriculumConfig
+from pipelines.training.config import CurriculumConfig, PartConfig, SetConfig
+from pipelines.training.plan import learned_pairs
 from tests.conftest import ROOT
 
 CONFIGS = ROOT / "pipelines" / "configs"
@@ -71,6 +73,65 @@ def test_the_ready_configs_are_the_papers_recipe(file, variant):
         "kitti": (-0.3, 0.5, 0.5, 0.0),
         "hd1k": (-0.5, 0.2, 0.5, 0.0),
     }
+
+
+@pytest.mark.parametrize(("variant", "known"), [("base", "afb2db5e6651"), ("refine", "15edde0b881f")])
+def test_what_earlier_versions_trained_is_still_found(variant, known):
+    """A folder is named by this hash: with another one, an update of the code would train finished stages again."""
+    config = load_config(CurriculumConfig, str(CONFIGS / f"curriculum_{variant}.yaml"), URLS)
+    parent = "random"
+    for stage in config.chain:
+        parent = config.stage_hash(stage, dict.fromkeys(config.data, "v1"), parent)
+    assert parent == known
+
+
+def test_pairs_that_are_held_out_decide_the_weights(small, load):
+    def hashed(*overrides: str) -> str:
+        config = load(small, *overrides)
+        return config.stage_hash(config.stages[0], {"chairs": "v1"}, "random")
+
+    held_out = [hashed(f"stages.0.mixture.0.{name}=['0001*']") for name in ("only", "without")]
+    assert len({hashed(), *held_out}) == 3
+
+
+SCENES = {
+    "sintel": ("training-clean", "training-final", "alley_1_frame_0001", "alley_1_frame_0002", "cave_2_frame_0001"),
+    "things": ("train-clean", "val-clean", "into_future_A_0000_0006", "into_future_A_0001_0006"),
+}
+
+
+@pytest.mark.parametrize(
+    ("mixture", "chosen", "learned"),
+    [
+        ([{"data": "sintel", "subset": "training-final"}], {"data": "sintel", "subset": "training-final"}, 3),
+        (
+            [{"data": "sintel", "subset": "training-clean"}],
+            {"data": "sintel", "subset": "training-final", "limit": 2},
+            2,
+        ),
+        (
+            [{"data": "sintel", "subset": subset, "without": ["alley_*"]} for subset in SCENES["sintel"][:2]],
+            {"data": "sintel", "subset": "training-final", "only": ["alley_*"]},
+            0,
+        ),
+        (
+            [
+                {"data": "things", "subset": "train-clean"},
+                {"data": "sintel", "subset": "training-clean", "only": ["c*"]},
+            ],
+            {"data": "sintel", "subset": "training-final"},
+            1,
+        ),
+        ([{"data": "things", "subset": "train-clean"}], {"data": "things", "subset": "val-clean"}, 0),
+    ],
+)
+def test_pairs_that_were_trained_on_are_counted_in_every_pass(mixture, chosen, learned):
+    manifests = {}
+    for name, (first, second, *names) in SCENES.items():
+        samples = [SampleEntry(f"{part}_{one}", part, 0, 1, 0, 8, 8, 0) for part in (first, second) for one in names]
+        manifests[name] = Manifest(name, (ShardEntry(name, 1, "", tuple(samples)),))
+    parts = [PartConfig(**part) for part in mixture]
+    assert learned_pairs(parts, SetConfig(**chosen), manifests) == learned
 
 
 def test_overrides_reach_sections_and_stages_by_name_or_number(small, load):

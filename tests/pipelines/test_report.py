@@ -19,10 +19,9 @@ import torch
 from datasets_etl.synthetic import synthetic_pair
 from gmflow import GMFlowConfig
 from gmflow.metrics import FlowMetrics
-from pipelines.evaluate import to_json
 from pipelines.gallery import Gallery, card_pictures
 from pipelines.published import published_figures
-from pipelines.report_page import Curve, Report, Table, figure_cell, scene_tables, worst_pairs
+from pipelines.report_page import Curve, Report, Table, figure_cell, scene_tables, without_nan, worst_pairs
 from pipelines.training.validation import Scored
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -308,4 +307,4 @@ def test_what_is_not_finite_is_the_worst_of_all(wrong: float):
     gallery.offer(3, without_truth(3))
     (card,) = gallery.cards()
     assert not math.isfinite(card.figures["epe"])
-    assert to_json(card.figures)["epe"] is None
+    assert without_nan(card.figures)["epe"] is None

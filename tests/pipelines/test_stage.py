@@ -59,7 +59,7 @@ class Trained:
 @pytest.fixture
 def begin(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trained]:
     """The tiny curriculum's first stage, about to train, each time in a storage of its own."""
-    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    context = SimpleNamespace(get_world_rank=lambda: 0, get_local_rank=lambda: 0, get_world_size=lambda: 1)
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
     monkeypatch.setattr(ray.train, "report", lambda metrics: None)
     monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None)
@@ -105,6 +105,29 @@ def test_all_that_is_in_the_recipe_decides_the_weights_and_nothing_else(begin, t
     assert set(begin().config.stages[0].recipe()) == set(RECIPE)
 
 
+def test_pairs_that_are_held_out_are_not_trained_on_and_those_alone_validate(begin):
+    worker = begin(
+        "stages.chairs.mixture=[{data: chairs, subset: train, without: ['*1']}]",
+        "stages.chairs.validation=[{data: chairs, subset: train, only: ['*1'], limit: 3}]",
+        "promotion=null",
+    ).worker
+    (trained,), validated = worker.dataset.selections, worker.validation["chairs/train"]
+    samples = validated.manifest.samples
+    names = [samples[int(number)].name for number in (*trained, *validated.indices)]
+    assert sorted(names) == sorted(sample.name for sample in samples if sample.subset == "train")
+    assert [name.endswith("1") for name in names] == [False] * len(trained) + [True] * len(validated)
+
+
+def test_a_cache_that_keeps_nothing_is_told_once(begin, tmp_path: Path):
+    """Whoever pays for each request would notice by the bill."""
+    (tmp_path / "file").touch()
+    trained = begin(f"machine.cache={{folder: {tmp_path / 'file'}, gib: 1}}").run()
+    (told,) = [record.line for record in trained.told if record.line and "machine.cache" in record.line]
+    assert f"every sample is read from storage each time: {tmp_path / 'file'}: " in told
+    usual = begin(f"machine.cache={{folder: {tmp_path / 'cache'}, gib: 1}}").run()
+    assert not [record.line for record in usual.told if record.line and "machine.cache" in record.line]
+
+
 def test_the_recipe_is_all_but_what_is_watched(begin):
     watched = {"validation", "validate_every", "checkpoint_every", "keep_last", "keep_best", "log_every", "gates"}
     chosen = begin().config.stages[0]
@@ -113,7 +136,8 @@ def test_the_recipe_is_all_but_what_is_watched(begin):
 
 def test_augmentation_and_execution_are_those_of_the_config():
     part = PartConfig(data="c", subset="s", min_log2_scale=-0.2, max_log2_scale=0.6, hflip=0.5, vflip=0.1)
-    assert part.augmentation((32, 48)) == AugmentConfig((32, 48), -0.2, 0.6, 0.5, 0.1)
+    manifest = Manifest("chairs", ())
+    assert part.build(manifest, (32, 48)).augmentation == AugmentConfig((32, 48), -0.2, 0.6, 0.5, 0.1)
     usual = MachineConfig(checkpointing="selective").execution("bf16", ddp=True)
     assert usual == ExecutionConfig("bf16", "selective", ddp=True, replay=True, same_bits=True)
     assert MachineConfig(compile=True).execution("fp32").replay is False

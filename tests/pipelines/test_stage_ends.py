@@ -101,6 +101,37 @@ def test_what_an_earlier_version_began_goes_on_in_the_run_it_has(tmp_path: Path)
     assert pipelines.curriculum._place_of(folder) == [folder.url]
 
 
+def test_other_weights_of_the_same_name_are_told_and_change_nothing(driver: Driver, tmp_path: Path, capsys):
+    """A finished stage that is skipped says so; nobody would look for the old weights behind it."""
+    start = tmp_path / "start.safetensors"
+    first, other = (GMFlow(ModelConfig(**driver.workplace.config["model"]).build()) for _ in range(2))
+    save_weights(first, start)
+    driver.run(f"init_from={start}")
+    driver.run(f"init_from={start}")
+    assert "when it began" not in capsys.readouterr().out
+    save_weights(other, start)
+    driver.run(f"init_from={start}")
+    told = capsys.readouterr().out
+    assert f"stage=chairs starts from {start} (sha256 " in told
+    assert f"what {start} was when it began; another name= starts from what it is now" in told
+    start.unlink()
+    driver.run(f"init_from={start}")
+    assert "when it began" not in capsys.readouterr().out
+
+
+def test_a_stage_that_begins_beside_another_of_its_name_says_so(driver: Driver, capsys):
+    """Of a curriculum of weeks, a wrong override would otherwise begin again without a word."""
+    driver.run()
+    driver.run()
+    assert " is new: " not in capsys.readouterr().out
+    (chairs,) = (driver.workplace.folder / "storage").glob("tiny-chairs-*")
+    driver.run("seed=8")
+    assert (
+        "stage=chairs is new: recipe, data, model, seed or start are not those of "
+        f"{chairs.name}, which is left as it is"
+    ) in capsys.readouterr().out
+
+
 def test_what_killed_writers_left_in_a_stages_folder_goes(driver: Driver):
     driver.run()
     (chairs,) = (driver.workplace.folder / "storage").glob("tiny-chairs-*")

@@ -33,7 +33,7 @@ from pipelines.sweeping import accuracy, cost, plots, tuning
 from pipelines.sweeping.accuracy import SharedFeatures, Weights, score_jobs
 from pipelines.sweeping.config import CostConfig, SweepConfig
 from pipelines.sweeping.cost import Cost, _allocated_on_cpu
-from pipelines.sweeping.room import check_room, concurrent_trials, drivers_at_once
+from pipelines.sweeping.room import check_room, concurrent_trials, drivers_at_once, told_of_drivers
 from pipelines.sweeping.settings import Setting, check_crop, check_size, grid_settings, padded_size
 from pipelines.sweeping.table import Row, best_settings, mark_front, to_csv, to_json
 from pipelines.sweeping.tracking import SweepRun
@@ -163,7 +163,8 @@ def test_a_radius_larger_than_the_map_names_the_largest(radius):
         (["tune.searcher=random"], "trials is missing"),
         (["tune.space.peak_lr={low: 1e-5, high: 1e-4}"], "a grid needs values"),
         (["tune.stage.validate_every=30"], "asha stops nothing"),
-        (["tune.stage.validation=[{data: chairs, subset: val, limit: 2}]"], "limit chairs/val, the objective, to diff"),
+        (["tune.stage.validation=[{data: chairs, subset: val, limit: 2}]"], r"of chairs/val.*\(all / first 2 pairs\)"),
+        (["tune.stage.validation=[{data: chairs, subset: val, only: ['0*']}]"], r"of chairs/val.*\(all / only 0\*\)"),
         (["seed=9223372036854775808"], "seed"),
         (
             ["tune.stage.gates=[{data: chairs, subset: val, metric: epe, below: 5}]"],
@@ -187,7 +188,10 @@ def test_the_ready_configs_are_valid(file):
     urls = [f"data.{name}=URL" for name in ("sintel", "things", "kitti", "chairs")]
     config = load_config(SweepConfig, str(ROOT / "pipelines" / "configs" / file), [*urls, "weights=w.pth"])
     assert config.tune is not None
+    held_out = {(part.data, part.without) for part in config.tune.stage.mixture if part.without}
+    assert {(chosen.data, chosen.only) for chosen in config.tune.stage.validation if chosen.only} == held_out
     if config.probe is not None:
+        assert {(chosen.data, chosen.only) for chosen in config.probe.validation} == held_out
         assert config.reference == Setting((2, 8), (-1, 4), (-1, 1))
         assert config.reference in config.probed
 
@@ -505,8 +509,16 @@ def test_a_sweep_goes_on_with_what_its_alias_was_when_it_began(tracked, tmp_path
 
 
 def test_as_many_trials_run_as_their_drivers_fit_beside_the_sweeps():
-    assert drivers_at_once({"CPU": 0.0, "memory": 5.9 * 2**30}) == 5
+    assert drivers_at_once({"CPU": 0.0, "memory": 7.9 * 2**30}) == 5
     assert drivers_at_once({"memory": 2.0**29}) == 1
+
+
+def test_fewer_trials_at_once_than_asked_for_are_told(tree, load):
+    config = load(tree, "tune.max_concurrent=4")
+    cluster = [{"CPU": 8.0}]
+    assert told_of_drivers(config, cluster, {"memory": 6.0 * 2**30}) == ""
+    told = told_of_drivers(config, cluster, {"memory": 5.9 * 2**30})
+    assert told.startswith("runs 3 trial(s) at once, not 4: their drivers run on this node, which has 5.9 GiB")
 
 
 def test_a_sweep_continued_with_more_trials_is_the_same_in_mlflow(tracked, tmp_path):
