@@ -319,10 +319,12 @@ class S3Store:
 
     def read(self, key: str, size: int | None = None) -> bytes:
         with self._errors(key):
+            _s3()  # waits for credentials by itself: within what is tried again, it would wait twice as long
             return self._get(key, size)
 
     def read_range(self, key: str, offset: int, length: int) -> bytes:
         with self._errors(key):
+            _s3()
             return self._get_range(key, offset, length)
 
     def write(self, key: str, data: bytes) -> None:

@@ -151,6 +151,7 @@ class _Keeper:
         self._claim = _own_claim()
         self._ended = threading.Event()
         self._asked, self._looked = threading.Event(), threading.Event()
+        self._silent = False  # storage did not answer somebody who asked, and has not since
         self._renewed = _awake_or_asleep_s()
         for folder in folders.values():
             self._write(folder)
@@ -158,13 +159,15 @@ class _Keeper:
         self._thread.start()
 
     def is_held(self) -> bool:
-        """Whether no other driver has taken the claim over. If it was not renewed lately, it is now, in a moment: while
-        storage is down, nobody takes it over.
+        """Whether no other driver has taken the claim over.
+
+        If it was not renewed lately, it is now, in a moment. While storage is down, nobody takes it over; then only the
+        first who asks waits for that moment.
         """
-        if self.lost is None and _awake_or_asleep_s() - self._renewed > _SURE_S:
+        if self.lost is None and not self._silent and _awake_or_asleep_s() - self._renewed > _SURE_S:
             self._looked.clear()
             self._asked.set()
-            self._looked.wait(_ANSWERED_S)
+            self._silent = not self._looked.wait(_ANSWERED_S)
         return self.lost is None
 
     def release(self) -> None:
@@ -183,10 +186,11 @@ class _Keeper:
             pause = _RENEWAL_S
             self._claim = replace(self._claim, renewed=self._claim.renewed + 1)
             self._renew_all()
+            self._silent = False
             self._looked.set()
         for folder in self._folders.values():
             with contextlib.suppress(DataError):
-                if self._other(folder) is None:
+                if self._is_own(_read(folder)):
                     folder.delete(CLAIM)
 
     def _renew_all(self) -> None:
@@ -201,17 +205,21 @@ class _Keeper:
             self._renewed = begun
 
     def _renew(self, name: str, folder: ObjectStore) -> None:
-        if (other := self._other(folder)) is None:
-            self._write(folder)
+        found = _read(folder)
+        if self._is_own(found):
+            if not self._ended.is_set():  # another attempt of this process may look for a claim by now
+                self._write(folder)
         elif self.lost is None:
-            self.lost = PipelineError(f"{name}: {other} has taken it over, and goes on with it: this one is ended")
+            # Who took over writes its own claim at once, and deletes it when it ends.
+            done = (
+                f"{found} has taken it over, and goes on with it" if found else "another driver took it over and ended"
+            )
+            self.lost = PipelineError(f"{name}: {done}: this one is ended")
             if signal.getsignal(_LOST) is signal.default_int_handler and not self._ended.is_set():
                 signal.pthread_kill(threading.main_thread().ident or 0, _LOST)
 
-    def _other(self, folder: ObjectStore) -> Claim | None:
-        """The claim that has replaced this one; None if none has."""
-        found = _read(folder)
-        return None if found is None or found.token == self._claim.token else found
+    def _is_own(self, found: Claim | None) -> bool:
+        return found is not None and found.token == self._claim.token
 
     def _write(self, folder: ObjectStore) -> None:
         folder.write(CLAIM, json.dumps(asdict(self._claim)).encode())

@@ -174,7 +174,8 @@ def _run_stage(
             metrics = final_weights(last, config.model, weights)
             plan.folder.upload(weights, FINAL_WEIGHTS)
             _check_gates(stage, metrics)
-            run.held()  # a driver that was taken over is interrupted here
+            if not run.held():
+                raise PipelineError(f"stage {stage.name}: another driver has taken it over; this one registers nothing")
             version = run.patience(
                 registry.register,
                 run.client,

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import psutil
+
 
 def this_machine() -> str:
     """Identifies this boot of this machine and the PID namespace of this process; empty if they are unknown."""
@@ -20,5 +22,14 @@ def start_time(pid: int) -> str:
     try:
         state, *_, started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:20]
     except OSError:
-        return ""
+        return "" if Path("/proc/self").exists() else _time_of_day(pid)
     return "" if state == "Z" else started
+
+
+def _time_of_day(pid: int) -> str:
+    """The same where the kernel has no /proc."""
+    try:
+        process = psutil.Process(pid)
+        return "" if process.status() == psutil.STATUS_ZOMBIE else str(process.create_time())
+    except psutil.Error:
+        return ""

@@ -10,6 +10,7 @@ import hashlib
 import json
 import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from rich.table import Table
 from datasets_etl.manifest import Manifest
 from datasets_etl.storage import ObjectStore, file_sha256, open_store, waiting_for_storage
 from gmflow import GMFlow, load_weights, save_weights
-from pipelines.claim import claimed
+from pipelines.claim import CLAIM, claimed
 from pipelines.config_file import load_config
 from pipelines.errors import PipelineError, command
 from pipelines.lasting import lasting_store
@@ -43,6 +44,8 @@ from pipelines.training.code_version import code_version
 from pipelines.training.config import SetConfig, shown_uri
 from pipelines.training.feed import Record
 from pipelines.training.plan import check_measurable, learned_pairs
+
+_BEGINNING = "begun.txt"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -95,8 +98,9 @@ def run_sweep(sweep: Sweep, *, retry: bool = False) -> list[Row]:
 def _run_phases(sweep: Sweep, held: Callable[[], bool], *, retry: bool) -> list[Row]:
     config = sweep.config
     _tell_if_learned(sweep)
+    begun = beginning_of_sweep(sweep.store)
     weights = keep_weights(sweep)
-    run = SweepRun(config, weights, sweep.manifests, sweep.view.say, held)
+    run = SweepRun(config, weights, sweep.manifests, sweep.view.say, held, begun)
     sweep.view.say(f"MLflow: {tracking.run_link(str(run.client.tracking_uri), config.mlflow.experiment, run.run_id)}")
     # From here on storage is known to exist, so an outage is waited for.
     with run.parent.running(run.run_id), waiting_for_storage(config.storage_patience_s):
@@ -115,6 +119,15 @@ def _run_phases(sweep: Sweep, held: Callable[[], bool], *, retry: bool) -> list[
     if failed and not any(row.status == "finished" for row in rows):
         raise PipelineError(f"all {len(failed)} trials failed, {failed[0].name} because: {failed[0].reason}")
     return rows
+
+
+def beginning_of_sweep(store: ObjectStore) -> str:
+    """The mark of a sweep's folder, made once; empty for a sweep that an earlier version began, without one."""
+    if store.size(_BEGINNING) is None:
+        if any(found.key != CLAIM for found in store.walk()):
+            return ""
+        store.write(_BEGINNING, uuid.uuid4().hex.encode())
+    return store.read(_BEGINNING).decode()
 
 
 def keep_weights(sweep: Sweep) -> Weights | None:

@@ -32,6 +32,8 @@ class SweepRun:
     Args:
         config, weights, manifests: those of the sweep.
         tell, held: see `ParentRun`.
+        begun: tells this sweep from one of the same config on other storage, or whose folder was deleted: their curves
+            are other runs'. Empty for one that an earlier version began.
     """
 
     def __init__(
@@ -41,11 +43,12 @@ class SweepRun:
         manifests: Mapping[str, Manifest],
         tell: Callable[[str], None],
         held: Callable[[], bool] = lambda: True,
+        begun: str = "",
     ) -> None:
         self.client = tracking.connect(config.mlflow.tracking_uri)
-        content = json.dumps(_identity(config, weights, manifests), sort_keys=True)
+        content = json.dumps(_identity(config, weights, manifests) + [begun] * bool(begun), sort_keys=True)
         key = f"sweep/{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-        self._name = config.name
+        self._prefix = f"sweep/{config.name}/{begun}/" if begun else f"sweep/{config.name}/"
         self.parent = tracking.ParentRun(self.client, config.mlflow, config.name, key, tell, held)
         self.run_id = self.parent.run_id
         self._patience = self.parent.patience
@@ -62,7 +65,7 @@ class SweepRun:
         label = f"{row.phase}/{row.name}"
         with self._lock:
             if label not in self._children:
-                run = self.parent.child(row.name, key=f"sweep/{self._name}/{row.phase}/{row.key}")
+                run = self.parent.child(row.name, key=f"{self._prefix}{row.phase}/{row.key}")
                 params = [Param(name, str(value)) for name, value in {"phase": row.phase, **row.point}.items()]
                 self._patience(self.client.log_batch, run.run_id, params=params)
                 self._patience(self.client.update_run, run.run_id, status="RUNNING")

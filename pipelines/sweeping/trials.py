@@ -143,7 +143,8 @@ def seed_points(config: SweepConfig, settings: Sequence[Setting]) -> list[Point]
 
 
 def _is_inside(point: Point, space: Mapping[str, tuple[float, ...] | RangeConfig]) -> bool:
-    return all(
+    """Whether a point is one of a space's, in exactly its dimensions."""
+    return point.keys() == space.keys() and all(
         values.low <= point[name] <= values.high if isinstance(values, RangeConfig) else point[name] in values
         for name, values in space.items()
     )
@@ -163,11 +164,10 @@ def listed_points(config: SweepConfig, seeds: Sequence[Setting], known: Sequence
     Args:
         config: config of the sweep.
         seeds: settings to try first.
-        known: points of announced trials; those that are no longer in the space are left out.
+        known: points of announced trials.
     """
     assert config.tune is not None
     space = dimensions(config.tune)
-    known = [point for point in known if _is_inside(point, space)]
     if config.tune.searcher == "grid":
         values = [values for values in space.values() if not isinstance(values, RangeConfig)]
         points = [dict(zip(space, chosen, strict=True)) for chosen in itertools.product(*values)]
@@ -260,7 +260,7 @@ def announced(plan: TrialPlan) -> list[Trial]:
     for entry in store.walk():
         if entry.key.endswith(f"/{_TRIAL}"):
             content = json.loads(store.read(entry.key))
-            if set(content["point"]) == set(dimensions(plan.tune)):
+            if _is_inside(content["point"], dimensions(plan.tune)):
                 trial = plan.trial(content["point"])
                 if trial.key == content["key"]:
                     found.append((content["number"], trial))

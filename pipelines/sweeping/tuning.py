@@ -234,7 +234,7 @@ class DistinctOptuna(OptunaSearch):
             metric=OBJECTIVE,
             mode="min",
             points_to_evaluate=[{f"point/{name}": value for name, value in point.items()} for point in first],
-            seed=plan.config.seed + drawn,
+            seed=(plan.config.seed + drawn) % 2**32,  # Optuna takes no larger one
         )
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
+from mlflow.entities import LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
@@ -115,7 +116,12 @@ def register(
     The alias with the stage's name moves to the version; `champion` moves too, if the promotion rule says so.
     """
     tags = lineage.tags() | {_WEIGHTS_TAG: file_sha256(weights)}
-    version = _registered(client, model_name, run_id, tags) or _log_model(model_name, run_id, weights, tags)
+    version = _registered(client, model_name, run_id, tags)
+    if version is None:
+        # A version is made of a model that is logged first, which is not done again where only the second step failed.
+        logged = _logged(client, run_id, tags[_WEIGHTS_TAG]) or _log_model(run_id, weights, tags[_WEIGHTS_TAG])
+        with tracking.asked_once(), contextlib.redirect_stderr(io.StringIO()):
+            version = mlflow.register_model(logged, model_name, tags=tags)
     move_alias(client, model_name, lineage.stage, version.version)
     if _improves(client, model_name, lineage, promotion):
         move_alias(client, model_name, CHAMPION, version.version)
@@ -193,7 +199,20 @@ def _registered(client: MlflowClient, model_name: str, run_id: str, tags: Mappin
     return max(same, key=lambda found: int(found.version), default=None)
 
 
-def _log_model(model_name: str, run_id: str, weights: Path, tags: dict[str, str]) -> ModelVersion:
+def _logged(client: MlflowClient, run_id: str, weights_sha256: str) -> str | None:
+    """URI of the model that an earlier attempt logged, complete; None if there is none."""
+    experiments = [client.get_run(run_id).info.experiment_id]
+    models = client.search_logged_models(experiments, filter_string=f"source_run_id = '{run_id}'")
+    complete = [
+        found.model_uri
+        for found in models
+        if found.status == LoggedModelStatus.READY and found.tags.get(_WEIGHTS_TAG) == weights_sha256
+    ]
+    return complete[0] if complete else None
+
+
+def _log_model(run_id: str, weights: Path, weights_sha256: str) -> str:
+    """Log the model to a run. Returns its URI."""
     # MLflow loads what it logs, to try the example. In a driver that must take no memory of the workers' GPU.
     on_the_cpu = tracking.in_environment(_LOADED_WITH, json.dumps({"device": "cpu"}))
     # Silences MLflow: it recommends type hints (but has none for arrays) and reports its steps. Failures are raised.
@@ -203,6 +222,7 @@ def _log_model(model_name: str, run_id: str, weights: Path, tags: dict[str, str]
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={"weights": str(weights)},
             model_config={"device": "auto"},  # what may be changed when the model is loaded
+            tags={_WEIGHTS_TAG: weights_sha256},
             code_paths=[str(Path(gmflow.__file__).parent)],
             signature=_SIGNATURE,
             input_example=_example(),
@@ -211,8 +231,8 @@ def _log_model(model_name: str, run_id: str, weights: Path, tags: dict[str, str]
                 for package in ("mlflow", "numpy", "opencv-python-headless", "safetensors", "torch")
             ],
         )
-        with tracking.asked_once():
-            return mlflow.register_model(logged.model_uri, model_name, tags=tags)
+    uri: str = logged.model_uri
+    return uri
 
 
 def _example() -> list[dict[str, str]]:

@@ -134,6 +134,21 @@ def test_a_driver_that_stood_still_is_taken_over_and_ends_once_it_goes_on(folder
             assert read(folder).token == own
 
 
+def test_a_driver_that_was_taken_over_by_one_that_has_ended_ends_too(folder: ObjectStore):
+    """That one has told MLflow what this one would tell again, and perhaps finished the stage."""
+    with claimer(folder) as process:
+        process.send_signal(signal.SIGSTOP)
+        with claimed({"stage chairs": folder}, str):
+            pass
+        process.send_signal(signal.SIGCONT)
+        _, errors = output_of(process)
+        assert process.returncode == 1
+        assert errors.splitlines()[-1].endswith(
+            "stage chairs: another driver took it over and ended: this one is ended"
+        )
+        assert folder.size(CLAIM) is None
+
+
 def test_a_driver_asks_whether_it_was_taken_over_before_it_writes(folder: ObjectStore, monkeypatch):
     """Its renewal may not be due yet when it wakes."""
     monkeypatch.setattr(claim, "_FIRST_RENEWAL_S", 1000.0)
@@ -171,12 +186,30 @@ def test_storage_that_is_silent_holds_nobody_up_who_asks(folder: ObjectStore, mo
     monkeypatch.setattr(claim, "_RELEASED_S", 0.1)
     silence = threading.Event()
     with claimed({"stage chairs": folder}, pytest.fail) as held:
-        monkeypatch.setattr(type(folder), "read", lambda *_: silence.wait(WAIT_SECONDS) and b"")
+        own = folder.read(CLAIM)
+        monkeypatch.setattr(type(folder), "read", lambda *_: own if silence.wait(WAIT_SECONDS) else b"")
         monkeypatch.setattr(claim, "_SURE_S", 0.0)
         assert held()
+        monkeypatch.setattr(claim, "_ANSWERED_S", 1000.0)  # of many records, only the first waits
         assert held()
-    assert not silence.is_set()
-    silence.set()
+        assert not silence.is_set()
+        silence.set()
+        asked: list[object] = []
+        monkeypatch.setattr(type(folder), "read", lambda *_: asked.append(_) or own)
+        wait_until(lambda: held() and asked)
+
+
+def test_an_end_gives_the_claim_up_at_once(folder: ObjectStore, monkeypatch):
+    monkeypatch.setattr(claim, "_FIRST_RENEWAL_S", 1000.0)
+    monkeypatch.setattr(claim, "_RELEASED_S", WAIT_SECONDS)
+    with claimed({"stage chairs": folder}, pytest.fail):
+        pass
+    assert folder.size(CLAIM) is None
+
+
+def test_the_clock_counts_while_the_machine_is_suspended(monkeypatch):
+    monkeypatch.setattr(time, "clock_gettime", {time.CLOCK_BOOTTIME: 7.0}.__getitem__)
+    assert claim._awake_or_asleep_s() == 7.0
 
 
 def test_the_time_of_a_suspended_machine_passes_for_a_claim(folder: ObjectStore, monkeypatch):

@@ -101,6 +101,15 @@ def test_what_an_earlier_version_began_goes_on_in_the_run_it_has(tmp_path: Path)
     assert pipelines.curriculum._place_of(folder) == [folder.url]
 
 
+def test_a_driver_that_was_taken_over_registers_nothing(driver: Driver, monkeypatch):
+    """Also where no signal reaches it, as outside of the main thread."""
+    monkeypatch.setattr(pipelines.curriculum, "claimed", lambda *_: contextlib.nullcontext(lambda: False))
+    with pytest.raises(PipelineError, match=r"^stage chairs: another driver has taken it over"):
+        driver.run()
+    assert driver.ran == ["chairs"]
+    assert not driver.registered
+
+
 def test_other_weights_of_the_same_name_are_told_and_change_nothing(driver: Driver, tmp_path: Path, capsys):
     """A finished stage that is skipped says so; nobody would look for the old weights behind it."""
     start = tmp_path / "start.safetensors"

@@ -105,6 +105,7 @@ def test_a_lost_answer_makes_no_run_version_or_experiment_twice(server, tmp_path
     experiment = client.get_experiment_by_name("lost answers").experiment_id
     assert {each.info.run_id for each in client.search_runs([experiment])} == {run.run_id, stage.run_id}
     assert [each.version for each in client.search_model_versions("name = 'lost'")] == [version.version]
+    assert len(client.search_logged_models([experiment])) == 1
 
 
 def test_an_mlflow_that_answered_before_is_not_asked_first(server):
