@@ -24,7 +24,7 @@ from datasets_etl.ahead import read_ahead
 from datasets_etl.augment import AugmentConfig, augment
 from datasets_etl.cache import SampleCache
 from datasets_etl.errors import DataError
-from datasets_etl.manifest import Manifest
+from datasets_etl.manifest import Manifest, told_patterns
 from datasets_etl.order import Order, rank_positions, sample_generator
 from datasets_etl.samples import FlowSample, decode_sample
 from datasets_etl.shards import read_sample_bytes
@@ -116,6 +116,12 @@ def _reading_threads(pid: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=_READS_AHEAD, thread_name_prefix="gmflow-read")
 
 
+def told_part(only: Sequence[str], without: Sequence[str], limit: int | None) -> str:
+    """Which part of a subset is used, for people, such as "only alley_*; first 8 pairs"; empty if it is the whole."""
+    first = "" if limit is None else f"first {limit} pairs"
+    return "; ".join(filter(None, [told_patterns(only, without), first]))
+
+
 class EvaluationSet(Dataset[FlowSample]):
     """The samples of one subset in order, in full size and without augmentation.
 
@@ -139,6 +145,7 @@ class EvaluationSet(Dataset[FlowSample]):
     ) -> None:
         self.manifest = manifest
         self.subset = subset
+        self.part = told_part(only, without, limit)
         self.indices = manifest.select(subset, only=only, without=without)[:limit]
         self._cache = cache
 

@@ -176,11 +176,14 @@ class Manifest:
         for pattern, those in matched.items():
             if not those:
                 example = names[chosen[0]]
-                raise DataError(f"{self.url}: no sample of {subset} matches {pattern!r}; names are such as {example}")
+                raise DataError(
+                    f"{self.url}: no sample of {subset or 'any subset'} matches {pattern!r}; "
+                    f"names are such as {example}"
+                )
         wanted = set().union(*(matched[pattern] for pattern in only)) if only else set(chosen)
         left = wanted.difference(*(matched[pattern] for pattern in without))
         if not left:
-            raise DataError(f"{self.url}: {', '.join(without)} leaves no sample of {subset}")
+            raise DataError(f"{self.url}: {', '.join(without)} leaves no sample of {subset or 'any subset'}")
         return sorted(left)
 
     def place(self, index: int) -> tuple[ShardEntry, SampleEntry]:
@@ -195,6 +198,12 @@ class Manifest:
     def store(self) -> ObjectStore:
         """The store that contains the shards."""
         return open_store(self.url.rpartition("/")[0])
+
+
+def told_patterns(only: Sequence[str], without: Sequence[str]) -> str:
+    """The patterns of a choice among samples for people, such as "only alley_*"; empty if there are none."""
+    told = [f"{word} {', '.join(chosen)}" for word, chosen in (("only", only), ("without", without)) if chosen]
+    return "; ".join(told)
 
 
 def build(dataset: str, shards: Sequence[ShardEntry], quarantined: Mapping[str, str]) -> Manifest:

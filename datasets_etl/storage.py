@@ -183,9 +183,10 @@ class FileStore:
     def walk(self, prefix: str = "") -> Iterator[ObjectInfo]:
         found = []
         with self._errors(prefix):
-            for folder, _, names in os.walk(
+            for folder, below, names in os.walk(
                 self.root / prefix.rpartition("/")[0], onerror=_raise_unless_gone, followlinks=True
             ):
+                below[:] = [name for name in below if not _leads_back(Path(folder, name))]
                 relative = Path(folder).relative_to(self.root).as_posix()
                 for name in names:
                     key = name if relative == "." else f"{relative}/{name}"
@@ -232,6 +233,11 @@ class FileStore:
             raise DataError(f"{error.filename or self.root / key}: no such file") from None
         except OSError as error:
             raise DataError(f"{self.root / key}: {error.strerror or error}") from error
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether a folder is a link to one that it is in, so that following it would never end."""
+    return folder.is_symlink() and any(folder.samefile(parent) for parent in folder.parents)
 
 
 def _raise_unless_gone(error: OSError) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,6 +41,17 @@ def positive_number(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return value
+
+
+def local_path(text: str) -> Path:
+    """A path on this machine, for what is written as plain files; not in the folder that a job was uploaded into."""
+    from pipelines.lasting import is_uploaded
+
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is a URL; give a path on this machine")
+    if is_uploaded(str(Path(text).absolute())):
+        raise argparse.ArgumentTypeError(f"{text} lies in this job's uploaded folder, which does not last")
+    return Path(text)
 
 
 def size(text: str) -> tuple[int, int]:

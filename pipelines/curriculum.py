@@ -21,7 +21,7 @@ from datasets_etl.storage import ObjectStore, waiting_for_storage
 from pipelines import report
 from pipelines.claim import claimed
 from pipelines.config_file import load_config
-from pipelines.errors import PipelineError, command
+from pipelines.errors import PipelineError, resumable_command
 from pipelines.training import registry, tracking
 from pipelines.training.checkpoints import CheckpointStore
 from pipelines.training.code_version import code_version
@@ -276,7 +276,7 @@ def _connected(config: CurriculumConfig, arguments: argparse.Namespace) -> conte
     return connected(machine.num_workers * machine.cpus_per_worker, verbose=arguments.verbose)
 
 
-@command
+@resumable_command
 def main() -> None:
     arguments = parse_arguments()
     config = load_config(CurriculumConfig, arguments.config, arguments.overrides)

@@ -25,7 +25,7 @@ from datasets_etl.synthetic import write_dataset
 from pipelines.cluster import connected
 from pipelines.config_file import load_config
 from pipelines.curriculum import run_curriculum
-from pipelines.errors import command
+from pipelines.errors import resumable_command
 from pipelines.etl import shard_dataset
 from pipelines.frames import find_clips
 from pipelines.predict import PredictionOptions, predict_clip
@@ -170,7 +170,7 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-@command
+@resumable_command
 def main() -> None:
     argparse.ArgumentParser(description="The whole pipeline, small, without any server.").parse_args()
     began = time.monotonic()

@@ -31,8 +31,13 @@ def last_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
 
 
-def command_for(*user_errors: type[Exception]) -> Callable[[Main], Main]:
-    """Decorator for a script's `main`: user errors become one line on stderr and exit code 2, never a traceback."""
+def command_for(*user_errors: type[Exception], goes_on: bool = False) -> Callable[[Main], Main]:
+    """Decorator for a script's `main`: user errors become one line on stderr and exit code 2, never a traceback.
+
+    Args:
+        user_errors: their types.
+        goes_on: whether the same command, given again after an interruption, goes on where it was.
+    """
 
     def command(main: Main) -> Main:
         @functools.wraps(main)
@@ -45,7 +50,7 @@ def command_for(*user_errors: type[Exception]) -> Callable[[Main], Main]:
                 print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
                 sys.exit(2)
             except KeyboardInterrupt:
-                print("interrupted; the same command goes on from here", file=sys.stderr)
+                print("interrupted" + goes_on * "; the same command goes on from here", file=sys.stderr)
                 sys.exit(130)
             except BrokenPipeError:  # `… | head` closed our stdout
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

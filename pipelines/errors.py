@@ -11,3 +11,4 @@ USER_ERRORS = (PipelineError, DataError, GMFlowError)
 LASTING_ERRORS = (PipelineError, DamagedError, GMFlowError)
 
 command = command_for(*USER_ERRORS)
+resumable_command = command_for(*USER_ERRORS, goes_on=True)

@@ -30,7 +30,7 @@ from datasets_etl.storage import split_url
 from pipelines.arguments import positive
 from pipelines.cluster import connected
 from pipelines.contact_sheet import contact_sheet
-from pipelines.errors import command
+from pipelines.errors import resumable_command
 from pipelines.lasting import lasting_object, lasting_store
 
 # Progress and reports go to stderr, because stdout is for output that scripts read.
@@ -315,7 +315,7 @@ def shard(arguments: argparse.Namespace) -> None:
     print(result.manifest_url)
 
 
-@command
+@resumable_command
 def main() -> None:
     arguments = parse_arguments()
     {"shard": shard, "verify": verify, "inspect": inspect}[arguments.task](arguments)

@@ -32,7 +32,7 @@ from pipelines.arguments import device, not_negative, positive
 from pipelines.entry import first_line
 from pipelines.errors import PipelineError, command
 from pipelines.lasting import lasting_store
-from pipelines.references import resolve_model
+from pipelines.references import resolve_named
 from pipelines.report_page import without_nan
 from pipelines.scoring import Evaluation, OnScored, ScoringOptions, evaluate, evaluate_on_ray, pool
 from pipelines.training import tracking
@@ -111,7 +111,7 @@ def chosen_sets(
     """The sets to score, by unique names: dataset and subset, with the version added if that name is already taken."""
     sets: dict[str, EvaluationSet] = {}
     for reference in data:
-        url, _, own = reference.partition("#")
+        url, own = _split_subset(reference)
         manifest = Manifest.load(url)
         wanted = own or subset
         for name, other in sets.items():
@@ -122,6 +122,12 @@ def chosen_sets(
             name = f"{name}@{manifest.version}"
         sets[name] = EvaluationSet(manifest, wanted, limit, only=only, without=without)
     return sets
+
+
+def _split_subset(reference: str) -> tuple[str, str]:
+    """MANIFEST#SUBSET as two; folders may have a # in their names, manifests and subsets have none."""
+    head, mark, tail = reference.rpartition("#")
+    return (head, tail) if mark and "/" not in tail else (reference, "")
 
 
 def score_sets(
@@ -185,19 +191,20 @@ def show(scores: Scores) -> None:
     console.print(table)
 
 
-def summarised(reference: str, precision: Precision, scores: Scores) -> dict[str, Any]:
-    """The JSON object that is printed as the last line."""
+def summarised(reference: str, stands_for: str, precision: Precision, scores: Scores) -> dict[str, Any]:
+    """The JSON object that is printed as the last line. An alias moves, so what it stands for is told too."""
     sets = {
         title: {
             "data": chosen.manifest.url,
             "subset": chosen.subset,
+            **({"part": chosen.part} if chosen.part else {}),
             "pairs": len(chosen),
             "seconds_per_pair": evaluation.seconds,
             **without_nan(evaluation.pooled),
         }
         for title, (chosen, evaluation) in scores.items()
     }
-    how = {"model": reference, "precision": precision}
+    how = {"model": reference, "stands_for": stands_for, "precision": precision}
     if len(sets) == 1:
         return how | next(iter(sets.values()))
     pairs = sum(len(chosen) for chosen, _ in scores.values())
@@ -235,7 +242,8 @@ def track(client: MlflowClient, experiment: str, scores: Scores, content: dict[s
 
 
 def _log(client: MlflowClient, experiment: str, scores: Scores, content: dict[str, Any], page: str) -> None:
-    how = {name: content[name] for name in ("model", "precision")}
+    how = {name: content[name] for name in ("model", "stands_for", "precision")}
+    how |= {f"data.{title.replace('@', '_')}": _told(chosen) for title, (chosen, _) in scores.items()}
     run = tracking.start_run(client, experiment, f"evaluate {content['model']}", how)
     with tracking.run_status(client, run.info.run_id):
         for title, (_, evaluation) in scores.items():
@@ -244,7 +252,12 @@ def _log(client: MlflowClient, experiment: str, scores: Scores, content: dict[st
                     client.log_metric(run.info.run_id, f"eval/{title.replace('@', '_')}/{name}", value)
         client.log_dict(run.info.run_id, content, "metrics.json")
         client.log_text(run.info.run_id, page, report.FILE_NAME)
-    console.print(f"MLflow: {tracking.place_of(client)}, experiment {experiment}, run {run.info.run_id}")
+    console.print(f"MLflow: {tracking.place_of(client)}, experiment {experiment}, run {run.info.run_id}", markup=False)
+
+
+def _told(chosen: EvaluationSet) -> str:
+    """A set's manifest, and which part of it was scored if that was not all."""
+    return f"{chosen.manifest.url} ({chosen.part})" if chosen.part else chosen.manifest.url
 
 
 def keep_results(
@@ -258,11 +271,11 @@ def keep_results(
     """Write all figures and the report to the output, to MLflow, or to both."""
     content = detailed(summary, scores)
     facts = [
-        ("model", arguments.model),
+        ("model", f"{arguments.model}: {summary['stands_for']}"),
         ("weights", weights_digest(model)),
         ("configuration", ", ".join(f"{name} {value}" for name, value in model.config.to_dict().items())),
         ("precision", arguments.precision),
-        *((f"data {name}", chosen.manifest.url) for name, (chosen, _) in scores.items()),
+        *((f"data {name}", _told(chosen)) for name, (chosen, _) in scores.items()),
         ("code", code_version()),
     ]
     pairs = sum(len(chosen) for chosen, _ in scores.values())
@@ -272,7 +285,7 @@ def keep_results(
     if output is not None:
         output.write("metrics.json", json.dumps(content, indent=1).encode())
         output.write(report.FILE_NAME, page.encode())
-        console.print(f"metrics, report and pictures: {output.url}")
+        console.print(f"metrics, report and pictures: {output.url}", markup=False)
     if client is not None:
         track(client, arguments.track, scores, content, page)
 
@@ -281,14 +294,14 @@ def keep_results(
 def main() -> None:
     arguments = parse_arguments()
     sets = chosen_sets(arguments.data, arguments.subset, arguments.limit, arguments.only, arguments.without)
-    model = resolve_model(arguments.model)
+    model, stands_for = resolve_named(arguments.model)
     if not arguments.ray:  # Ray tasks prepare their own copy
         prepare_model(model, ExecutionConfig(arguments.precision, replay=True), arguments.device)
     output = lasting_store(arguments.output, "--output") if arguments.output else None
     client = tracking.connect(None) if arguments.track else None  # fails before hours of scoring, not after
     scores = score_sets(model, sets, arguments, output)
     show(scores)
-    summary = summarised(arguments.model, arguments.precision, scores)
+    summary = summarised(arguments.model, stands_for, arguments.precision, scores)
     try:
         if output is not None or client is not None:
             keep_results(arguments, model, scores, summary, output, client)

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from gmflow import GMFlow, GMFlowConfig, save_published, save_weights
 from gmflow.export import ExportedModel, check_onnx, export_model
+from pipelines.arguments import local_path
 from pipelines.errors import PipelineError, command
 from pipelines.references import resolve_model
 
@@ -33,7 +35,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write a model as other programs read it.")
     parser.add_argument("--model", required=True, help="models:/NAME@ALIAS or /VERSION, .pth, .safetensors, checkpoint")
     parser.add_argument(
-        "outputs", nargs="+", type=Path, metavar="FILE", help=f"the suffix decides: {', '.join((*WEIGHTS, *PROGRAMS))}"
+        "outputs",
+        nargs="+",
+        type=local_path,
+        metavar="FILE",
+        help=f"the suffix decides: {', '.join((*WEIGHTS, *PROGRAMS))}",
     )
     return parser.parse_args(argv)
 
@@ -78,7 +84,7 @@ def main() -> None:
             if path.suffix == ".pth" and (lost := left_out(model.config)):
                 print(f"{path}: this layout holds no windows and radii; load it with {lost}", file=sys.stderr)
         else:
-            with console.status(f"{path}: tracing and writing, some minutes"):
+            with console.status(f"{escape(str(path))}: tracing and writing, some minutes"):
                 exported = exported or export_model(model)
                 PROGRAMS[path.suffix](exported, path)
         print(path.absolute())

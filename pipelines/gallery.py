@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
@@ -39,7 +39,7 @@ class Card:
         scene: the sequence it is from.
         figures: metrics of this pair alone, named as in `FlowMetrics.compute`.
         pictures: name → WebP of at most 512 pixels in width.
-        worst: whether it was chosen for its error; otherwise it was chosen for its position in the set.
+        worst: whether its error is one of the largest of the set; others were chosen for their position in it.
     """
 
     set: str
@@ -47,7 +47,7 @@ class Card:
     scene: str
     figures: dict[str, float]
     pictures: dict[str, bytes]
-    worst: bool
+    worst: bool = False
 
 
 @dataclass
@@ -75,9 +75,9 @@ class Gallery:
         """Keep a card of sample `number` of the set, if it is to be shown."""
         figures = scored.metrics.compute()
         if number in self.regular:
-            self._regular[number] = self._card(scored, figures, worst=False)
+            self._regular[number] = self._card(scored, figures)
         elif self._is_among_the_worst(number, figures):
-            self._worst[number] = self._card(scored, figures, worst=True)
+            self._worst[number] = self._card(scored, figures)
             self._trim()
 
     def join(self, other: "Gallery") -> None:
@@ -86,9 +86,10 @@ class Gallery:
         self._trim()
 
     def cards(self) -> list[Card]:
-        """All cards, largest error first."""
-        cards = (self._regular | self._worst).values()
-        return sorted(cards, key=lambda card: badness(card.figures), reverse=True)
+        """All cards, largest error first; as many of them as are kept for their error are marked as the worst."""
+        kept = self._regular | self._worst
+        order = sorted(kept, key=lambda number: (badness(kept[number].figures), number), reverse=True)
+        return [replace(kept[number], worst=rank < self.worst) for rank, number in enumerate(order)]
 
     def _is_among_the_worst(self, number: int, figures: Mapping[str, float]) -> bool:
         if len(self._worst) < self.worst:
@@ -103,8 +104,8 @@ class Gallery:
         """Of two equal errors the later one ranks as worse, so that the cards do not depend on how a set is divided."""
         return badness(self._worst[number].figures), number
 
-    def _card(self, scored: Scored, figures: dict[str, float], *, worst: bool) -> Card:
-        return Card(self.set, scored.sample.key, scored.sample.scene, figures, card_pictures(scored), worst)
+    def _card(self, scored: Scored, figures: dict[str, float]) -> Card:
+        return Card(self.set, scored.sample.key, scored.sample.scene, figures, card_pictures(scored))
 
 
 def badness(figures: Mapping[str, float]) -> float:

@@ -17,6 +17,7 @@ from typing import get_args
 from urllib.request import url2pathname
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from datasets_etl import formats
@@ -30,7 +31,7 @@ from gmflow.weights import weights_digest
 from pipelines.arguments import device, positive, positive_number, size
 from pipelines.behind import Behind
 from pipelines.continuation import ANY_FRAME, any_frame, claim_output
-from pipelines.errors import PipelineError, command
+from pipelines.errors import PipelineError, resumable_command
 from pipelines.flow_files import FLOW_FORMATS, TRUTH_SUFFIXES, Result, Truth, no_truth, read_truth, truth_file
 from pipelines.frames import FRAME_SUFFIXES, Clip, Pair, find_clips, telling_which_file, told_size
 from pipelines.lasting import lasting_store
@@ -348,7 +349,7 @@ def options_of(arguments: argparse.Namespace) -> PredictionOptions:
     )
 
 
-@command
+@resumable_command
 def main() -> None:
     arguments = parse_arguments()
     options = options_of(arguments)
@@ -362,7 +363,7 @@ def main() -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         for clip in clips:
-            bar = progress.add_task(clip.title, total=clip.count())
+            bar = progress.add_task(escape(clip.title), total=clip.count())
             predict_clip(model, clip, output, options, kept, lambda bar=bar: progress.advance(bar))  # type: ignore[misc]
     console.print("flow and pictures:", end=" ")
     print(output.url)

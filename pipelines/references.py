@@ -19,10 +19,15 @@ _CHECKPOINT = ".pt"
 
 def resolve_model(reference: str, tracking_uri: str | None = None) -> GMFlow:
     """The trainable model of a reference, in evaluation mode. Arguments and errors are those of `fetch_weights`."""
+    return resolve_named(reference, tracking_uri)[0]
+
+
+def resolve_named(reference: str, tracking_uri: str | None = None) -> tuple[GMFlow, str]:
+    """`resolve_model`, and what the reference stands for now, see `fetch_weights`."""
     with tempfile.TemporaryDirectory(prefix="gmflow-model-") as folder:
-        path, _ = fetch_weights(reference, Path(folder), tracking_uri)
+        path, found = fetch_weights(reference, Path(folder), tracking_uri)
         with telling(reference, path):
-            return load_model(path).eval()
+            return load_model(path), found
 
 
 @contextlib.contextmanager

@@ -18,9 +18,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from rich import box
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.table import Table
 
 from datasets_etl.storage import FileStore
+from pipelines.arguments import local_path
 from pipelines.errors import PipelineError, command
 from pipelines.training import registry, tracking
 from pipelines.training.registry import CHAMPION
@@ -45,13 +47,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     task.add_argument("--alias", default=CHAMPION, help="(default: %(default)s)")
     task = tasks.add_parser("pull", help="copy weights and lineage into a folder")
     task.add_argument("reference", help="models:/NAME@ALIAS or models:/NAME/VERSION")
-    task.add_argument("folder", type=Path)
+    task.add_argument("folder", type=local_path)
     return parser.parse_args(argv)
 
 
 def list_versions(client: MlflowClient, name: str | None) -> Table:
     """A table of all versions, the newest of a model first."""
-    models = sorted(model.name for model in client.search_registered_models())
+    models = sorted(model.name for model in registry.registered_models(client))
     if name is not None and name not in models:
         raise PipelineError(f"no model {name!r} at {tracking.place_of(client)}; there is {', '.join(models) or 'none'}")
     table = Table(title=tracking.place_of(client), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -67,7 +69,7 @@ def list_versions(client: MlflowClient, name: str | None) -> Table:
                 f"{model}/{version.version}",
                 version.tags.get("stage", "?"),
                 "\n".join(aliases.get(str(version.version), [])),
-                parent,
+                escape(parent),
                 "\n".join(scores),
                 _when(version)[:10],
             )
@@ -88,7 +90,7 @@ def describe(client: MlflowClient, version: ModelVersion) -> Table:
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
     for name, value in _facts(client, version).items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     table.add_section()
     for name, value in _metrics(version).items():
         table.add_row(name, value)
@@ -106,8 +108,8 @@ def compare(client: MlflowClient, first: ModelVersion, second: ModelVersion) -> 
         values = [fact.get(name, "") for fact in facts]
         if values[0] != values[1] and name != "reference":
             lineage.add_section()
-            lineage.add_row(name, titles[0], values[0])
-            lineage.add_row("", titles[1], values[1])
+            lineage.add_row(name, titles[0], escape(values[0]))
+            lineage.add_row("", titles[1], escape(values[1]))
     scores = Table("")
     for title in (*titles, "difference"):
         scores.add_column(title, justify="right")

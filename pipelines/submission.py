@@ -30,10 +30,10 @@ from gmflow import GMFlow, Prediction, predict_batch
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import PaddingMode
 from gmflow.weights import replace_file, weights_digest
-from pipelines.arguments import device
+from pipelines.arguments import device, local_path
 from pipelines.behind import Behind
 from pipelines.continuation import claim_output
-from pipelines.errors import PipelineError, command
+from pipelines.errors import PipelineError, resumable_command
 from pipelines.flow_files import encode_kitti
 from pipelines.lasting import lasting_store
 from pipelines.references import resolve_model
@@ -88,18 +88,12 @@ BENCHMARKS = {
 """Dataset → what its server asks for."""
 
 
-def local_folder(text: str) -> Path:
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text} is a URL; what is handed in lies in a folder of this machine")
-    return Path(text)
-
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Predict a benchmark's test set, in the layout its server takes.")
     parser.add_argument("--model", required=True, help="models:/NAME@ALIAS or /VERSION, .pth, .safetensors, checkpoint")
     parser.add_argument("--data", required=True, help="URL of a manifest of Sintel or KITTI with its test subsets")
     parser.add_argument(
-        "--output", required=True, type=local_folder, help="folder; KITTI's archive is that name with .zip"
+        "--output", required=True, type=local_path, help="folder; KITTI's archive is that name with .zip"
     )
     parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="(default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="keep nothing of an earlier run")
@@ -174,7 +168,7 @@ def zip_submission(folder: Path, paths: list[str]) -> Path:
     return archive
 
 
-@command
+@resumable_command
 def main() -> None:
     arguments = parse_arguments()
     manifest = Manifest.load(arguments.data)

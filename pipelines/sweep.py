@@ -25,7 +25,7 @@ from datasets_etl.storage import ObjectStore, file_sha256, open_store, waiting_f
 from gmflow import GMFlow, load_weights, save_weights
 from pipelines.claim import CLAIM, claimed
 from pipelines.config_file import load_config
-from pipelines.errors import PipelineError, command
+from pipelines.errors import PipelineError, resumable_command
 from pipelines.lasting import lasting_store
 from pipelines.references import check_reference, fetch_weights, has_moved, telling
 from pipelines.sweeping import plots
@@ -413,7 +413,7 @@ def show_plan(sweep: Sweep) -> None:
             console.print(table)
 
 
-@command
+@resumable_command
 def main() -> None:
     arguments = parse_arguments()
     config = load_config(SweepConfig, arguments.config, arguments.overrides)

@@ -14,8 +14,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from datasets_etl.augment import AugmentConfig
 from datasets_etl.cache import SampleCache
-from datasets_etl.loader import EvaluationSet, MixturePart
-from datasets_etl.manifest import Manifest
+from datasets_etl.loader import EvaluationSet, MixturePart, told_part
+from datasets_etl.manifest import Manifest, told_patterns
 from gmflow import GMFlowConfig
 from gmflow.execution import ExecutionConfig, Precision
 from pipelines.config_file import Frozen, RunName, Seed, spelt
@@ -68,8 +68,7 @@ class SubsetConfig(Frozen):
     @property
     def patterns(self) -> str:
         """Which part of the subset the patterns choose, such as "only alley_*"; empty if there are none."""
-        told = [f"{word} {', '.join(patterns)}" for word in ("only", "without") if (patterns := getattr(self, word))]
-        return "; ".join(told)
+        return told_patterns(self.only, self.without)
 
     def indices(self, manifest: Manifest) -> npt.NDArray[np.int64]:
         """Numbers of its samples in the dataset's manifest. Raises DataError if there are none."""
@@ -126,8 +125,7 @@ class SetConfig(SubsetConfig):
     @property
     def cut(self) -> str:
         """Which part of the subset this is, such as "only alley_*; first 8 pairs"; empty if it is the whole."""
-        first = "" if self.limit is None else f"first {self.limit} pairs"
-        return "; ".join(filter(None, [self.patterns, first]))
+        return told_part(self.only, self.without, self.limit)
 
     def indices(self, manifest: Manifest) -> npt.NDArray[np.int64]:
         return super().indices(manifest)[: self.limit]

@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from importlib.metadata import version as package_version
@@ -15,7 +15,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 from mlflow.entities import LoggedModelStatus
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
@@ -151,7 +151,8 @@ def roll_back(client: MlflowClient, model_name: str, alias: str) -> tuple[str, s
             f"models:/{model_name}@{alias}: no such model at {tracking.place_of(client)}; there is: {_known(client)}"
         )
     versions = _earlier_versions(client, model_name, alias)
-    while versions and versions[-1] == before:  # left by a rollback that was killed halfway
+    # The same one is left by a rollback that was killed halfway.
+    while versions and (versions[-1] == before or not _exists(client, model_name, versions[-1])):
         versions.pop()
     if not versions:
         raise PipelineError(f"models:/{model_name}@{alias}: no earlier version is left; it is on {before}")
@@ -159,6 +160,17 @@ def roll_back(client: MlflowClient, model_name: str, alias: str) -> tuple[str, s
     client.set_registered_model_alias(model_name, alias, wanted)
     _remember(client, model_name, alias, earlier)
     return before, wanted
+
+
+def _exists(client: MlflowClient, model_name: str, version: str) -> bool:
+    """Whether a version was not deleted. Raises MLflow's error if it does not say so."""
+    try:
+        client.get_model_version(model_name, version)
+    except MlflowException as error:
+        if error.get_http_status_code() != HTTPStatus.NOT_FOUND:
+            raise
+        return False
+    return True
 
 
 def _alias(client: MlflowClient, model_name: str, alias: str) -> str | None:
@@ -320,10 +332,18 @@ def download(client: MlflowClient, version: ModelVersion, folder: Path) -> Path:
     return found[0]
 
 
+def registered_models(client: MlflowClient) -> Iterator[RegisteredModel]:
+    """All of them; MLflow answers with a hundred at a time."""
+    token = None
+    while True:
+        page = client.search_registered_models(page_token=token)
+        yield from page
+        if not (token := page.token):
+            return
+
+
 def _known(client: MlflowClient) -> str:
     references = [
-        f"models:/{model.name}@{alias}"
-        for model in client.search_registered_models()
-        for alias in sorted(model.aliases)
+        f"models:/{model.name}@{alias}" for model in registered_models(client) for alias in sorted(model.aliases)
     ]
     return ", ".join(references) or "nothing is registered"

@@ -18,9 +18,9 @@ from tests.waiting import output_of
 SCRIPT = """
 import time
 from pipelines.cluster import connected
-from pipelines.errors import command
+from pipelines.errors import resumable_command
 
-@command
+@resumable_command
 def main():
     with connected():
         print("connected", flush=True)

@@ -905,6 +905,9 @@ def test_pairs_are_chosen_by_name(call, weights, manifests, tmp_path):
     assert sorted(path.stem for path in output.glob("*.png")) == [
         f"training-clean_scene_{rest}" for rest in ("0000_frame_0001", "0000_frame_0002", "0001_frame_0001")
     ]
+    content = json.loads((output / "metrics.json").read_text())
+    assert content["part"] == "only scene_0000*, scene_0001*; without *1_frame_0002"
+    assert content["stands_for"].startswith(f"{weights} (sha256 ")
     assert_one_line(call(*command, "--only", "alley_*"), "no sample of training-clean matches 'alley_*'")
 
 

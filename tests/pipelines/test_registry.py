@@ -5,9 +5,11 @@ import re
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from mlflow.store.entities.paged_list import PagedList
 
 import pipelines.export
 import pipelines.registry
@@ -120,6 +122,22 @@ def test_champion_rolls_back_by_one_command_step_by_step_and_is_promoted_again(c
     call(pipelines.registry, "promote", "models:/gmflow/3")
 
 
+def test_a_version_that_was_deleted_is_rolled_back_over(call, tmp_path):
+    client = tracking.connect(f"sqlite:///{tmp_path}/mlflow.db")
+    client.create_registered_model("gmflow")
+    for number in "123":
+        client.create_model_version("gmflow", f"file://{tmp_path}")
+        registry.move_alias(client, "gmflow", "champion", number)
+    client.delete_model_version("gmflow", "2")
+    assert call(pipelines.registry, "rollback")[1] == "models:/gmflow@champion is version 1, was 3\n"
+
+
+def test_models_beyond_the_first_page_are_listed(monkeypatch):
+    pages = {None: PagedList(["a", "b"], "next"), "next": PagedList(["c"], None)}
+    client = SimpleNamespace(search_registered_models=lambda page_token: pages[page_token])
+    assert list(registry.registered_models(client)) == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("alias", ["v3", "latest", "a b"])
 def test_an_alias_that_mlflow_does_not_take_is_said(call, alias):
     code, out, err = call(pipelines.registry, "promote", "models:/gmflow/1", "--alias", alias)
@@ -153,6 +171,18 @@ def test_a_move_that_was_killed_halfway_leaves_one_step_to_roll_back(tmp_path, m
     assert registry.roll_back(client, "m", "champion") == ("2", "1"), "3 was remembered once"
     with pytest.raises(PipelineError, match="no earlier version is left; it is on 1"):
         registry.roll_back(client, "m", "champion")
+
+
+def test_files_are_not_written_to_a_url_as_if_it_were_a_folder(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        (pipelines.registry, "pull", "models:/gmflow/2", "s3://bucket/pulled"),
+        (pipelines.export, "--model", "models:/gmflow/2", "s3://bucket/model.pth"),
+    ):
+        code, out, err = call(*command)
+        assert (code, out) == (2, "")
+        assert "is a URL; give a path on this machine" in err
+    assert not (tmp_path / "s3:").exists()
 
 
 def test_a_version_is_pulled_with_its_lineage(call, registered, tmp_path):
