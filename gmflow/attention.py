@@ -1,4 +1,4 @@
-"""softmax(q·k / √C) · v over three ranges: the whole map, a neighbourhood, and what attention in windows is made of.
+"""softmax(q·k / √C) · v over the whole map or a neighbourhood, and the building blocks of attention in windows.
 
 None of them stores the scores of a whole map at once.
 """

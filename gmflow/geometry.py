@@ -85,8 +85,6 @@ def _cells(grid: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def upsample_flow(flow: Tensor, factor: int) -> Tensor:
     """Flow on a grid `factor` times as fine, in that grid's pixels: `[B, 2, h, w]` → `[B, 2, factor*h, factor*w]`."""
-    if factor == 1:
-        return flow
     if flow.is_cpu:
         return factor * F.interpolate(flow, scale_factor=factor, mode="bilinear", align_corners=True)
     upsampled: Tensor = _OrderedUpsample.apply(flow, factor)  # type: ignore[no-untyped-call]

@@ -1,5 +1,5 @@
-"""May sums be added up in another order than the reference's? Float32 then rounds differently, and the model magnifies
-it.
+"""Whether sums may be computed in another order than the reference's: float32 then rounds differently, and the model
+amplifies that.
 """
 
 from __future__ import annotations

@@ -4,12 +4,10 @@ Every worker of a cluster imports this module before Ray sets how many threads i
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import signal
 import socket
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 
 # Ray reads these on import. A local Ray listens on loopback only; a job's driver is part of its cluster's network.
@@ -22,6 +20,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Ray Train notices a finished or lost worker after this long; its default of 2 s adds up over four stages.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
+import psutil
 import ray
 from ray.exceptions import RayError, RayTaskError
 
@@ -32,7 +31,6 @@ Nodes = Sequence[Mapping[str, float]]
 
 _DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"
 _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
-_SIOCGIFADDR = 0x8915
 
 
 class RayLostError(PipelineError):
@@ -148,18 +146,8 @@ def talk_where_ray_does() -> None:
     machines; what it sends over InfiniBand or EFA is not concerned.
     """
     address = ray.util.get_node_ip_address()
-    for _, name in socket.if_nameindex():
-        if _address_of(name) == address:
+    for label, addresses in psutil.net_if_addrs().items():
+        if address in (found.address for found in addresses):
+            name = label.partition(":")[0]  # eth0:1 is another address of eth0
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # = : this name, not all that begin like it
-
-
-def _address_of(interface: str) -> str | None:
-    """IPv4 address of a network interface; None if it has none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        request = struct.pack("256s", interface.encode()[:15])
-        try:
-            answer = fcntl.ioctl(any_socket, _SIOCGIFADDR, request)
-        except OSError:
-            return None
-    return socket.inet_ntoa(answer[20:24])

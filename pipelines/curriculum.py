@@ -222,7 +222,7 @@ def _lineage(plan: StagePlan, parent: str, metrics: Mapping[str, float]) -> regi
         config_hash=plan.hash,
         code_version=code_version(),
         metrics={name: value for name, value in metrics.items() if name.startswith("val/")},
-        measured=registry.measured_on(plan.stage.validation, plan.used_data),
+        measured=registry.measured_on(plan.stage.validation, plan.versions),
     )
 
 

@@ -138,7 +138,7 @@ def unseen_frames() -> list[Path]:
     return sorted(_raw("sintel_unseen").rglob("final/*/frame_*.png"))[:2]
 
 
-def show(config: CurriculumConfig, results: list[StageResult], zero: dict[str, float], seconds: float) -> None:
+def show(results: list[StageResult], zero: dict[str, float], seconds: float) -> None:
     table = Table(title=f"EPE in pixels on pairs the model never saw ({seconds:.0f} s in all)")
     table.add_column("after stage")
     for name in zero:
@@ -182,7 +182,7 @@ def main() -> None:
         zero = zero_flow_epe(config)
         results = run_curriculum(config)
     pictures = use_champion(config)
-    show(config, results, zero, time.monotonic() - began)
+    show(results, zero, time.monotonic() - began)
     print("\nPictures:")
     for path in pictures:
         print(f"  {path}")

@@ -1,5 +1,5 @@
-"""Where results may be stored: not in the folder that Ray unpacks a job's upload into. That folder is gone with the
-cluster, and it is another one after the next change of any file.
+"""Refuses to store results in the folder that Ray unpacks a job's upload into: it vanishes with the cluster, and any
+change of the code makes it another one.
 """
 
 from datasets_etl.storage import ObjectStore, open_store, split_url

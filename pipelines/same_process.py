@@ -1,4 +1,4 @@
-"""Whether a process that was written down is the one that runs: pids are given again, and clocks are set."""
+"""Whether a recorded process is still the same one: pids are reused, and clocks can be changed."""
 
 from pathlib import Path
 

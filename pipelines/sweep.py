@@ -36,14 +36,14 @@ from pipelines.sweeping.room import check_room, told_of_drivers
 from pipelines.sweeping.settings import Setting, padded_size
 from pipelines.sweeping.table import Row, best_settings, mark_front, to_csv, to_json
 from pipelines.sweeping.tracking import SweepRun
-from pipelines.sweeping.trials import FINAL_WEIGHTS, Trial, TrialPlan, TrialResult, listed_points, retry_failed
+from pipelines.sweeping.trials import Trial, TrialPlan, TrialResult, listed_points, retry_failed
 from pipelines.sweeping.tuning import Listener, TrialRecord, tune_trials
 from pipelines.sweeping.view import SweepView, front_table
 from pipelines.training import registry, tracking
 from pipelines.training.code_version import code_version
 from pipelines.training.config import SetConfig, shown_uri
 from pipelines.training.feed import Record
-from pipelines.training.plan import check_measurable, learned_pairs
+from pipelines.training.plan import FINAL_WEIGHTS, check_measurable, learned_pairs
 
 _BEGINNING = "begun.txt"
 
@@ -362,7 +362,7 @@ def register_best(sweep: Sweep, rows: Sequence[Row], run: SweepRun, plan: TrialP
             config_hash=trial.key,
             code_version=code_version(),
             metrics=row.metrics,
-            measured=registry.measured_on(trial.stage.validation, plan.data),
+            measured=registry.measured_on(trial.stage.validation, plan.versions),
         )
         with tempfile.TemporaryDirectory(prefix="gmflow-best-") as folder:
             path = Path(folder) / FINAL_WEIGHTS

@@ -10,7 +10,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def measure_accuracy(
             else:
                 on_scored(setting, job.chosen, stored)
         if missing:
-            remaining = ScoreJob(**{**vars(job), "settings": tuple(missing)})
+            remaining = replace(job, settings=tuple(missing))
             waiting[task.remote(remaining, probe, storage_patience_s)] = remaining
     while waiting:
         (ready,), _ = ray.wait(list(waiting), num_returns=1)

@@ -39,7 +39,7 @@ def front_png(rows: Sequence[Row], metric: str, cost_size: Size) -> bytes:
                 marker=marker,
                 edgecolors="black",
                 linewidths=[1.5 if row.front else 0 for row in of_phase],
-                label=phase if phase == "probe" else "trial",
+                label=phase,
                 zorder=3,
             )
     if shown:

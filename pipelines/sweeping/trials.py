@@ -21,8 +21,6 @@ from pipelines.sweeping.config import RangeConfig, SweepConfig, TuneConfig
 from pipelines.sweeping.settings import Setting
 from pipelines.training.config import ModelConfig, StageConfig
 
-FINAL_WEIGHTS = "final.safetensors"
-
 _TRIAL = "trial.json"
 _HISTORY = "history.json"
 _RESULT = "result.json"

@@ -33,7 +33,6 @@ from pipelines.sweeping.config import RangeConfig
 from pipelines.sweeping.room import concurrent_trials, drivers_at_once
 from pipelines.sweeping.settings import Setting
 from pipelines.sweeping.trials import (
-    FINAL_WEIGHTS,
     Point,
     Trial,
     TrialPlan,
@@ -48,6 +47,7 @@ from pipelines.sweeping.trials import (
 from pipelines.training.checkpoints import CheckpointStore
 from pipelines.training.feed import FeedWriter, Record, listening
 from pipelines.training.launch import final_weights, fit_stage, provide_initial_weights
+from pipelines.training.plan import FINAL_WEIGHTS
 from pipelines.training.stage import StageJob
 
 log = logging.getLogger(__name__)

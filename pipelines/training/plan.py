@@ -71,6 +71,11 @@ class StagePlan:
         names = {used.data for used in self.stage.reads}
         return {name: self.manifests[name].url for name in sorted(names)}
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """Data name → version of its manifest."""
+        return {name: manifest.version for name, manifest in self.manifests.items()}
+
     def result(self) -> StageResult | None:
         """None if the stage is not finished. Raises PipelineError if the result is damaged or its weights are gone."""
         if self.folder.size(_RESULT) is None:

@@ -30,7 +30,7 @@ class GMFlowPyfunc(PythonModel):
         device = context.model_config["device"]
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = load_model(context.artifacts["weights"]).eval().to(device)
+        self.model = load_model(context.artifacts["weights"]).to(device)
 
     # No type hints: MLflow would make a schema of them, which cannot express arrays. The signature states the input.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]

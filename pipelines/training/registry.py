@@ -83,14 +83,13 @@ class Lineage:
         }
 
 
-def measured_on(sets: Sequence[SetConfig], data: Mapping[str, str]) -> dict[str, str]:
+def measured_on(sets: Sequence[SetConfig], versions: Mapping[str, str]) -> dict[str, str]:
     """Name of a validation set → version of its manifest, and which part of it was used if that was not all.
 
     Args:
         sets: the sets that a stage is validated on.
-        data: data name → manifest URL.
+        versions: data name → version of its manifest.
     """
-    versions = {name: url.rpartition("/manifest-")[2].removesuffix(".json") for name, url in data.items()}
     return {
         one.name: versions[one.data]
         + (f"[{one.patterns}]" if one.patterns else "")

@@ -21,6 +21,9 @@ from pipelines.training.interval import Interval
 # A checkpoint holds this many of the newest records: on resume they are sent again, in case a dying driver lost them.
 _REMEMBERED_RECORDS = 200
 
+# The schedule is this many steps longer than the training, as in the reference implementation.
+_SCHEDULE_MARGIN = 10
+
 
 @dataclass
 class TrainingState:
@@ -60,7 +63,7 @@ class TrainingState:
         return cls(
             model,
             optimizer,
-            LambdaLR(optimizer, lambda step: one_cycle(step, stage.steps + 10, stage.warmup)),
+            LambdaLR(optimizer, lambda step: one_cycle(step, stage.steps + _SCHEDULE_MARGIN, stage.warmup)),
             torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
             None if stage.ema_decay is None else _average(model, stage.ema_decay),
         )

@@ -40,7 +40,6 @@ from pipelines.sweeping.settings import Setting, check_crop, check_size, grid_se
 from pipelines.sweeping.table import Row, best_settings, mark_front, to_csv, to_json
 from pipelines.sweeping.tracking import SweepRun
 from pipelines.sweeping.trials import (
-    FINAL_WEIGHTS,
     Trial,
     TrialPlan,
     TrialRecords,
@@ -54,6 +53,7 @@ from pipelines.sweeping.tuning import DistinctOptuna
 from pipelines.sweeping.view import SweepView
 from pipelines.training import registry, tracking
 from pipelines.training.config import SetConfig
+from pipelines.training.plan import FINAL_WEIGHTS
 from tests.conftest import ROOT
 
 REFINE = GMFlowConfig.refine()

@@ -213,10 +213,10 @@ def test_figures_of_other_pairs_dethrone_no_champion(stage_run, tmp_path: Path, 
     weights = tmp_path / "model.safetensors"
     save_weights(GMFlow(TINY), weights)
     rule = MetricConfig(data="c", subset="val")
-    data = {"c": "s3://b/c/manifest-0123456789abcdef.json"}
+    versions = {"c": "0123456789abcdef"}
 
     def register(config_hash: str, epe: float, limit: int | None) -> str:
-        measured = registry.measured_on([SetConfig(data="c", subset="val", limit=limit)], data)
+        measured = registry.measured_on([SetConfig(data="c", subset="val", limit=limit)], versions)
         found = replace(lineage("chairs", config_hash, epe), measured=measured)
         return registry.register(stage_run.client, "measured", stage_run.run_id, weights, found, rule).version
 
