@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,14 @@ def test_flow_that_is_not_finite_or_absurd_is_invalid_and_zero():
     assert (sample.flow[~bad] == 1).all()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1000.0, -1000.0, 1e9, -1e9])
+def test_one_absurd_value_alone_is_found(value: float):
+    """Most flow has none, and is looked at as a whole first."""
+    flow = np.full((4, 5, 2), -999.0, np.float32)
+    flow[2, 3, 1] = value
+    assert encode_sample(REF, dense_tree(flow))[1].invalid_pixels == 1
+
+
 def test_sintels_occlusion_is_kept_and_its_invalid_pixels_still_count():
     mask = np.zeros((4, 5), bool)
     mask[1, 2] = True
@@ -111,6 +120,17 @@ def test_frames_and_flow_of_different_size_are_refused_naming_both():
     files = {"0.ppm": tree.read("0.ppm"), "1.ppm": tree.read("1.ppm"), "f.flo": formats.encode_flo(np.ones((4, 6, 2)))}
     with pytest.raises(DataError, match=r"0\.ppm is 5x4 but f\.flo is 6x4"):
         encode_sample(REF, SourceTree("raw", sorted(files), files.__getitem__))
+    smaller = files | {"1.ppm": formats.encode_frame_ppm(np.zeros((3, 5, 3), np.uint8))}
+    with pytest.raises(DataError, match=r"0\.ppm is 5x4 but 1\.ppm is 5x3"):
+        encode_sample(REF, SourceTree("raw", sorted(smaller), smaller.__getitem__))
+    sparse = formats.encode_kitti_flow(np.ones((4, 5, 2), np.float32), np.ones((4, 5), bool))
+    other = formats.encode_kitti_flow(np.ones((4, 4, 2), np.float32), np.ones((4, 4), bool))
+    kitti = files | {"flow.png": sparse, "noc.png": other}
+    with pytest.raises(DataError, match=r"0\.ppm is 5x4 but noc\.png is 4x4"):
+        encode_sample(
+            replace(REF, dataset="kitti", flow="flow.png", flow_noc="noc.png"),
+            SourceTree("raw", sorted(kitti), kitti.__getitem__),
+        )
 
 
 @pytest.mark.parametrize("damage", ["cut", "json", "frame", "flow"])

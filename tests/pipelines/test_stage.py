@@ -19,6 +19,7 @@ from gmflow import load_model
 from gmflow.execution import ExecutionConfig
 from gmflow.metrics import ErrorMetrics
 from pipelines.config_file import load_config
+from pipelines.errors import PipelineError
 from pipelines.scoring import evaluate
 from pipelines.training import interval, launch, stage
 from pipelines.training.config import CurriculumConfig, MachineConfig, PartConfig
@@ -254,6 +255,38 @@ class _Clock:
     def perf_counter(self) -> float:
         self.now += 1
         return self.now
+
+
+def test_a_record_tells_the_waits_of_all_its_steps(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(interval, "time", _Clock())
+    told = interval.Interval()
+    for waited in (0.5, 0.1, 0.2):  # in the first step loaders start
+        told.add(interval.StepTotals(1.0, ErrorMetrics(), 1.0, applied=True, data_wait=waited))
+    assert told.metrics(4)["time/data_wait"] == pytest.approx((0.1 + 0.2) / 2)
+
+
+def test_so_many_skipped_steps_in_a_row_end_a_stage(begin):
+    """One step earlier, an update that is applied begins the count anew."""
+    trained = begin("stages.chairs.max_skipped_in_a_row=2", "stages.chairs.steps=9")
+    bad = iter([True, False, True, False, False, True, True, False])
+    real = trained.worker.accumulate
+    trained.worker.accumulate = lambda batches: (
+        real(batches)._replace(loss=math.nan) if next(bad) else real(batches)  # type: ignore[method-assign]
+    )
+    with pytest.raises(PipelineError, match="2 steps in a row with a non-finite loss or gradient, the last at step 6"):
+        trained.run()
+
+
+@pytest.mark.parametrize(
+    ("scale", "loss", "counted"), [(65536.0, 1.0, False), (1.0, 1.0, True), (65536.0, math.nan, True)]
+)
+def test_a_scale_that_is_still_searched_ends_no_stage(begin, monkeypatch, scale: float, loss: float, counted: bool):
+    """With fp16 the first steps overflow by design, until the scale is found; a loss that is no number is no such."""
+    worker = begin().worker
+    monkeypatch.setattr(worker.state.scaler, "is_enabled", lambda: True)
+    monkeypatch.setattr(worker.state.scaler, "get_scale", lambda: scale)
+    worker._skip(loss, math.inf)
+    assert (worker.state.skipped, worker.state.skipped_in_a_row) == (1, int(counted))
 
 
 def test_a_validation_takes_no_time_of_the_steps(begin, monkeypatch: pytest.MonkeyPatch):
