@@ -48,6 +48,11 @@ def test_max_flow_bounds_the_speed_not_the_components() -> None:
     zero, valid = torch.zeros(1, 2, 1, 1), torch.ones(1, 1, 1, dtype=torch.bool)
     assert sequence_loss([zero], zero + 6, valid, max_flow=8.4).item() == 0
     assert sequence_loss([zero], zero + 6, valid, max_flow=8.6).item() == pytest.approx(6)
+    level = torch.tensor([[3.0, 4.0]])[..., None, None]
+    assert sequence_loss([zero], level, valid, max_flow=5.0).item() == 0, "5 px are not below 5 px"
+    assert sequence_loss([zero], level, valid, max_flow=5.001).item() == pytest.approx(3.5)
+    dense = torch.tensor([[1000.0, 0.0]])[..., None, None]
+    assert sequence_loss([zero], dense, valid, max_flow=2000.0).item() == 0, "which marks an unknown pixel"
 
 
 def test_parts_of_a_global_batch_add_up() -> None:
