@@ -153,8 +153,12 @@ class _Keeper:
         self._asked, self._looked = threading.Event(), threading.Event()
         self._silent = False  # storage did not answer somebody who asked, and has not since
         self._renewed = _awake_or_asleep_s()
-        for folder in folders.values():
-            self._write(folder)
+        try:
+            for folder in folders.values():
+                self._write(folder)
+        except DataError:
+            self._give_up()
+            raise
         self._thread = threading.Thread(target=self._run, name="claim", daemon=True)
         self._thread.start()
 
@@ -188,6 +192,10 @@ class _Keeper:
             self._renew_all()
             self._silent = False
             self._looked.set()
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """Delete this claim wherever it stands."""
         for folder in self._folders.values():
             with contextlib.suppress(DataError):
                 if self._is_own(_read(folder)):

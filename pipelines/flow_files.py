@@ -52,8 +52,18 @@ class FlowFormat:
     truth: bool = False
 
 
+def require_finite(name: str, flow: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The flow of the pair of that name. Raises PipelineError if it is not finite somewhere."""
+    if not np.isfinite(flow).all():
+        raise PipelineError(
+            f"pair {name}: the predicted flow is not finite, which no benchmark takes; try --precision fp32, or "
+            "another model"
+        )
+    return flow
+
+
 def encode_kitti(flow: npt.NDArray[np.float32]) -> bytes:
-    """Flow at every pixel as KITTI's 16-bit PNG. Values that it cannot hold become the nearest it can."""
+    """Finite flow at every pixel as KITTI's 16-bit PNG. Values that it cannot hold become the nearest it can."""
     return formats.encode_kitti_flow(np.clip(flow, -512, _KITTI_LARGEST), np.ones(flow.shape[:2], np.bool_))
 
 
@@ -94,7 +104,7 @@ def _occluded(result: Result) -> npt.NDArray[np.bool_]:
 FLOW_FORMATS: dict[str, FlowFormat] = {
     "flo": FlowFormat(".flo", lambda result: formats.encode_flo(result.prediction.flow)),
     "color": FlowFormat(".png", lambda result: encode_frame_png(flow_to_image(result.prediction.flow, result.scale))),
-    "kitti": FlowFormat("_kitti.png", lambda result: encode_kitti(result.prediction.flow)),
+    "kitti": FlowFormat("_kitti.png", lambda r: encode_kitti(require_finite(r.pair.name, r.prediction.flow))),
     "npz": FlowFormat(".npz", _npz),
     "arrows": FlowFormat("_arrows.png", lambda r: encode_frame_png(draw_arrows(r.pair.frame0, r.prediction.flow))),
     "warp": FlowFormat("_warp.webp", _warp),

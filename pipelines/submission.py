@@ -34,7 +34,7 @@ from pipelines.arguments import device, local_path
 from pipelines.behind import Behind
 from pipelines.continuation import claim_output
 from pipelines.errors import PipelineError, resumable_command
-from pipelines.flow_files import encode_kitti
+from pipelines.flow_files import encode_kitti, require_finite
 from pipelines.lasting import lasting_store
 from pipelines.references import resolve_model
 from pipelines.training.memory import telling_memory_lack
@@ -142,6 +142,7 @@ def predict_submission(
                 frames = [(sample.image0, sample.image1)]
                 with telling_memory_lack(f"pair {sample.key}", "--precision bf16 or --device cpu"):
                     (found,) = predict_batch(model, frames, padding=benchmark.padding, precision=precision)
+                require_finite(sample.key, found.flow)
                 behind.do(write, path, found)
     return paths
 

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 CHAMPION = "champion"
 
+_FIGURE = ".6g"
 MEASURED_TAG = "measured."
 """Prefix of a version's tag; a validation set's name follows. Its value says which pairs the metrics come from."""
 
@@ -78,7 +79,7 @@ class Lineage:
             "manifests": json.dumps(dict(self.manifests), sort_keys=True),
             "config_hash": self.config_hash,
             "code_version": self.code_version,
-            **{name.replace("/", "."): f"{value:.6g}" for name, value in self.metrics.items()},
+            **{name.replace("/", "."): f"{value:{_FIGURE}}" for name, value in self.metrics.items()},
             **{_measured_tag(name): pairs for name, pairs in self.measured.items()},
         }
 
@@ -271,7 +272,7 @@ def _improves(client: MlflowClient, model_name: str, lineage: Lineage, promotion
             *(CHAMPION, champion.version, promotion.set_name, theirs, measured),
         )
         return False
-    return figure < float(reigning)
+    return float(f"{figure:{_FIGURE}}") < float(reigning)  # both as tags hold them
 
 
 def numbered(version: ModelVersion) -> str:

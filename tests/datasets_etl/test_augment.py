@@ -15,6 +15,8 @@ from datasets_etl.augment import (
     AugmentConfig,
     Geometry,
     Jitter,
+    _scaled,
+    _window,
     apply_jitters,
     augment,
     draw_geometry,
@@ -478,3 +480,9 @@ def test_an_augmented_sample_has_the_colours_drawn_for_its_whole_frames(sparse: 
             for ours, jittered in zip((out.image0, out.image1), whole, strict=True):
                 np.testing.assert_array_equal(ours, jittered[y : y + 96, x : x + 128])
     assert unscaled
+
+
+def test_a_window_at_the_frames_end_holds_its_crop_whatever_the_roundings() -> None:
+    """One pixel too few would end the training at this sample, after each resume again."""
+    window = _window(68, 1.551904501802303, 45, 61, mirrored=False)
+    assert _scaled(window.stop - window.start, window.scale) >= window.skip + window.crop

@@ -43,6 +43,7 @@ from gmflow import (
 from gmflow.backbone import Backbone
 from gmflow.execution import ExecutionConfig, _require_compiler, prepare_model
 from gmflow.geometry import _OrderedSample, _OrderedUpsample, backward_warp, forward_backward_occlusion
+from gmflow.matching import match
 from gmflow.model import FlowOutput
 from gmflow.predict import Padding, evaluating, padded_flow
 from gmflow.summation import SummationOrder
@@ -520,6 +521,15 @@ def test_low_precision_keeps_float32_results_and_gradients(precision: Any) -> No
     out.flow.abs().mean().backward()
     assert out.flow.dtype == torch.float32
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("radius", [-1, 4])
+def test_matching_is_float32_whatever_surrounds_it(radius: int) -> None:
+    """Rounded to 16 bits, the position of the best match is off by parts of a pixel, times the upsampling."""
+    feature0, feature1 = torch.randn(2, 1, 16, 12, 14, generator=torch.Generator().manual_seed(0))
+    usual = match(feature0, feature1, radius)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(match(feature0, feature1, radius), usual)
 
 
 @pytest.mark.parametrize(

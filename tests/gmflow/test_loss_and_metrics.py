@@ -263,3 +263,11 @@ def test_speeds_of_10_and_40_px_are_of_the_middle_bin() -> None:
     assert [figures[name] for name in ("s0_10", "s10_40", "s40_plus")] == pytest.approx([1, 3, 8])
     assert "matched" not in figures
     assert not math.isnan(figures["epe"])
+
+
+def test_a_state_is_a_copy() -> None:
+    """It is all-reduced in place."""
+    metrics = FlowMetrics()
+    before = metrics.state()
+    metrics.state().fill_(7.0)
+    assert torch.equal(metrics.state(), before)

@@ -199,6 +199,15 @@ def test_storage_that_is_silent_holds_nobody_up_who_asks(folder: ObjectStore, mo
         wait_until(lambda: held() and asked)
 
 
+def test_who_cannot_claim_all_claims_nothing(tmp_path: Path, monkeypatch):
+    """Otherwise the next driver, on another machine, waits for a sign of life of nobody."""
+    first, second = (open_store(str(tmp_path / name)) for name in "ab")
+    monkeypatch.setattr(second, "write", raising(DataError("the disk is full")))
+    with pytest.raises(DataError, match="full"), claimed({"a": first, "b": second}, pytest.fail):
+        pass
+    assert first.size(CLAIM) is None
+
+
 def test_an_end_gives_the_claim_up_at_once(folder: ObjectStore, monkeypatch):
     monkeypatch.setattr(claim, "_FIRST_RENEWAL_S", 1000.0)
     monkeypatch.setattr(claim, "_RELEASED_S", WAIT_SECONDS)

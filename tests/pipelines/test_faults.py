@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.optim.lr_scheduler import OneCycleLR
 
 from datasets_etl.etl import run_etl
-from datasets_etl.loader import MixturePart, PositionDataset, collate
+from datasets_etl.loader import PositionDataset, collate
 from datasets_etl.manifest import Manifest
 from datasets_etl.synthetic import write_dataset
 from gmflow import load_model
@@ -98,7 +98,7 @@ def test_the_losses_of_twenty_steps_are_those_of_the_plainest_loop(undisturbed: 
     schedule = OneCycleLR(optimizer, stage.peak_lr, stage.steps + 10, pct_start=0.05, cycle_momentum=False)
     (part,) = stage.mixture
     manifest = Manifest.load(str(config.data["chairs"]))
-    samples = PositionDataset([MixturePart(manifest, part.subset, 1, part.augmentation(stage.crop))], seed=config.seed)
+    samples = PositionDataset([part.build(manifest, stage.crop)], seed=config.seed)
     losses = []
     for step in range(20):
         image0, image1, flow, valid = collate([samples[step * 4 + i] for i in range(4)])

@@ -14,7 +14,7 @@ from gmflow.metrics import ErrorMetrics
 from pipelines.errors import PipelineError
 from pipelines.training.config import StageConfig
 from pipelines.training.interval import Interval, StepTotals
-from pipelines.training.state import TrainingState, from_bytes, result_weights, to_bytes
+from pipelines.training.state import TrainingState, from_bytes, is_complete, result_weights, to_bytes
 
 STAGE = StageConfig(
     name="s", steps=20, global_batch=2, peak_lr=1e-2, crop=(16, 16), mixture=[{"data": "d", "subset": "train"}]
@@ -180,3 +180,16 @@ def test_skipped_steps_and_errors_since_the_last_record_are_resumed_too():
     assert (second.skipped, second.skipped_in_a_row, second.validated) == (5, 2, 4)
     second.interval.add(StepTotals(2.0, errors(1, 5.0), 3.0, True, 0.0))
     assert second.interval.metrics(4)["train/epe"] == pytest.approx(2.0)
+
+
+def test_a_stage_is_complete_once_its_last_step_is_validated():
+    """Killed in between it would be registered without the figures that gates and the champion depend on."""
+    for step, validated in ((40, 40), (40, 0), (39, 39)):
+        assert is_complete({"step": step, "validated": validated}, 40) == (validated == 40)
+
+
+def test_as_many_records_as_a_driver_may_lose_are_kept():
+    state = fresh()
+    for step in range(1, 202):
+        state.record(step, {"train/loss": float(step)})
+    assert [step for step, _ in state.records] == list(range(2, 202))

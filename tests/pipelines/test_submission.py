@@ -16,6 +16,7 @@ from datasets_etl.manifest import Manifest
 from datasets_etl.synthetic import synthetic_pair
 from gmflow import GMFlow, GMFlowConfig, load_model, predict_flow, save_weights
 from pipelines.errors import PipelineError
+from pipelines.flow_files import require_finite
 
 TINY = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
 FRAMES = [synthetic_pair(number, 45, 70) for number in range(2)]
@@ -144,3 +145,13 @@ def test_a_set_without_a_test_split_or_a_server_is_refused(manifests):
         pipelines.submission.benchmark_of(Manifest("sintel", kitti.shards, url=kitti.url))
     with pytest.raises(PipelineError, match="chairs has no server; sintel and kitti have"):
         pipelines.submission.benchmark_of(Manifest("chairs", kitti.shards))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_flow_that_is_not_finite_is_handed_in_nowhere(value: float):
+    """A model that diverged; KITTI's format has no such value, and Sintel's server would count it somehow."""
+    flow = np.zeros((4, 5, 2), np.float32)
+    assert require_finite("alley_1", flow) is flow
+    flow[1, 2, 0] = value
+    with pytest.raises(PipelineError, match="pair alley_1: the predicted flow is not finite"):
+        require_finite("alley_1", flow)

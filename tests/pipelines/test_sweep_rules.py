@@ -705,6 +705,7 @@ def test_a_probes_figures_are_kept_by_all_that_decides_them():
         return job.key(setting)
 
     keys = [key(), key("w"), key(manifest_version="n"), key(precision="bf16"), key(subset="train"), key(limit=2)]
+    keys += [key(only=("0*",)), key(without=("0*",)), key(only=("1*",))]
     assert len(set(keys)) == len(keys)
     assert key() == keys[0]
 
