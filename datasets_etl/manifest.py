@@ -162,7 +162,9 @@ class Manifest:
             raise DataError(
                 f"{self.url}: no sample with ground truth in {subset or 'any subset'}; choose another subset"
             )
-        return np.array(self._matching(chosen, subset, only, without), dtype=np.int64)
+        if only or without:
+            chosen = self._matching(chosen, subset, only, without)
+        return np.array(chosen, dtype=np.int64)
 
     def _matching(
         self, chosen: list[int], subset: str | None, only: Sequence[str], without: Sequence[str]

@@ -44,13 +44,9 @@ def positive_number(text: str) -> float:
 
 
 def local_path(text: str) -> Path:
-    """A path on this machine, for what is written as plain files; not in the folder that a job was uploaded into."""
-    from pipelines.lasting import is_uploaded
-
+    """A path on this machine, for what is written as plain files."""
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text} is a URL; give a path on this machine")
-    if is_uploaded(str(Path(text).absolute())):
-        raise argparse.ArgumentTypeError(f"{text} lies in this job's uploaded folder, which does not last")
     return Path(text)
 
 

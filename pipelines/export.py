@@ -20,6 +20,7 @@ from gmflow import GMFlow, GMFlowConfig, save_published, save_weights
 from gmflow.export import ExportedModel, check_onnx, export_model
 from pipelines.arguments import local_path
 from pipelines.errors import PipelineError, command
+from pipelines.lasting import lasting_object
 from pipelines.references import resolve_model
 
 console = Console(stderr=True)
@@ -48,6 +49,7 @@ def check_output(path: Path) -> None:
     """Find errors that would otherwise show only after minutes of tracing. Raises PipelineError or GMFlowError."""
     if path.suffix not in (*WEIGHTS, *PROGRAMS):
         raise PipelineError(f"{path}: unknown suffix; a model is written as {', '.join((*WEIGHTS, *PROGRAMS))}")
+    lasting_object(str(path.absolute()), "FILE")
     if path.is_dir():
         raise PipelineError(f"{path}: a folder; name a file")
     if path.suffix == ".onnx":

@@ -21,9 +21,9 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
-from datasets_etl.storage import FileStore
 from pipelines.arguments import local_path
 from pipelines.errors import PipelineError, command
+from pipelines.lasting import lasting_store
 from pipelines.training import registry, tracking
 from pipelines.training.registry import CHAMPION
 
@@ -131,7 +131,7 @@ def promote(client: MlflowClient, version: ModelVersion, alias: str) -> str | No
 
 def pull(client: MlflowClient, version: ModelVersion, folder: Path) -> None:
     """Write `model.safetensors` and, last, `lineage.json` into a folder: one of another version is removed first."""
-    store = FileStore(folder.absolute())
+    store = lasting_store(str(folder.absolute()), "folder")
     weights = registry.version_weights(client, version)
     store.delete("lineage.json")
     store.write("model.safetensors", weights)

@@ -10,7 +10,6 @@ import hashlib
 import json
 import tempfile
 import threading
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,9 +42,8 @@ from pipelines.training import registry, tracking
 from pipelines.training.code_version import code_version
 from pipelines.training.config import SetConfig, shown_uri
 from pipelines.training.feed import Record
+from pipelines.training.launch import beginning_of, mark_beginning
 from pipelines.training.plan import FINAL_WEIGHTS, check_measurable, learned_pairs
-
-_BEGINNING = "begun.txt"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -123,11 +121,9 @@ def _run_phases(sweep: Sweep, held: Callable[[], bool], *, retry: bool) -> list[
 
 def beginning_of_sweep(store: ObjectStore) -> str:
     """The mark of a sweep's folder, made once; empty for a sweep that an earlier version began, without one."""
-    if store.size(_BEGINNING) is None:
-        if any(found.key != CLAIM for found in store.walk()):
-            return ""
-        store.write(_BEGINNING, uuid.uuid4().hex.encode())
-    return store.read(_BEGINNING).decode()
+    if not beginning_of(store) and all(found.key == CLAIM for found in store.walk()):
+        mark_beginning(store)
+    return beginning_of(store)
 
 
 def keep_weights(sweep: Sweep) -> Weights | None:

@@ -61,11 +61,6 @@ class SubsetConfig(Frozen):
         return {name: value for name, value in content.items() if value or name not in ("only", "without")}
 
     @property
-    def set_name(self) -> str:
-        """Such as "sintel/training-clean"."""
-        return f"{self.data}/{self.subset}"
-
-    @property
     def patterns(self) -> str:
         """Which part of the subset the patterns choose, such as "only alley_*"; empty if there are none."""
         return told_patterns(self.only, self.without)
@@ -120,7 +115,7 @@ class SetConfig(SubsetConfig):
     @property
     def name(self) -> str:
         """The name of the set in metrics, such as "sintel/training-clean"."""
-        return self.set_name
+        return f"{self.data}/{self.subset}"
 
     @property
     def cut(self) -> str:
@@ -128,7 +123,7 @@ class SetConfig(SubsetConfig):
         return told_part(self.only, self.without, self.limit)
 
     def indices(self, manifest: Manifest) -> npt.NDArray[np.int64]:
-        return super().indices(manifest)[: self.limit]
+        return self.build(manifest).indices
 
     def build(
         self, manifest: Manifest, *, at_most: int | None = None, cache: SampleCache | None = None

@@ -66,6 +66,11 @@ def beginning_of(folder: ObjectStore) -> str:
     return folder.read(_BEGINNING).decode() if folder.size(_BEGINNING) is not None else ""
 
 
+def mark_beginning(folder: ObjectStore) -> None:
+    """Write the mark that `beginning_of` reads."""
+    folder.write(_BEGINNING, uuid.uuid4().hex.encode())
+
+
 def provide_initial_weights(
     folder: ObjectStore, model: ModelConfig, seed: int, reference: str | None, tracking_uri: str | None
 ) -> str:
@@ -95,7 +100,7 @@ def provide_initial_weights(
         path = Path(scratch) / f"pinned-{INITIAL_WEIGHTS}"
         save_weights(initial, path)
         folder.upload(path, INITIAL_WEIGHTS)
-    folder.write(_BEGINNING, uuid.uuid4().hex.encode())
+    mark_beginning(folder)
     folder.write(_INITIAL_SOURCE, source.encode())  # last: it says that the weights are there
     return source
 

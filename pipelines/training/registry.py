@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 CHAMPION = "champion"
 
-_FIGURE = ".6g"
+_FIGURE = ".6g"  # how tags hold figures
 MEASURED_TAG = "measured."
 """Prefix of a version's tag; a validation set's name follows. Its value says which pairs the metrics come from."""
 

@@ -185,6 +185,18 @@ def test_files_are_not_written_to_a_url_as_if_it_were_a_folder(call, tmp_path, m
     assert not (tmp_path / "s3:").exists()
 
 
+def test_files_are_not_written_into_a_jobs_upload(call, registered, tmp_path):
+    upload = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    for command in (
+        (pipelines.registry, "pull", "models:/gmflow/2", upload / "pulled"),
+        (pipelines.export, "--model", "models:/gmflow/2", upload / "model.pth"),
+    ):
+        code, out, err = call(*command)
+        assert (code, out) == (2, "")
+        assert "lies in the folder that this job was uploaded into" in err
+    assert not upload.exists()
+
+
 def test_a_version_is_pulled_with_its_lineage(call, registered, tmp_path):
     code, out, _ = call(pipelines.registry, "pull", "models:/gmflow/2", tmp_path / "pulled")
     assert (code, out.strip()) == (0, str(tmp_path / "pulled" / "model.safetensors"))
