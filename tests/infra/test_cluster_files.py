@@ -453,7 +453,8 @@ class TestAgreement:
         assert COMPOSE["services"]["s3"]["environment"]["S3_BUCKET"].split(",") == list(BUCKETS)
 
     def test_buckets(self):
-        everything = "".join(path.read_text() for path in YAML_FILES) + (ROOT / "README.md").read_text()
+        pages = (ROOT / "README.md", ROOT / "docs/cluster.md")
+        everything = "".join(path.read_text() for path in (*YAML_FILES, *pages))
         used = set(re.findall(r"s3://([a-z0-9-]+)/", everything)) - {"my-bucket"}
         assert used <= set(BUCKETS)
         assert "mlflow" in used
