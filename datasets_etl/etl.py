@@ -11,11 +11,13 @@ import ray
 
 from datasets_etl import formats
 from datasets_etl.errors import DamagedError, DataError
+from datasets_etl.file_store import FileStore
 from datasets_etl.manifest import build
+from datasets_etl.objects import ObjectInfo, ObjectStore
 from datasets_etl.samples import check_size
 from datasets_etl.shards import ShardPlan, WrittenShard, finished_shard, plan_shards, raw_files, write_shard
 from datasets_etl.sources import SOURCES, SampleRef, Source, SourceTree
-from datasets_etl.storage import FileStore, ObjectInfo, ObjectStore, open_store
+from datasets_etl.storage import open_store
 
 DEFAULT_SHARD_BYTES = 512 * 2**20
 

@@ -11,8 +11,9 @@ import numpy.typing as npt
 from datasets_etl.errors import DamagedError, DataError
 from datasets_etl.etl import run_tasks
 from datasets_etl.manifest import Manifest, SampleEntry, ShardEntry
+from datasets_etl.objects import ObjectStore
 from datasets_etl.samples import FlowSample, decode_sample
-from datasets_etl.storage import ObjectStore, open_store
+from datasets_etl.storage import open_store
 
 MOTION_EDGES = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 """Lower edges of the motion histogram's bins, in pixels; the last bin has no upper edge."""

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from datasets_etl.errors import DataError
-from datasets_etl.storage import ObjectStore, open_store, split_url
+from datasets_etl.objects import ObjectStore
+from datasets_etl.storage import open_store, split_url
 
 FORMAT_VERSION = 2
 

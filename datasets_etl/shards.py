@@ -15,9 +15,9 @@ from webdataset import TarWriter
 
 from datasets_etl.errors import DamagedError, DataError
 from datasets_etl.manifest import FORMAT_VERSION, SampleEntry, ShardEntry
+from datasets_etl.objects import ObjectStore, file_sha256
 from datasets_etl.samples import SCHEMA_VERSION, SampleFacts, encode_sample
 from datasets_etl.sources import SampleRef, SourceTree
-from datasets_etl.storage import ObjectStore, file_sha256
 
 
 @dataclass(frozen=True)

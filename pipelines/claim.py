@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 from datasets_etl.errors import DataError
-from datasets_etl.storage import ObjectStore
+from datasets_etl.objects import ObjectStore
 from pipelines.entry import PipelineError, interrupted_by
 from pipelines.same_process import start_time, this_machine
 

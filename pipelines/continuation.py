@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from datasets_etl.errors import DataError
-from datasets_etl.storage import ObjectStore
+from datasets_etl.objects import ObjectStore
 from pipelines.errors import PipelineError
 
 _NOTE = "made_by.json"

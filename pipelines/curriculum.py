@@ -17,12 +17,13 @@ from pipelines.cluster import RayLostError, connected  # sets Ray's environment,
 # isort: split
 from rich.table import Table
 
-from datasets_etl.storage import ObjectStore, waiting_for_storage
+from datasets_etl.objects import ObjectStore
+from datasets_etl.storage_retries import waiting_for_storage
 from pipelines import report
 from pipelines.claim import claimed
 from pipelines.config_file import load_config
 from pipelines.errors import PipelineError, resumable_command
-from pipelines.training import registry, tracking
+from pipelines.training import mlflow_client, registry, tracking
 from pipelines.training.checkpoints import CheckpointStore
 from pipelines.training.code_version import code_version
 from pipelines.training.config import CurriculumConfig, StageConfig, shown_uri
@@ -37,6 +38,7 @@ from pipelines.training.launch import (
     provide_initial_weights,
     weights_are_pinned,
 )
+from pipelines.training.mlflow_client import place_of, run_link
 from pipelines.training.plan import FINAL_WEIGHTS, StagePlan, StageResult, new_beside, plan_curriculum
 
 
@@ -68,7 +70,7 @@ def run_curriculum(config: CurriculumConfig, *, goes_on: bool = False) -> list[S
         [(plan.stage.name, plan.stage.steps) for plan in plans],
         [] if config.promotion is None else [config.promotion.set_name],
     )
-    client = tracking.connect(config.mlflow.tracking_uri, answered=goes_on)
+    client = mlflow_client.connect(config.mlflow.tracking_uri, answered=goes_on)
     unfinished = [plan for plan in plans if plan.stage in config.selected_stages and plan.result() is None]
     with claimed({f"stage {plan.stage.name}": plan.folder for plan in unfinished}, display.say) as held:
         # A selection of stages gets its own run, so that the config and the report of the whole curriculum stay.
@@ -128,7 +130,7 @@ def _check_tracked(plan: StagePlan, result: StageResult, run: tracking.Curriculu
     if not run.holds(result.mlflow_run):
         raise PipelineError(
             f"stage {plan.stage.name}: finished and registered as {result.model} in {result.mlflow}, of which "
-            f"{tracking.place_of(run.client)} does not know: set MLFLOW_TRACKING_URI to that one, or delete "
+            f"{place_of(run.client)} does not know: set MLFLOW_TRACKING_URI to that one, or delete "
             f"{plan.result_url} to register the stage here, from its newest checkpoint"
         )
 
@@ -161,7 +163,7 @@ def _run_stage(
     key = hashlib.sha256(f"{plan.folder.url}{beginning_of(plan.folder)}".encode()).hexdigest()[:16]
     stage_run = run.child(stage.name, key=f"stage/{key}")
     stage_run.log_json(stage.model_dump(mode="json"), "stage.json")
-    link = tracking.run_link(str(run.client.tracking_uri), config.mlflow.experiment, stage_run.run_id)
+    link = run_link(str(run.client.tracking_uri), config.mlflow.experiment, stage_run.run_id)
     display.say(f"stage={stage.name} MLflow: {link}")
     with run.running(stage_run.run_id):
         with listening(plan.job.feed, functools.partial(display.record, stage.name), stage_run.log):
@@ -192,7 +194,7 @@ def _run_stage(
         metrics=metrics,
         model=f"models:/{version.name}/{version.version}",
         mlflow_run=stage_run.run_id,
-        mlflow=tracking.place_of(run.client),
+        mlflow=place_of(run.client),
     )
     plan.finish(result)
     return result
@@ -238,10 +240,10 @@ def show_summary(config: CurriculumConfig, results: list[StageResult]) -> None:
         values = [result.metrics.get(f"val/{name}/epe") for name in dict.fromkeys(sets)]
         table.add_row(result.stage, *("" if v is None else f"{v:.3f}" for v in values), result.model)
     output().print(table)
-    uri = tracking.tracking_uri(config.mlflow.tracking_uri)
+    uri = mlflow_client.tracking_uri(config.mlflow.tracking_uri)
     print(f"MLflow: {shown_uri(uri)}, experiment {config.mlflow.experiment}")
     for result in results:
-        run = tracking.run_link(uri, config.mlflow.experiment, result.mlflow_run)
+        run = run_link(uri, config.mlflow.experiment, result.mlflow_run)
         print(f"  {result.stage}: {run}, {result.model}, weights {result.weights}")
 
 

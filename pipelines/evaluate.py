@@ -23,7 +23,7 @@ from rich.table import Table
 
 from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
-from datasets_etl.storage import ObjectStore
+from datasets_etl.objects import ObjectStore
 from gmflow import GMFlow
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.weights import weights_digest
@@ -35,8 +35,9 @@ from pipelines.lasting import lasting_store
 from pipelines.references import resolve_named
 from pipelines.report_page import without_nan
 from pipelines.scoring import Evaluation, OnScored, ScoringOptions, evaluate, evaluate_on_ray, pool
-from pipelines.training import tracking
+from pipelines.training import mlflow_client, mlflow_patience, tracking
 from pipelines.training.code_version import code_version
+from pipelines.training.mlflow_client import place_of
 
 console = Console(stderr=True)
 
@@ -234,9 +235,9 @@ def track(client: MlflowClient, experiment: str, scores: Scores, content: dict[s
     """
     try:
         _log(client, experiment, scores, content, page)
-    except (MlflowException, *tracking.TRANSPORT_ERRORS) as error:
+    except (MlflowException, *mlflow_patience.TRANSPORT_ERRORS) as error:
         raise PipelineError(
-            f"MLflow at {tracking.place_of(client)} does not take the figures, which are complete without it: "
+            f"MLflow at {place_of(client)} does not take the figures, which are complete without it: "
             f"{first_line(error)}"
         ) from error
 
@@ -252,7 +253,7 @@ def _log(client: MlflowClient, experiment: str, scores: Scores, content: dict[st
                     client.log_metric(run.info.run_id, f"eval/{title.replace('@', '_')}/{name}", value)
         client.log_dict(run.info.run_id, content, "metrics.json")
         client.log_text(run.info.run_id, page, report.FILE_NAME)
-    console.print(f"MLflow: {tracking.place_of(client)}, experiment {experiment}, run {run.info.run_id}", markup=False)
+    console.print(f"MLflow: {place_of(client)}, experiment {experiment}, run {run.info.run_id}", markup=False)
 
 
 def _told(chosen: EvaluationSet) -> str:
@@ -298,7 +299,7 @@ def main() -> None:
     if not arguments.ray:  # Ray tasks prepare their own copy
         prepare_model(model, ExecutionConfig(arguments.precision, replay=True), arguments.device)
     output = lasting_store(arguments.output, "--output") if arguments.output else None
-    client = tracking.connect(None) if arguments.track else None  # fails before hours of scoring, not after
+    client = mlflow_client.connect(None) if arguments.track else None  # fails before hours of scoring, not after
     scores = score_sets(model, sets, arguments, output)
     show(scores)
     summary = summarised(arguments.model, stands_for, arguments.precision, scores)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from datasets_etl import formats
 from datasets_etl.errors import DataError
-from datasets_etl.storage import file_sha256
+from datasets_etl.objects import file_sha256
 from pipelines.errors import PipelineError
 
 log = logging.getLogger(__name__)

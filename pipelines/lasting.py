@@ -2,7 +2,8 @@
 change of the code makes it another one.
 """
 
-from datasets_etl.storage import ObjectStore, open_store, split_url
+from datasets_etl.objects import ObjectStore
+from datasets_etl.storage import open_store, split_url
 from pipelines.errors import PipelineError
 
 _UPLOADS = "runtime_resources/working_dir_files"

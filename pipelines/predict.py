@@ -22,8 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from datasets_etl import formats
 from datasets_etl.ahead import read_ahead
+from datasets_etl.objects import ObjectStore, file_sha256
 from datasets_etl.samples import check_size
-from datasets_etl.storage import ObjectStore, file_sha256
 from gmflow import GMFlow, Prediction, Tiling, predict_batch
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import PaddingMode

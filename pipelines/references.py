@@ -8,7 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from datasets_etl.storage import ObjectStore, file_sha256, split_url
+from datasets_etl.objects import ObjectStore, file_sha256
+from datasets_etl.storage import split_url
 from gmflow import GMFlow, GMFlowError, load_model, save_weights
 from pipelines.errors import USER_ERRORS, PipelineError
 from pipelines.training.checkpoints import checkpoint_model

@@ -24,7 +24,8 @@ from rich.table import Table
 from pipelines.arguments import local_path
 from pipelines.errors import PipelineError, command
 from pipelines.lasting import lasting_store
-from pipelines.training import registry, tracking
+from pipelines.training import mlflow_client, registry
+from pipelines.training.mlflow_client import place_of
 from pipelines.training.registry import CHAMPION
 
 DEFAULT_MODEL = "gmflow"
@@ -55,8 +56,8 @@ def list_versions(client: MlflowClient, name: str | None) -> Table:
     """A table of all versions, the newest of a model first."""
     models = sorted(model.name for model in registry.registered_models(client))
     if name is not None and name not in models:
-        raise PipelineError(f"no model {name!r} at {tracking.place_of(client)}; there is {', '.join(models) or 'none'}")
-    table = Table(title=tracking.place_of(client), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        raise PipelineError(f"no model {name!r} at {place_of(client)}; there is {', '.join(models) or 'none'}")
+    table = Table(title=place_of(client), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("model", "stage", "aliases", "from", "EPE by validation set", "registered"):
         # If 80 columns are too few, only names of sets and of files may be wrapped.
         table.add_column(column, overflow="fold", no_wrap=not column.startswith(("EPE", "from")))
@@ -176,7 +177,7 @@ def _when(version: ModelVersion) -> str:
 @command
 def main() -> None:
     arguments = parse_arguments()
-    client = tracking.connect_existing(None)
+    client = mlflow_client.connect_existing(None)
     console = Console(soft_wrap=False)
     match arguments.task:
         case "list":

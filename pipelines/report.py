@@ -41,8 +41,9 @@ from pipelines.report_page import (
     worst_pairs,
 )
 from pipelines.scoring import Evaluation, ScoringOptions, evaluate_on_ray
-from pipelines.training import tracking
+from pipelines.training import mlflow_client, mlflow_patience, tracking
 from pipelines.training.config import CurriculumConfig, SetConfig
+from pipelines.training.mlflow_client import place_of
 
 FILE_NAME = "report.html"
 PAIRS = 8
@@ -134,11 +135,9 @@ def _read_curriculum(client: MlflowClient, run_id: str) -> _Curriculum:
             run_id, parent = above, client.get_run(above)
         text = mlflow.artifacts.load_text(f"runs:/{run_id}/config.yaml")
     except MlflowException as error:
-        if tracking.may_pass(error):
-            raise PipelineError(f"{tracking.place_of(client)} does not answer: {error.message}") from error
-        raise PipelineError(
-            f"run {run_id}: no curriculum's run at {tracking.place_of(client)} ({error.message})"
-        ) from error
+        if mlflow_patience.may_pass(error):
+            raise PipelineError(f"{place_of(client)} does not answer: {error.message}") from error
+        raise PipelineError(f"run {run_id}: no curriculum's run at {place_of(client)} ({error.message})") from error
     try:
         config = CurriculumConfig.model_validate(yaml.safe_load(text))
     except (pydantic.ValidationError, yaml.YAMLError) as error:
@@ -242,7 +241,7 @@ def _training_speed(client: MlflowClient, found: _Curriculum) -> list[list[Cell]
 
 def _lineage(client: MlflowClient, found: _Curriculum) -> list[tuple[str, str]]:
     facts = [
-        ("MLflow", f"{tracking.place_of(client)}, run {found.run.info.run_id}"),
+        ("MLflow", f"{place_of(client)}, run {found.run.info.run_id}"),
         ("model", ", ".join(f"{name} {value}" for name, value in found.config.model.build().to_dict().items())),
         ("seed", str(found.config.seed)),
         ("initial weights", found.config.init_from or "random"),
@@ -276,7 +275,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     store, name = lasting_object(arguments.output, "--output")
-    client = tracking.connect_existing(None)
+    client = mlflow_client.connect_existing(None)
     if arguments.pairs:
         with connected():
             report = curriculum_report(client, arguments.run, arguments.pairs)

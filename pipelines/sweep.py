@@ -20,7 +20,9 @@ from pipelines.cluster import connected, nodes, own_node  # sets Ray's environme
 from rich.table import Table
 
 from datasets_etl.manifest import Manifest
-from datasets_etl.storage import ObjectStore, file_sha256, open_store, waiting_for_storage
+from datasets_etl.objects import ObjectStore, file_sha256
+from datasets_etl.storage import open_store
+from datasets_etl.storage_retries import waiting_for_storage
 from gmflow import GMFlow, load_weights, save_weights
 from pipelines.claim import CLAIM, claimed
 from pipelines.config_file import load_config
@@ -38,11 +40,12 @@ from pipelines.sweeping.tracking import SweepRun
 from pipelines.sweeping.trials import Trial, TrialPlan, TrialResult, listed_points, retry_failed
 from pipelines.sweeping.tuning import Listener, TrialRecord, tune_trials
 from pipelines.sweeping.view import SweepView, front_table
-from pipelines.training import registry, tracking
+from pipelines.training import mlflow_client, registry
 from pipelines.training.code_version import code_version
 from pipelines.training.config import SetConfig, shown_uri
 from pipelines.training.feed import Record
 from pipelines.training.launch import beginning_of, mark_beginning
+from pipelines.training.mlflow_client import run_link
 from pipelines.training.plan import FINAL_WEIGHTS, check_measurable, learned_pairs
 
 
@@ -99,7 +102,7 @@ def _run_phases(sweep: Sweep, held: Callable[[], bool], *, retry: bool) -> list[
     begun = beginning_of_sweep(sweep.store)
     weights = keep_weights(sweep)
     run = SweepRun(config, weights, sweep.manifests, sweep.view.say, held, begun)
-    sweep.view.say(f"MLflow: {tracking.run_link(str(run.client.tracking_uri), config.mlflow.experiment, run.run_id)}")
+    sweep.view.say(f"MLflow: {run_link(str(run.client.tracking_uri), config.mlflow.experiment, run.run_id)}")
     # From here on storage is known to exist, so an outage is waited for.
     with run.parent.running(run.run_id), waiting_for_storage(config.storage_patience_s):
         with sweep.view.showing():
@@ -336,8 +339,8 @@ def report(sweep: Sweep, rows: Sequence[Row], run: SweepRun) -> None:
     sweep.view.console.print(front_table(rows, config.metric, f"{size[0]}×{size[1]}"))
     for row in (row for row in rows if row.status in ("failed", "stopped")):
         sweep.view.console.print(f"{row.phase} {row.name} {row.status}: {row.reason}", markup=False, highlight=False)
-    uri = tracking.tracking_uri(config.mlflow.tracking_uri)
-    print(f"MLflow: {shown_uri(uri)}, {tracking.run_link(uri, config.mlflow.experiment, run.run_id)}")
+    uri = mlflow_client.tracking_uri(config.mlflow.tracking_uri)
+    print(f"MLflow: {shown_uri(uri)}, {run_link(uri, config.mlflow.experiment, run.run_id)}")
     for name in files:
         print(f"  {sweep.store.url}/report/{name}")
 

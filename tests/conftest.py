@@ -11,7 +11,7 @@ import torch
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from datasets_etl import storage
+from datasets_etl import s3_client
 from pipelines.cluster import connected
 from tests.seaweedfs import S3Server, running
 
@@ -86,7 +86,7 @@ def s3(s3_server: S3Server) -> Iterator[S3Server]:
 @pytest.fixture
 def fresh_client() -> Iterator[None]:
     """S3 settings are read when a process makes its client: a test that changes them wants a client of its own."""
-    kept = (storage._s3_of_process, storage._signed_url, storage._range_reader)
+    kept = (s3_client._client_of_process, s3_client._signed_url, s3_client._range_reader)
     for made in kept:
         made.cache_clear()
     yield

@@ -22,7 +22,7 @@ from pipelines.cluster import slots
 from pipelines.config_file import load_config
 from pipelines.sweeping.config import SweepConfig
 from pipelines.sweeping.room import check_room
-from pipelines.training import registry, tracking
+from pipelines.training import mlflow_client, registry, tracking
 from pipelines.training.config import CurriculumConfig
 from tests.conftest import ROOT
 
@@ -172,7 +172,7 @@ def test_the_registered_models_example_runs(registered_model, tmp_path, monkeypa
 def registered_model(tmp_path, monkeypatch):
     """`models:/gmflow@champion`, small, in an MLflow of its own."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    client = tracking.connect(None)
+    client = mlflow_client.connect(None)
     run = tracking.start_run(client, "readme", "readme", {})
     small = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
     save_weights(GMFlow(small), tmp_path / "model.safetensors")

@@ -20,7 +20,9 @@ from torch import nn
 
 from datasets_etl.ahead import read_ahead
 from datasets_etl.manifest import Manifest
-from datasets_etl.storage import ObjectStore, split_url, waiting_for_storage
+from datasets_etl.objects import ObjectStore
+from datasets_etl.storage import split_url
+from datasets_etl.storage_retries import waiting_for_storage
 from gmflow import GMFlow, load_model
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.metrics import FlowMetrics

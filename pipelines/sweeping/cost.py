@@ -20,7 +20,7 @@ import ray
 import torch
 from ray.exceptions import OutOfMemoryError, RayActorError
 
-from datasets_etl.storage import ObjectStore
+from datasets_etl.objects import ObjectStore
 from gmflow import GMFlow, GMFlowConfig
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import padded_flow

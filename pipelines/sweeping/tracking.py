@@ -16,7 +16,7 @@ from pipelines.sweeping.accuracy import Weights
 from pipelines.sweeping.config import SweepConfig
 from pipelines.sweeping.table import Row
 from pipelines.sweeping.trials import stage_identity
-from pipelines.training import tracking
+from pipelines.training import mlflow_client, tracking
 from pipelines.training.config import StageConfig
 from pipelines.training.feed import Record
 
@@ -45,7 +45,7 @@ class SweepRun:
         held: Callable[[], bool] = lambda: True,
         begun: str = "",
     ) -> None:
-        self.client = tracking.connect(config.mlflow.tracking_uri)
+        self.client = mlflow_client.connect(config.mlflow.tracking_uri)
         content = json.dumps(_identity(config, weights, manifests) + [begun] * bool(begun), sort_keys=True)
         key = f"sweep/{hashlib.sha256(content.encode()).hexdigest()[:16]}"
         self._prefix = f"sweep/{config.name}/{begun}/" if begun else f"sweep/{config.name}/"

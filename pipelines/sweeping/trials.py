@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from datasets_etl.storage import ObjectStore, open_store
+from datasets_etl.objects import ObjectStore
+from datasets_etl.storage import open_store
 from pipelines.sweeping.accuracy import Weights
 from pipelines.sweeping.config import RangeConfig, SweepConfig, TuneConfig
 from pipelines.sweeping.settings import Setting

@@ -26,7 +26,8 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from datasets_etl.storage import open_store, waiting_for_storage
+from datasets_etl.storage import open_store
+from datasets_etl.storage_retries import waiting_for_storage
 from pipelines.cluster import nodes, own_node
 from pipelines.errors import LASTING_ERRORS, USER_ERRORS, PipelineError
 from pipelines.sweeping.config import RangeConfig

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from datasets_etl.errors import DamagedError
-from datasets_etl.storage import ObjectStore, open_store, split_url
+from datasets_etl.objects import ObjectStore
+from datasets_etl.storage import open_store, split_url
 from gmflow import GMFlow, load_model
 from pipelines.errors import PipelineError
 from pipelines.training import state

@@ -23,7 +23,8 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from datasets_etl.storage import ObjectStore, open_store
+from datasets_etl.objects import ObjectStore
+from datasets_etl.storage import open_store
 from gmflow import GMFlow, load_weights, save_weights
 from pipelines.cluster import Nodes, listed, nodes, slots
 from pipelines.entry import last_line

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from datasets_etl.manifest import Manifest
-from datasets_etl.storage import ObjectStore, open_store, split_url
+from datasets_etl.objects import ObjectStore
+from datasets_etl.storage import open_store, split_url
 from pipelines.errors import PipelineError
 from pipelines.lasting import lasting_store
 from pipelines.training.config import CurriculumConfig, MetricConfig, PartConfig, SetConfig, StageConfig, SubsetConfig

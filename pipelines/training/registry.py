@@ -24,10 +24,11 @@ from mlflow.types.schema import AnyType
 
 import gmflow
 from datasets_etl.formats import encode_frame_png
-from datasets_etl.storage import file_sha256
+from datasets_etl.objects import file_sha256
 from pipelines.errors import PipelineError
-from pipelines.training import tracking
+from pipelines.training import mlflow_client, mlflow_patience
 from pipelines.training.config import MetricConfig, SetConfig
+from pipelines.training.mlflow_client import place_of
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def register(
     if version is None:
         # A version is made of a model that is logged first, which is not done again where only the second step failed.
         logged = _logged(client, run_id, tags[_WEIGHTS_TAG]) or _log_model(run_id, weights, tags[_WEIGHTS_TAG])
-        with tracking.asked_once(), contextlib.redirect_stderr(io.StringIO()):
+        with mlflow_client.asked_once(), contextlib.redirect_stderr(io.StringIO()):
             version = mlflow.register_model(logged, model_name, tags=tags)
     move_alias(client, model_name, lineage.stage, version.version)
     if _improves(client, model_name, lineage, promotion):
@@ -148,7 +149,7 @@ def roll_back(client: MlflowClient, model_name: str, alias: str) -> tuple[str, s
     before = _alias(client, model_name, alias)
     if before is None:
         raise PipelineError(
-            f"models:/{model_name}@{alias}: no such model at {tracking.place_of(client)}; there is: {_known(client)}"
+            f"models:/{model_name}@{alias}: no such model at {place_of(client)}; there is: {_known(client)}"
         )
     versions = _earlier_versions(client, model_name, alias)
     # The same one is left by a rollback that was killed halfway.
@@ -226,7 +227,7 @@ def _logged(client: MlflowClient, run_id: str, weights_sha256: str) -> str | Non
 def _log_model(run_id: str, weights: Path, weights_sha256: str) -> str:
     """Log the model to a run. Returns its URI."""
     # MLflow loads what it logs, to try the example. In a driver that must take no memory of the workers' GPU.
-    on_the_cpu = tracking.in_environment(_LOADED_WITH, json.dumps({"device": "cpu"}))
+    on_the_cpu = mlflow_client.in_environment(_LOADED_WITH, json.dumps({"device": "cpu"}))
     # Silences MLflow: it recommends type hints (but has none for arrays) and reports its steps. Failures are raised.
     with on_the_cpu, contextlib.redirect_stderr(io.StringIO()), mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
@@ -285,10 +286,10 @@ def look_up(reference: str, tracking_uri: str | None) -> tuple[MlflowClient, Mod
 
     Args:
         reference: models:/NAME@ALIAS or models:/NAME/VERSION.
-        tracking_uri: URI of the registry; for None, see `tracking.tracking_uri`.
+        tracking_uri: URI of the registry; for None, see `mlflow_client.tracking_uri`.
     """
     try:
-        client = tracking.connect_existing(tracking_uri)
+        client = mlflow_client.connect_existing(tracking_uri)
     except PipelineError as error:
         raise PipelineError(f"{reference}: {error}") from error
     return client, find_version(client, reference)
@@ -303,10 +304,10 @@ def find_version(client: MlflowClient, reference: str) -> ModelVersion:
     try:
         return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
     except MlflowException as error:
-        if tracking.may_pass(error):
-            raise PipelineError(f"{reference}: {tracking.place_of(client)} does not answer: {error.message}") from error
+        if mlflow_patience.may_pass(error):
+            raise PipelineError(f"{reference}: {place_of(client)} does not answer: {error.message}") from error
         known = _known(client)
-        raise PipelineError(f"{reference}: no such model at {tracking.place_of(client)}; there is: {known}") from error
+        raise PipelineError(f"{reference}: no such model at {place_of(client)}; there is: {known}") from error
 
 
 def version_weights(client: MlflowClient, version: ModelVersion) -> bytes:
@@ -321,9 +322,7 @@ def download(client: MlflowClient, version: ModelVersion, folder: Path) -> Path:
     try:
         local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
     except MlflowException as error:
-        raise PipelineError(
-            f"{uri}: its files cannot be had from {tracking.place_of(client)}: {error.message}"
-        ) from error
+        raise PipelineError(f"{uri}: its files cannot be had from {place_of(client)}: {error.message}") from error
     found = sorted(local.rglob("*.safetensors"))
     if not found:
         raise PipelineError(

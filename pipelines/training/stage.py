@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets_etl.errors import DataError
 from datasets_etl.loader import FlowBatch, PositionDataset, TrainingStream
 from datasets_etl.manifest import Manifest
-from datasets_etl.storage import PATIENCE_VARIABLE, open_store
+from datasets_etl.storage import open_store
+from datasets_etl.storage_retries import PATIENCE_VARIABLE
 from gmflow import GMFlow
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.loss import sequence_loss

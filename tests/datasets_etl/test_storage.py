@@ -16,10 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from datasets_etl import storage
+from datasets_etl import s3_client, s3_store
 from datasets_etl.errors import DamagedError, DataError
 from datasets_etl.range_reads import RangeReader
-from datasets_etl.storage import PATIENCE_VARIABLE, S3Store, open_store, split_url, waiting_for_storage
+from datasets_etl.s3_store import S3Store
+from datasets_etl.storage import open_store, split_url
+from datasets_etl.storage_retries import PATIENCE_VARIABLE, may_pass, waiting_for_storage
 from tests.datasets_etl.refusals import refusal
 
 
@@ -122,7 +124,7 @@ def test_urls_are_signed_as_every_server_accepts(s3, fresh_client, monkeypatch):
     """Left alone, botocore signs by version 2 in some regions: refused for encrypted objects."""
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.delenv("AWS_ENDPOINT_URL")
-    url = storage._signed_url("bucket", "key", 0)
+    url = s3_client._signed_url("bucket", "key", 0)
     assert "X-Amz-Algorithm=AWS4-HMAC-SHA256" in url
 
 
@@ -162,7 +164,7 @@ def test_a_mistake_of_ours_does_not_pass_for_a_wrong_setting(s3, monkeypatch):
     def mistaken():
         raise ValueError("of ours")
 
-    monkeypatch.setattr(storage, "_s3", mistaken)
+    monkeypatch.setattr(s3_store, "s3_client", mistaken)
     with pytest.raises(ValueError, match="of ours"):
         open_store("s3://data").size("x")
 
@@ -319,9 +321,9 @@ def test_a_server_that_is_busy_is_asked_again_and_one_that_refuses_is_not(status
             {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": http_status}}, "GetObject"
         )
 
-    assert storage.may_pass(answer("SlowDown", status))
-    assert not storage.may_pass(answer("AccessDenied", 403))
-    assert not storage.may_pass(answer("NoSuchKey", 404))
+    assert may_pass(answer("SlowDown", status))
+    assert not may_pass(answer("AccessDenied", 403))
+    assert not may_pass(answer("NoSuchKey", 404))
 
 
 def test_bytes_that_do_not_match_their_checksum_are_damage():
@@ -333,10 +335,10 @@ def test_a_signed_url_is_renewed_before_it_expires(s3, tmp_path, monkeypatch):
     """Else every read of a long training would be refused first, and made again the slow way."""
     store = open_store(f"s3://data/{tmp_path.name}")
     store.write("x", b"0123456789")
-    sign, now, periods = storage._signed_url, time.monotonic(), []
-    monkeypatch.setattr(storage, "_signed_url", lambda *place: periods.append(place[-1]) or sign(*place))
-    for later in (0, 0, storage._SIGNATURE_S):
-        monkeypatch.setattr(storage, "time", SimpleNamespace(monotonic=lambda later=later: now + later))
+    sign, now, periods = s3_client._signed_url, time.monotonic(), []
+    monkeypatch.setattr(s3_client, "_signed_url", lambda *place: periods.append(place[-1]) or sign(*place))
+    for later in (0, 0, s3_client._SIGNATURE_S):
+        monkeypatch.setattr(s3_client, "time", SimpleNamespace(monotonic=lambda later=later: now + later))
         assert store.read_range("x", 2, 3) == b"234"
     assert periods[0] == periods[1] == periods[2] - 1
 

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 
-from datasets_etl import etl, storage
+from datasets_etl import etl, s3_client
 from datasets_etl.errors import DamagedError, DataError
 from datasets_etl.etl import run_etl
+from datasets_etl.file_store import FileStore
 from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
+from datasets_etl.objects import ObjectStore
 from datasets_etl.range_reads import RangeReader
-from datasets_etl.storage import FileStore, ObjectStore, open_store
+from datasets_etl.storage import open_store
+from datasets_etl.storage_retries import PATIENCE_VARIABLE
 from tests.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.infra.metadata_server import MetadataServer
 from tests.seaweedfs import S3Server, running
@@ -29,7 +32,7 @@ def proxy(s3: S3Server, fresh_client: None, monkeypatch: pytest.MonkeyPatch) -> 
     """A network between this process and the S3 server."""
     with faulty_proxy(s3.endpoint) as between:
         monkeypatch.setenv("AWS_ENDPOINT_URL", between.endpoint)
-        monkeypatch.setattr(storage, "READ_TIMEOUT_S", 1)
+        monkeypatch.setattr(s3_client, "READ_TIMEOUT_S", 1)
         yield between
 
 
@@ -73,7 +76,7 @@ def test_a_listing_outlives_faults(store, proxy):
 
 
 def test_a_network_that_stays_broken_is_one_line_not_damage(store, proxy, monkeypatch):
-    monkeypatch.setenv(storage.PATIENCE_VARIABLE, "2")
+    monkeypatch.setenv(PATIENCE_VARIABLE, "2")
     proxy.faults = ["drop"] * 200
     with pytest.raises(DataError, match=r"s3://data/.*/x: .*object store up") as caught:
         store.read("x")
@@ -83,7 +86,7 @@ def test_a_network_that_stays_broken_is_one_line_not_damage(store, proxy, monkey
 
 def test_a_connection_that_fell_silent_for_longer_than_the_patience_is_made_again(store, proxy, monkeypatch):
     """By default a server may be silent for a minute, and a command waits for ten seconds."""
-    monkeypatch.setenv(storage.PATIENCE_VARIABLE, "0.2")
+    monkeypatch.setenv(PATIENCE_VARIABLE, "0.2")
     proxy.faults = ["stall"]
     assert store.read_range("x", 0, 5000) == CONTENT[:5000]
     assert [met for *_, met in proxy.seen] == ["stall", None]
@@ -96,7 +99,7 @@ def test_an_object_that_is_too_short_is_damage_at_once(store, proxy):
 
 
 def test_a_short_answer_that_stays_short_is_not_mistaken_for_the_sample(store, proxy, monkeypatch):
-    monkeypatch.setenv(storage.PATIENCE_VARIABLE, "2")
+    monkeypatch.setenv(PATIENCE_VARIABLE, "2")
     proxy.faults = ["short"] * 200
     with pytest.raises(DataError, match="2500 bytes at offset 0 instead of 5000; the answer is cut short") as caught:
         store.read_range("x", 0, 5000)
@@ -117,7 +120,7 @@ class TestShortAnswersToTheEtl:
 
         monkeypatch.setattr(etl, "run_tasks", here)  # Ray's workers know another network
         monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", request.param)
-        storage._s3_of_process.cache_clear()
+        s3_client._client_of_process.cache_clear()
         raw = open_store(f"{store.url}/raw")
         for path in (path for path in raw_chairs.rglob("*") if path.is_file()):
             raw.upload(path, path.relative_to(raw_chairs).as_posix())
@@ -132,7 +135,7 @@ class TestShortAnswersToTheEtl:
         assert Path(result.manifest_url).name == Path(sharded_chairs.manifest_url).name
 
     def test_where_all_are_it_ends_without_a_manifest(self, source, proxy, tmp_path, monkeypatch):
-        monkeypatch.setenv(storage.PATIENCE_VARIABLE, "1")
+        monkeypatch.setenv(PATIENCE_VARIABLE, "1")
         proxy.faults = [None] + ["short"] * 200
         with pytest.raises(DataError, match=r"00002_flow\.flo: 12294 bytes instead of 24588 as listed") as caught:
             run_etl("chairs", source, str(tmp_path), shard_bytes=100_000)
@@ -179,7 +182,7 @@ def test_samples_are_read_from_the_regions_own_host(settings, profile, address, 
         monkeypatch.delenv(name, raising=False)
     for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", **settings}.items():
         monkeypatch.setenv(name, value)
-    assert storage._signed_url("data", "x", 0).startswith(address)
+    assert s3_client._signed_url("data", "x", 0).startswith(address)
 
 
 def test_training_reads_the_same_samples_through_a_bad_network(sharded_chairs, proxy, tmp_path):
@@ -199,7 +202,7 @@ def role(s3: S3Server, fresh_client: None, tmp_path: Path, monkeypatch) -> Itera
     """Credentials of the S3 server from a metadata service, as on an EC2 machine, and from nowhere else."""
     keys = os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
     open_store(f"s3://data/{tmp_path.name}").write("x", CONTENT)
-    storage._s3_of_process.cache_clear()
+    s3_client._client_of_process.cache_clear()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
@@ -233,7 +236,7 @@ class TestMetadataService:
 
         def end_soon() -> None:
             """Within the quarter of an hour in which botocore renews them before each request."""
-            held: Any = storage._s3()._request_signer._credentials
+            held: Any = s3_client.s3_client()._request_signer._credentials
             held._expiry_time = datetime.now(UTC) + timedelta(minutes=12)
 
         role.broken = True
@@ -243,7 +246,7 @@ class TestMetadataService:
         assert not role.broken
         role.broken = True
         end_soon()
-        monkeypatch.setenv(storage.PATIENCE_VARIABLE, "0.5")
+        monkeypatch.setenv(PATIENCE_VARIABLE, "0.5")
         with pytest.raises(DataError, match="no credentials from where they come from here: Error when retrieving"):
             store.read("x")
 
@@ -265,7 +268,7 @@ class TestServerKilled:
         open_store("s3://data/a").write("x", content)
         with faulty_proxy(mortal.endpoint) as proxy:
             monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-            storage._s3_of_process.cache_clear()
+            s3_client._client_of_process.cache_clear()
             reborn = _restart_later(mortal)
             proxy.faults = ["cut", reborn]
             assert open_store("s3://data/a").read("x") == content
@@ -274,7 +277,7 @@ class TestServerKilled:
     def test_while_a_connection_to_it_lies_idle(self, mortal):
         content = os.urandom(1 << 16)
         open_store("s3://data/idle").write("x", content)
-        url = storage._signed_url("data", "idle/x", 0)
+        url = s3_client._signed_url("data", "idle/x", 0)
         reader = RangeReader(None, connect_timeout_s=5, read_timeout_s=5)
         assert reader.read(url, 100, 1000) == content[100:1100]
         mortal.kill()
@@ -292,7 +295,7 @@ class TestServerKilled:
         large.write_bytes(os.urandom(34 << 20))
         with faulty_proxy(mortal.endpoint) as proxy:
             monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-            storage._s3_of_process.cache_clear()
+            s3_client._client_of_process.cache_clear()
             proxy.applies = lambda method, path: "partNumber=4" in path
             proxy.faults = [_restart_later(mortal)]
             store = open_store("s3://data/b")

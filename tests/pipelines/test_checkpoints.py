@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from datasets_etl.storage import PATIENCE_VARIABLE, FileStore, ObjectStore, open_store
+from datasets_etl.file_store import FileStore
+from datasets_etl.objects import ObjectStore
+from datasets_etl.storage import open_store
+from datasets_etl.storage_retries import PATIENCE_VARIABLE
 from gmflow import GMFlow, GMFlowConfig, save_weights
 from pipelines import references
 from pipelines.errors import PipelineError

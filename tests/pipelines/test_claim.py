@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from datasets_etl.errors import DataError
-from datasets_etl.storage import PATIENCE_VARIABLE, ObjectStore, open_store
+from datasets_etl.objects import ObjectStore
+from datasets_etl.storage import open_store
+from datasets_etl.storage_retries import PATIENCE_VARIABLE
 from pipelines import claim
 from pipelines.claim import CLAIM, Claim, claimed
 from pipelines.config_file import load_config

@@ -35,7 +35,7 @@ from pipelines.errors import PipelineError
 from pipelines.flow_files import FLOW_FORMATS, read_truth
 from pipelines.frames import find_clips
 from pipelines.predict import PredictionOptions, options_of, parse_arguments
-from pipelines.training import tracking
+from pipelines.training import mlflow_client
 from tests.conftest import ROOT
 
 TINY = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
@@ -231,7 +231,7 @@ class TestEvaluate:
         pictures = [sorted(path.name for path in (tmp_path / name).glob("*.png")) for name in ("serial", "ray")]
         assert pictures[0] == pictures[1]
 
-        client = tracking.connect(None)
+        client = mlflow_client.connect(None)
         (run,) = client.search_runs([client.get_experiment_by_name("scores").experiment_id])
         assert run.data.metrics["eval/sintel/epe"] == one["epe"]
         assert (run.data.tags["model"], run.data.tags["precision"]) == (str(weights), "fp32")
@@ -791,7 +791,7 @@ class TestCurriculum:
         assert_one_line(result, "storage runs/base", "would be lost", "s3://")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs/mlflow.db")
         with pytest.raises(PipelineError, match=r"runs/mlflow\.db: lies in the folder .* MLFLOW_TRACKING_URI"):
-            tracking.connect(None)
+            mlflow_client.connect(None)
         assert not list(uploaded.iterdir())
 
     @pytest.mark.parametrize("start", ["models:/gmflow@champion", "/no/weights.pth"])

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 
 import pipelines.curriculum
 from datasets_etl.errors import DamagedError, DataError
-from datasets_etl.storage import PATIENCE_VARIABLE, open_store
+from datasets_etl.storage import open_store
+from datasets_etl.storage_retries import PATIENCE_VARIABLE
 from pipelines import report
 from pipelines.claim import CLAIM, claimed
 from pipelines.cluster import RayLostError
@@ -32,7 +33,7 @@ from pipelines.config_file import load_config
 from pipelines.curriculum import run_curriculum
 from pipelines.errors import PipelineError
 from pipelines.references import resolve_model
-from pipelines.training import launch, tracking
+from pipelines.training import launch, mlflow_client
 from pipelines.training.config import CurriculumConfig, MachineConfig, ModelConfig
 from pipelines.training.dry_run import show_dry_run
 from pipelines.training.feed import Record
@@ -269,7 +270,7 @@ def test_a_report_that_fails_undoes_nothing_and_says_how_to_make_it(undisturbed:
     told = capsys.readouterr().out
     (run_id,) = re.findall(r"could not be made \(no picture\).*report.py --run (\w+)", " ".join(told.split()))
     monkeypatch.undo()
-    client = tracking.connect(undisturbed.tracking_uri)
+    client = mlflow_client.connect(undisturbed.tracking_uri)
     assert client.get_run(run_id).info.status == "FINISHED"
     # Its stage was another command's: that one's curves are shown.
     curves = {curve.title: curve for curve in report.curriculum_report(client, run_id, 0).curves}
@@ -290,7 +291,7 @@ def whole_and_parts(client: MlflowClient) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_report_of_a_training_on_gpus_is_made_where_there_are_none(undisturbed: Workplace):
-    client = tracking.connect(undisturbed.tracking_uri)
+    client = mlflow_client.connect(undisturbed.tracking_uri)
     ((run_id, config),) = [found for found in whole_and_parts(client).items() if found[1]["only"] is None]
     config["machine"]["use_gpu"] = True
     trained = client.get_run(run_id)
@@ -363,7 +364,7 @@ def test_the_driver_waits_for_storage_as_the_workers_do(undisturbed: Workplace, 
 def test_weights_are_named_by_what_they_were(undisturbed: Workplace, tmp_path: Path):
     """In the lineage: the alias a stage begins from may move to what it ends with."""
     model, uri = ModelConfig(**undisturbed.config["model"]), undisturbed.tracking_uri
-    version = tracking.connect(uri).get_model_version_by_alias("gmflow", "chairs").version
+    version = mlflow_client.connect(uri).get_model_version_by_alias("gmflow", "chairs").version
     folder = open_store(str(tmp_path / "stage"))
     assert provide_initial_weights(folder, model, 0, "models:/gmflow@chairs", uri) == f"models:/gmflow/{version}"
     assert provide_initial_weights(folder, model, 0, "models:/gmflow@champion", uri) == f"models:/gmflow/{version}"

@@ -23,7 +23,7 @@ import torch
 from datasets_etl import formats
 from datasets_etl.synthetic import synthetic_pair
 from gmflow import GMFlow, GMFlowConfig, predict_flow, save_weights
-from pipelines.training import registry, tracking
+from pipelines.training import mlflow_client, registry, tracking
 from tests.seaweedfs import free_ports
 from tests.waiting import WAIT_SECONDS, answers, wait_until
 
@@ -54,7 +54,7 @@ class Registered:
 def registered(tmp_path_factory: pytest.TempPathFactory) -> Registered:
     folder = tmp_path_factory.mktemp("served")
     uri = f"sqlite:///{folder}/mlflow.db"
-    client = tracking.connect(uri)
+    client = mlflow_client.connect(uri)
     run = tracking.start_run(client, "served", "chairs", {}).info
     model = GMFlow(TINY).eval()
     save_weights(model, folder / "model.safetensors")
@@ -153,7 +153,7 @@ def test_registering_takes_no_gpu_from_the_workers(registered, monkeypatch):
         return False
 
     monkeypatch.setattr(torch.cuda, "is_available", look)
-    client = tracking.connect(registered.tracking_uri)
+    client = mlflow_client.connect(registered.tracking_uri)
     run = tracking.start_run(client, "served", "things", {}).info
     lineage = registry.Lineage("things", "random", {}, "h", "sources:x", {})
     version = registry.register(client, "tried", run.run_id, registered.folder / "model.safetensors", lineage, None)

@@ -16,7 +16,7 @@ import pipelines.registry
 from gmflow import GMFlow, GMFlowConfig, GMFlowError, load_model, save_weights
 from pipelines import references
 from pipelines.errors import PipelineError
-from pipelines.training import registry, tracking
+from pipelines.training import mlflow_client, registry, tracking
 from pipelines.training.config import MetricConfig
 
 TINY = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
@@ -32,7 +32,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three versions of two stages, each better than the one before: champion is the last."""
     folder = tmp_path_factory.mktemp("registry")
     uri = f"sqlite:///{folder}/mlflow.db"
-    client = tracking.connect(uri)
+    client = mlflow_client.connect(uri)
     for number, (stage, epe) in enumerate([("chairs", 3.0), ("chairs", 2.5), ("things", 2.0)], start=1):
         torch.manual_seed(number)
         save_weights(GMFlow(TINY), folder / f"{number}.safetensors")
@@ -71,7 +71,7 @@ def test_comparing_shows_metrics_with_their_difference_and_lineage_that_differs(
 
 def test_nothing_is_cut_in_a_terminal_of_80_columns(call, monkeypatch, tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    client = tracking.connect(uri)
+    client = mlflow_client.connect(uri)
     weights = tmp_path / "w.safetensors"
     save_weights(GMFlow(TINY), weights)
     name, run_ids = "sintel.training-clean", []
@@ -82,7 +82,7 @@ def test_nothing_is_cut_in_a_terminal_of_80_columns(call, monkeypatch, tmp_path)
         )
         run_ids.append(tracking.start_run(client, "r", "sintel", {}).info.run_id)
         registry.register(client, "gmflow", run_ids[-1], weights, lineage, None)
-    monkeypatch.setattr(tracking, "tracking_uri", lambda configured: uri)
+    monkeypatch.setattr(mlflow_client, "tracking_uri", lambda configured: uri)
 
     def told(*arguments: str) -> str:
         code, out, _ = call(pipelines.registry, *arguments)
@@ -123,7 +123,7 @@ def test_champion_rolls_back_by_one_command_step_by_step_and_is_promoted_again(c
 
 
 def test_a_version_that_was_deleted_is_rolled_back_over(call, tmp_path):
-    client = tracking.connect(f"sqlite:///{tmp_path}/mlflow.db")
+    client = mlflow_client.connect(f"sqlite:///{tmp_path}/mlflow.db")
     client.create_registered_model("gmflow")
     for number in "123":
         client.create_model_version("gmflow", f"file://{tmp_path}")
@@ -147,7 +147,7 @@ def test_an_alias_that_mlflow_does_not_take_is_said(call, alias):
 
 
 def test_a_move_that_was_killed_halfway_leaves_one_step_to_roll_back(tmp_path, monkeypatch):
-    client = tracking.connect(f"sqlite:///{tmp_path}/mlflow.db")
+    client = mlflow_client.connect(f"sqlite:///{tmp_path}/mlflow.db")
     client.create_registered_model("m")
     run = tracking.start_run(client, "r", "chairs", {}).info.run_id
     for _ in range(3):
@@ -219,7 +219,7 @@ def test_a_missing_model_names_those_there_are(call, reference):
 def test_a_mistyped_database_is_said_and_not_made(call, tmp_path, monkeypatch):
     missing = tmp_path / "mlfow.db"
     uri = f"sqlite:///{missing}"
-    monkeypatch.setattr(tracking, "tracking_uri", lambda configured: uri)
+    monkeypatch.setattr(mlflow_client, "tracking_uri", lambda configured: uri)
     for task in (["list"], ["show", "models:/gmflow/1"]):
         code, _, err = call(pipelines.registry, *task)
         assert (code, f"MLflow at {uri}: no such database" in err) == (2, True)
@@ -237,7 +237,7 @@ def test_a_damaged_weights_file_is_named_as_it_was_given(tmp_path):
 
 def test_a_version_whose_files_were_deleted_says_so(registered, tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    client = tracking.connect(uri)
+    client = mlflow_client.connect(uri)
     lineage = registry.Lineage("chairs", "random", {}, "h", "sources:x", {})
     stage_run = tracking.start_run(client, "r", "chairs", {}).info.run_id
     version = registry.register(client, "gmflow", stage_run, registered / "1.safetensors", lineage, None)
@@ -302,7 +302,7 @@ def test_windows_that_the_published_layout_does_not_hold_are_told(call, tmp_path
 
 
 def test_aliases_other_than_champion_move_and_roll_back(call, tmp_path):
-    client = tracking.connect(f"sqlite:///{tmp_path}/mlflow.db")
+    client = mlflow_client.connect(f"sqlite:///{tmp_path}/mlflow.db")
     client.create_registered_model("gmflow")
     for _ in range(2):
         client.create_model_version("gmflow", f"file://{tmp_path}")

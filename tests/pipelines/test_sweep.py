@@ -27,7 +27,7 @@ from pipelines.errors import PipelineError
 from pipelines.references import resolve_model
 from pipelines.sweeping import cost
 from pipelines.sweeping.config import CostConfig
-from pipelines.training import registry, tracking
+from pipelines.training import mlflow_client, registry, tracking
 from tests.conftest import ROOT
 from tests.pipelines.conftest import Workplace
 from tests.waiting import kill_tree, output_of, wait_until
@@ -181,7 +181,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, manifests: dict[str, str]) -
     torch.manual_seed(0)
     weights = folder / "start.safetensors"
     save_weights(GMFlow(GMFlowConfig.from_dict(GMFlowConfig.refine().to_dict() | small | setting)), weights)
-    client = tracking.connect(f"sqlite:///{folder}/mlflow.db")
+    client = mlflow_client.connect(f"sqlite:///{folder}/mlflow.db")
     given = tracking.start_run(client, "given", "start", {}).info.run_id
     registry.register(
         client, "gmflow", given, weights, registry.Lineage("start", "random", {}, "h", "sources:x", {}), None
@@ -323,7 +323,7 @@ def test_the_best_trial_is_registered_with_its_setting(tuned):
 def test_a_sweep_that_has_ended_is_told_again_without_any_training(tuned):
     workplace, output = tuned
     kept = {path: path.stat().st_mtime_ns for path in (workplace.folder / "storage/tune").glob("trials/**/*.*")}
-    champion = registry.find_version(tracking.connect(workplace.tracking_uri), "models:/gmflow@champion")
+    champion = registry.find_version(mlflow_client.connect(workplace.tracking_uri), "models:/gmflow@champion")
     assert int(champion.version) == 2, "the sweep did not move its own alias"
     again = run(workplace)
     assert "goes on with models:/gmflow/1, what models:/gmflow@champion was when this sweep began" in again

@@ -22,7 +22,9 @@ from ray.exceptions import ActorDiedError
 from ray.tune.search import Searcher
 
 from datasets_etl.errors import DamagedError, DataError
-from datasets_etl.storage import PATIENCE_VARIABLE, ObjectStore, open_store
+from datasets_etl.objects import ObjectStore
+from datasets_etl.storage import open_store
+from datasets_etl.storage_retries import PATIENCE_VARIABLE
 from gmflow import GMFlow, GMFlowConfig, execution, save_weights
 from gmflow.errors import GMFlowError
 from gmflow.execution import ExecutionConfig, Precision, prepare_model, runs_in
@@ -51,7 +53,7 @@ from pipelines.sweeping.trials import (
 )
 from pipelines.sweeping.tuning import DistinctOptuna
 from pipelines.sweeping.view import SweepView
-from pipelines.training import registry, tracking
+from pipelines.training import mlflow_client, registry
 from pipelines.training.config import SetConfig
 from pipelines.training.plan import FINAL_WEIGHTS
 from tests.conftest import ROOT
@@ -461,7 +463,7 @@ def tracked(tree, load, tmp_path):
 
 
 def test_a_sweep_goes_on_with_what_its_alias_was_when_it_began(tracked, tmp_path, capsys):
-    client = tracking.connect(f"sqlite:///{tmp_path}/mlflow.db")
+    client = mlflow_client.connect(f"sqlite:///{tmp_path}/mlflow.db")
     client.create_registered_model("gmflow")
     for number in ("1", "2"):
         torch.manual_seed(int(number))

@@ -25,7 +25,7 @@ from mlflow.protos.databricks_pb2 import (
 from gmflow import GMFlow, GMFlowConfig, predict_flow, save_weights
 from pipelines import references
 from pipelines.errors import PipelineError
-from pipelines.training import feed, registry, tracking
+from pipelines.training import feed, mlflow_client, mlflow_patience, registry, tracking
 from pipelines.training.config import MetricConfig, MlflowConfig, SetConfig, shown_uri
 from pipelines.training.feed import FeedWriter, Record, listening
 from tests.faulty_proxy import faulty_proxy
@@ -52,11 +52,11 @@ def curriculum_run(
     server: str,
     key: str,
     tell: Callable[[str], None] = pytest.fail,
-    patience_s: float = 60.0,
+    patience_s: float = 300.0,
     experiment: str = "gmflow",
 ) -> tracking.CurriculumRun:
     config = MlflowConfig(tracking_uri=server, patience_s=patience_s, experiment=experiment)
-    return tracking.CurriculumRun(tracking.connect(server), config, "test", key, tell)
+    return tracking.CurriculumRun(mlflow_client.connect(server), config, "test", key, tell)
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_a_lost_answer_makes_no_run_version_or_experiment_twice(server, tmp_path
         *("experiments/create", "runs/create", "registered-models/create", "model-versions/create")
     }
     assert [line.partition(" (")[0] for line in told] == ["MLflow is away", "MLflow answers again"] * 3
-    client = tracking.connect(server)
+    client = mlflow_client.connect(server)
     experiment = client.get_experiment_by_name("lost answers").experiment_id
     assert {each.info.run_id for each in client.search_runs([experiment])} == {run.run_id, stage.run_id}
     assert [each.version for each in client.search_model_versions("name = 'lost'")] == [version.version]
@@ -111,9 +111,9 @@ def test_a_lost_answer_makes_no_run_version_or_experiment_twice(server, tmp_path
 def test_an_mlflow_that_answered_before_is_not_asked_first(server):
     """Where the driver connects to Ray anew, MLflow may be away; what asks it next waits."""
     with pytest.raises(PipelineError, match="does not answer"):
-        tracking.connect("http://127.0.0.1:9")
-    assert tracking.connect("http://127.0.0.1:9", answered=True).tracking_uri == "http://127.0.0.1:9"
-    tracking.connect(server)
+        mlflow_client.connect("http://127.0.0.1:9")
+    assert mlflow_client.connect("http://127.0.0.1:9", answered=True).tracking_uri == "http://127.0.0.1:9"
+    mlflow_client.connect(server)
 
 
 def test_a_driver_that_was_taken_over_writes_no_more_to_mlflow(server, stage_run, request):
@@ -362,12 +362,12 @@ def test_only_what_may_pass_is_waited_for(error: Exception, passes: bool):
             raise error
         return "done"
 
-    patience = tracking.Patience(3600.0, lambda line: None)
+    patience = mlflow_patience.Patience(3600.0, lambda line: None)
     if passes:
         assert patience(work) == "done"
     else:
         is_an_answer = "no such run" in str(error)
-        with pytest.raises(MlflowException if is_an_answer else tracking.RefusedError) as told:
+        with pytest.raises(MlflowException if is_an_answer else mlflow_patience.RefusedError) as told:
             patience(work)
         assert str(error) in str(told.value)
         assert len(attempts) == 1
@@ -383,7 +383,7 @@ def test_a_server_that_refuses_to_answer_does_not_hold_nothing(server, monkeypat
         raise MlflowException("not yours", error_code=PERMISSION_DENIED)
 
     monkeypatch.setattr(curriculum.client, "get_run", refuse)
-    with pytest.raises(tracking.RefusedError, match="not yours"):
+    with pytest.raises(mlflow_patience.RefusedError, match="not yours"):
         curriculum.holds(curriculum.run_id)
 
 
@@ -474,7 +474,7 @@ def test_a_run_that_fails_is_marked_so(server, stage_run):
 def test_a_server_that_is_away_is_said_in_a_line(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(PipelineError, match=r"MLflow at http://127\.0\.0\.1:9 does not answer"):
-        tracking.connect("http://127.0.0.1:9")
+        mlflow_client.connect("http://127.0.0.1:9")
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -493,14 +493,14 @@ def test_a_database_without_a_server_has_no_place_for_models():
     """MLflow would keep them in the working folder, which for a job is the folder it was uploaded into."""
     refused = r"MLflow at postgresql\+psycopg2://db/runs: .* no place for models"
     with pytest.raises(PipelineError, match=refused) as told:
-        tracking._place_of_artifacts("postgresql+psycopg2://me:secret@db/runs")
+        mlflow_client._place_of_artifacts("postgresql+psycopg2://me:secret@db/runs")
     assert "secret" not in str(told.value)
-    assert tracking._place_of_artifacts("http://mlflow:5000") is None
+    assert mlflow_client._place_of_artifacts("http://mlflow:5000") is None
 
 
 def test_an_experiment_that_cannot_be_used_is_said(tmp_path: Path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    client = tracking.connect(uri)
+    client = mlflow_client.connect(uri)
     uploaded = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123" / "mlruns"
     client.create_experiment("lost", artifact_location=str(uploaded))
     with pytest.raises(PipelineError, match=r"experiment 'lost' keeps its files in .*, where a job was uploaded"):
@@ -559,14 +559,14 @@ def test_a_link_that_cannot_be_looked_up_is_the_runs_id(server, monkeypatch):
     """At the end of a command whose work is done and registered."""
     run = curriculum_run(server, "linked")
     page = f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
-    assert tracking.run_link(server, "gmflow", run.run_id) == page
-    assert tracking.run_link(server, "no such experiment", run.run_id) == f"run {run.run_id}"
+    assert mlflow_client.run_link(server, "gmflow", run.run_id) == page
+    assert mlflow_client.run_link(server, "no such experiment", run.run_id) == f"run {run.run_id}"
 
     def away(*_: object) -> None:
         raise MlflowException("away")
 
-    monkeypatch.setattr(tracking.MlflowClient, "get_experiment_by_name", away)
-    assert tracking.run_link(server, "gmflow", run.run_id) == f"run {run.run_id}"
+    monkeypatch.setattr(mlflow_client.MlflowClient, "get_experiment_by_name", away)
+    assert mlflow_client.run_link(server, "gmflow", run.run_id) == f"run {run.run_id}"
 
 
 def test_who_may_not_see_an_alias_is_not_told_that_there_is_none(stage_run, monkeypatch):

@@ -1,0 +1,74 @@
+"""Objects by URL: what all stores have in common, and what is checked of what they answer."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from datasets_etl.errors import DamagedError, DataError
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One listed object. `stamp` changes when the content does: it is the ETag, or the size, mtime and ctime of a file.
+    Programs that unpack or copy files may set mtime back, but never ctime.
+    """
+
+    key: str
+    size: int
+    stamp: str
+
+
+class ObjectStore(Protocol):
+    """What the pipeline needs from storage. Every write is atomic: an object is complete or absent."""
+
+    url: str
+
+    def read(self, key: str, size: int | None = None) -> bytes:
+        """The whole object. Raises DataError if `size` (as listed) is given and the object has another size."""
+        ...
+
+    def read_range(self, key: str, offset: int, length: int) -> bytes: ...
+    def write(self, key: str, data: bytes) -> None: ...
+    def upload(self, path: Path, key: str) -> None: ...
+    def size(self, key: str) -> int | None:
+        """Size in bytes, None if the object does not exist."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove an object; it is no error if the object does not exist."""
+        ...
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed writers left behind, if the storage does not do so itself."""
+        ...
+
+    def walk(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Every object whose key starts with `prefix`, sorted by key."""
+        ...
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a local file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class ShortAnswerError(DataError):
+    """The answer has the wrong length, but the object need not be damaged: repeating the request may help."""
+
+
+def whole(data: bytes, url: str, offset: int, length: int) -> bytes:
+    if len(data) != length:
+        raise DamagedError(too_short(data, url, offset, length, "object"))
+    return data
+
+
+def require_size(found: int | None, url: str, listed: int | None) -> None:
+    if listed not in (None, found):
+        raise ShortAnswerError(f"{url}: {found} bytes instead of {listed} as listed; did it change? Run again")
+
+
+def too_short(data: bytes, url: str, offset: int, length: int, what: str) -> str:
+    return f"{url}: {len(data)} bytes at offset {offset} instead of {length}; the {what} is cut short"
