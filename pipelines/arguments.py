@@ -1,4 +1,4 @@
-"""Argument types the commands share."""
+"""Arguments that several commands have, and types of arguments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 if TYPE_CHECKING:
     import torch
@@ -70,3 +70,22 @@ def device(text: str) -> torch.device:
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"{text}: this machine has {torch.cuda.device_count()} CUDA devices")
     return chosen
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """`--model`, a reference that `resolve_model` takes."""
+    parser.add_argument("--model", required=True, help="models:/NAME@ALIAS or /VERSION, .pth, .safetensors, checkpoint")
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """`--precision`, by default the reference's float32."""
+    from gmflow.execution import Precision  # imports torch, see `device`
+
+    parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="(default: %(default)s)")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """`--device`, of a command that computes in its own process."""
+    parser.add_argument(
+        "--device", type=device, default=device("auto"), help="cpu, cuda, cuda:1 (default: best there is)"
+    )

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from pipelines.cluster import connected, has_gpus  # sets Ray's environment, so before Ray
 
@@ -28,7 +28,7 @@ from gmflow import GMFlow
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.weights import weights_digest
 from pipelines import report
-from pipelines.arguments import device, not_negative, positive
+from pipelines.arguments import add_model, add_precision, device, not_negative, positive
 from pipelines.entry import first_line
 from pipelines.errors import PipelineError, command
 from pipelines.lasting import lasting_store
@@ -49,7 +49,7 @@ Scores = dict[str, tuple[EvaluationSet, Evaluation]]
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a model on sharded datasets.")
-    parser.add_argument("--model", required=True, help="models:/NAME@ALIAS or /VERSION, .pth, .safetensors, checkpoint")
+    add_model(parser)
     parser.add_argument(
         "--data",
         required=True,
@@ -82,7 +82,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="cpu, cuda, cuda:1; of Ray's tasks cpu or cuda (default: the best this machine or the cluster has)",
     )
-    parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="(default: %(default)s)")
+    add_precision(parser)
     parser.add_argument(
         "--ray",
         action=argparse.BooleanOptionalAction,

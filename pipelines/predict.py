@@ -28,7 +28,7 @@ from gmflow import GMFlow, Prediction, Tiling, predict_batch
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import PaddingMode
 from gmflow.weights import weights_digest
-from pipelines.arguments import device, positive, positive_number, size
+from pipelines.arguments import add_device, add_model, add_precision, positive, positive_number, size
 from pipelines.behind import Behind
 from pipelines.continuation import ANY_FRAME, any_frame, claim_output
 from pipelines.errors import PipelineError, resumable_command
@@ -101,7 +101,7 @@ class PredictionOptions:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Optical flow between consecutive frames.")
-    parser.add_argument("--model", required=True, help="models:/NAME@ALIAS or /VERSION, .pth, .safetensors, checkpoint")
+    add_model(parser)
     parser.add_argument("--output", required=True, help="folder or URL for the files")
     parser.add_argument(
         "--formats",
@@ -112,14 +112,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--truth", type=Path, metavar="DIR", help="ground truth by the frames' names, for error, video")
     parser.add_argument("--max-flow", type=positive_number, help="speed in pixels of full saturation in all pictures")
     parser.add_argument("--batch", type=positive, default=1, help="pairs computed at a time (default: %(default)s)")
-    parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="(default: %(default)s)")
+    add_precision(parser)
     parser.add_argument("--padding", choices=get_args(PaddingMode), default="sintel", help="(default: %(default)s)")
     parser.add_argument("--tile", type=size, metavar="HxW", help="compute larger frames by tiles, such as 768x1024")
     parser.add_argument("--overlap", type=positive, default=128, help="of tiles, pixels (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="keep nothing of an earlier run")
-    parser.add_argument(
-        "--device", type=device, default=device("auto"), help="cpu, cuda, cuda:1 (default: best there is)"
-    )
+    add_device(parser)
     parser.add_argument("frames", nargs="+", metavar="FRAME", help="two or more images, folders of them, or videos")
     return parser.parse_args(argv)
 

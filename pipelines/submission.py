@@ -15,7 +15,6 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 from rich.console import Console
 from rich.progress import track
@@ -30,7 +29,7 @@ from gmflow import GMFlow, Prediction, predict_batch
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import PaddingMode
 from gmflow.weights import replace_file, weights_digest
-from pipelines.arguments import device, local_path
+from pipelines.arguments import add_device, add_model, add_precision, local_path
 from pipelines.behind import Behind
 from pipelines.continuation import claim_output
 from pipelines.errors import PipelineError, resumable_command
@@ -90,16 +89,14 @@ BENCHMARKS = {
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Predict a benchmark's test set, in the layout its server takes.")
-    parser.add_argument("--model", required=True, help="models:/NAME@ALIAS or /VERSION, .pth, .safetensors, checkpoint")
+    add_model(parser)
     parser.add_argument("--data", required=True, help="URL of a manifest of Sintel or KITTI with its test subsets")
     parser.add_argument(
         "--output", required=True, type=local_path, help="folder; KITTI's archive is that name with .zip"
     )
-    parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="(default: %(default)s)")
+    add_precision(parser)
     parser.add_argument("--overwrite", action="store_true", help="keep nothing of an earlier run")
-    parser.add_argument(
-        "--device", type=device, default=device("auto"), help="cpu, cuda, cuda:1 (default: best there is)"
-    )
+    add_device(parser)
     return parser.parse_args(argv)
 
 
