@@ -98,8 +98,15 @@ def run_etl(
         _refuse_quarantined(written.values(), source)
     reused = len(written)
     report()
+    place = open_store(source).url  # a relative path is this process's own
     missing = [
-        (plan, source, store.url, strict, {path: objects[path].size for ref in plan.refs for path in raw_files(ref)})
+        (
+            plan,
+            place,
+            store.url,
+            strict,
+            {path: objects[path].size for ref in plan.refs for path in raw_files(ref)},
+        )
         for plan in plans
         if plan.index not in written
     ]

@@ -26,7 +26,7 @@ class Order:
     Attributes:
         sizes: number of samples of each part of the mixture, all positive.
         repeats: how often an epoch contains each sample of that part, all positive.
-        seed: any integer of at most 64 bits.
+        seed: from 0 to 2^63 - 1.
     """
 
     sizes: tuple[int, ...]
@@ -78,7 +78,7 @@ def permute(indices: Int64Array, length: int, key: UInt64Array) -> Int64Array:
     It is a balanced Feistel network over the next power of four, applied again until the value is below `length`
     (cycle walking; Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
-    half_bits = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
+    half_bits = np.uint64(((length - 1).bit_length() + 1) // 2)
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     values = _feistel(indices.astype(np.uint64), half_bits, mask, key)
     outside = np.flatnonzero(values >= length)

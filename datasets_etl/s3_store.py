@@ -80,10 +80,15 @@ class S3Store:
         data = read_range_quickly(self.bucket, self._key(key), offset, length)
         if data is not None and len(data) == length:
             return data
-        span = f"bytes={offset}-{offset + length - 1}"
-        answer = s3_client().get_object(Bucket=self.bucket, Key=self._key(key), Range=span)
-        data = answer["Body"].read()
         url = f"{self.url}/{key}"
+        span = f"bytes={offset}-{offset + length - 1}"
+        try:
+            answer = s3_client().get_object(Bucket=self.bucket, Key=self._key(key), Range=span)
+        except s3_errors.ClientError as error:
+            if error.response["Error"]["Code"] == "InvalidRange":
+                return whole(b"", url, offset, length)  # it begins behind the object's end
+            raise
+        data = answer["Body"].read()
         total = answer.get("ContentRange", "").rpartition("/")[2]
         if len(data) != length and total.isdigit() and int(total) >= offset + length:
             raise ShortAnswerError(too_short(data, url, offset, length, "answer"))

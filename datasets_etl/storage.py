@@ -28,7 +28,7 @@ def open_store(url: str) -> ObjectStore:
     if parsed.scheme == "file":
         if parsed.netloc not in ("", "localhost"):
             raise DataError(f"{url}: a file URL has three slashes; write file:///{parsed.netloc}{parsed.path}")
-        return FileStore(Path(unquote(parsed.path)))
+        return FileStore(Path(unquote(parsed.path) or "/"))
     if parsed.scheme == "":
         return FileStore(Path(url))
     raise DataError(f"{url}: storage is file:// or s3://, not {parsed.scheme}://")

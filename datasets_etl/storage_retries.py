@@ -62,9 +62,12 @@ def _out_of_patience(state: tenacity.RetryCallState) -> bool:
 def patience_s() -> float:
     given = os.environ.get(PATIENCE_VARIABLE, "10")
     try:
-        return float(given)
+        seconds = float(given)
     except ValueError:
-        raise DataError(f"{PATIENCE_VARIABLE}={given}: not a number of seconds; set it to one, such as 60") from None
+        seconds = -1.0
+    if not seconds >= 0:  # NaN is neither more nor less
+        raise DataError(f"{PATIENCE_VARIABLE}={given}: not a number of seconds; set it to one, such as 60")
+    return seconds
 
 
 # Every request is idempotent: reads, listings, deletions, and writes of whole objects. botocore's own retries come

@@ -8,6 +8,7 @@ import sqlite3
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import diskcache
@@ -186,3 +187,30 @@ def test_training_goes_on_from_the_cache_where_storage_is_gone(sharded_chairs, t
     for shard in (tmp_path / "shards").glob("*.tar"):
         shard.unlink()
     assert all(same(cached[position], expected[position]) for position in epoch)
+
+
+def test_samples_at_one_place_of_two_shards_are_both_kept(tmp_path: Path):
+    asked: list[int] = []
+    cache = SampleCache(tmp_path, 10 << 20)
+    other = replace(SHARD, sha256="b" * 64)
+    second = replace(entry(2), offset=entry(1).offset)
+    for _ in range(2):
+        assert cache.read(SHARD, entry(1), fetched(asked, 1)) == content(1)
+        assert cache.read(other, second, fetched(asked, 2)) == content(2)
+    assert asked == [1, 2]
+
+
+def test_a_broken_table_is_no_reason_to_stop(tmp_path: Path):
+    for part in range(8):
+        (tmp_path / f"{part:03d}").mkdir()
+        (tmp_path / f"{part:03d}/cache.db").write_bytes(b"no table" * 1000)
+    assert SampleCache(tmp_path, 10 << 20).read(SHARD, entry(1), lambda: content(1)) == content(1)
+
+
+def test_a_table_that_breaks_meanwhile_is_no_reason_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def breaks(*_: object, **__: object) -> None:
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    cache = SampleCache(tmp_path, 10 << 20)
+    monkeypatch.setattr(diskcache.FanoutCache, "set", breaks)
+    assert cache.read(SHARD, entry(1), lambda: content(1)) == content(1)

@@ -639,3 +639,34 @@ def test_two_samples_of_one_key_make_no_manifest(sharded_chairs):
     manifest = Manifest.load(sharded_chairs.manifest_url)
     with pytest.raises(ValueError, match="not unique"):
         build("chairs", [*manifest.shards, manifest.shards[0]], {})
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", '{"format": 2, "dataset": "kitti", "quarantined": {}, "shards": [{"samples": []}]}']
+)
+def test_json_that_is_no_manifest_is_refused(text, tmp_path):
+    (tmp_path / "m.json").write_text(text)
+    with pytest.raises(DataError, match="not a manifest"):
+        Manifest.load(str(tmp_path / "m.json"))
+
+
+def test_a_manifests_url_is_absolute(sharded_chairs: EtlResult, monkeypatch):
+    """Workers, which have folders of their own, get it from the driver."""
+    path = Path(sharded_chairs.manifest_url.removeprefix("file://"))
+    monkeypatch.chdir(path.parent)
+    assert Manifest.load(path.name).url == path.as_uri()
+
+
+def test_a_plan_is_another_one_where_a_pairs_subset_is():
+    """Shards of another list of who validates must not be taken over."""
+    ref = SampleRef("chairs", "train", "train_1", "s", "1", "0", "1", "f")
+    other = dataclasses.replace(ref, subset="val", key="val_1")
+    first, second = (plan_shards([r], {r.key: 1}, dict.fromkeys("01f", ""), 1)[0] for r in (ref, other))
+    assert first.fingerprint != second.fingerprint
+
+
+def test_a_relative_source_is_this_processs_own_folder(raw_chairs, tmp_path, monkeypatch):
+    """On a cluster that was started elsewhere, workers have other folders."""
+    monkeypatch.chdir(raw_chairs.parent)
+    result = run_etl("chairs", raw_chairs.name, str(tmp_path), shard_bytes=100_000)
+    assert result.quarantined == {}

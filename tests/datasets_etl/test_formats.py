@@ -249,6 +249,12 @@ def test_an_absurd_size_is_refused_from_the_header_alone(data: bytes) -> None:
     assert "pixels" in refusal(lambda: formats.image_size(data, "a"))
 
 
+@pytest.mark.parametrize("scale", [b"-1..0", b".", b"1.2.3"])
+def test_a_scale_that_is_no_number_is_damage(scale: bytes) -> None:
+    """Else the run would end at one pair's file instead of leaving the pair out."""
+    assert "header is damaged" in refusal(lambda: formats.decode_pfm(b"PF\n1 1\n" + scale + b"\n" + bytes(12), "a.pfm"))
+
+
 def test_what_a_file_is_instead_is_said() -> None:
     sixteen_bits = cv2.imencode(".png", FRAME.astype(np.uint16))[1].tobytes()
     assert "16 bits" in refusal(lambda: formats.decode_frame(sixteen_bits, "a.png"))

@@ -114,3 +114,13 @@ def test_an_order_without_samples_is_refused(sizes, repeats):
 def test_the_generators_are_frozen():
     """As the order is: a resumed run's samples would be augmented otherwise from there on."""
     assert sample_generator(7, 3).integers(1000, size=4).tolist() == [727, 975, 538, 884]
+
+
+def test_the_order_of_a_mixture_with_repeats_is_frozen():
+    parts, samples = Order((3, 2), (2, 3), seed=7).locate(range(12))
+    assert parts.tolist() == [1, 1, 0, 1, 0, 1, 1, 0, 1, 0, 0, 0]
+    assert samples.tolist() == [1, 1, 2, 0, 0, 1, 0, 2, 0, 1, 0, 1]
+
+
+def test_a_single_sample_is_every_sample():
+    assert Order((1,), (1,), seed=3).locate(range(3))[1].tolist() == [0, 0, 0]

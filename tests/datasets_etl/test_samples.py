@@ -61,6 +61,7 @@ def test_frames_and_dense_flow_are_kept_to_the_bit():
     assert sample.valid.all()
     assert (facts.height, facts.width, facts.invalid_pixels) == (12, 20, 0)
     assert (sample.key, sample.dataset, sample.subset, sample.sparse) == ("train_1", "chairs", "train", False)
+    assert (sample.scene, sample.frame) == ("s", "1")
 
 
 def test_flow_that_is_not_finite_or_absurd_is_invalid_and_zero():
@@ -93,7 +94,7 @@ def test_sintels_occlusion_is_kept_and_its_invalid_pixels_still_count():
     sample = decode_sample(as_tar(encoded), "here")
     np.testing.assert_array_equal(sample.occluded, mask)
     assert sample.valid.all()
-    assert "invalid.png" in encoded
+    np.testing.assert_array_equal(formats.decode_mask(encoded["invalid.png"], "invalid.png"), mask)
 
 
 def test_kitti_keeps_its_png_and_tells_occlusion_from_the_two_truths(raw_kitti):
@@ -123,6 +124,9 @@ def test_frames_and_flow_of_different_size_are_refused_naming_both():
     smaller = files | {"1.ppm": formats.encode_frame_ppm(np.zeros((3, 5, 3), np.uint8))}
     with pytest.raises(DataError, match=r"0\.ppm is 5x4 but 1\.ppm is 5x3"):
         encode_sample(REF, SourceTree("raw", sorted(smaller), smaller.__getitem__))
+    masked = dense_tree(np.ones((4, 5, 2), np.float32), occ=formats.encode_mask(np.zeros((4, 4), bool)))
+    with pytest.raises(DataError, match=r"0\.ppm is 5x4 but occ is 4x4"):
+        encode_sample(replace(REF, occlusion="occ"), masked)
     sparse = formats.encode_kitti_flow(np.ones((4, 5, 2), np.float32), np.ones((4, 5), bool))
     other = formats.encode_kitti_flow(np.ones((4, 4, 2), np.float32), np.ones((4, 4), bool))
     kitti = files | {"flow.png": sparse, "noc.png": other}
@@ -260,4 +264,11 @@ def test_a_sample_of_another_schema_is_refused():
     encoded, _ = encode_sample(REF, dense_tree(np.ones((4, 5, 2), np.float32)))
     encoded["json"] = json.dumps({**json.loads(encoded["json"]), "schema": 99}).encode()
     with pytest.raises(DataError, match="schema 99"):
+        decode_sample(as_tar(encoded), "here")
+
+
+def test_a_sample_without_a_member_is_damaged():
+    encoded, _ = encode_sample(REF, dense_tree(np.ones((4, 5, 2), np.float32)))
+    del encoded["frame1.zst"]
+    with pytest.raises(DataError, match="here: damaged sample"):
         decode_sample(as_tar(encoded), "here")
