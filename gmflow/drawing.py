@@ -17,6 +17,8 @@ from gmflow.visualize import known_flow
 MILLISECONDS = 60
 """Time for which an animation shows each picture."""
 
+_LONGEST_SIDE = 16383  # of a WebP
+
 
 def draw_arrows(
     frame: npt.NDArray[np.uint8], flow: npt.NDArray[np.floating], *, spacing: int = 24
@@ -112,6 +114,9 @@ def warp_animation(
 
 def encode_animation(pictures: Sequence[npt.NDArray[np.uint8]]) -> bytes:
     """RGB pictures, uint8 `[H, W, 3]` of one size, as an animated WebP that runs for ever."""
+    if max(pictures[0].shape) > _LONGEST_SIDE:
+        height, width = pictures[0].shape[:2]
+        raise GMFlowError(f"WebP holds pictures of at most {_LONGEST_SIDE} pixels a side, not {width}x{height}")
     animation = cv2.Animation()
     animation.frames = [cv2.cvtColor(picture, cv2.COLOR_RGB2BGR) for picture in pictures]
     animation.durations = [MILLISECONDS] * len(animation.frames)

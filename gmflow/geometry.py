@@ -132,7 +132,7 @@ def forward_backward_occlusion(forward_flow: Tensor, backward_flow: Tensor) -> t
     tolerance = OCCLUSION_ALPHA * (vector_length(forward_flow) + vector_length(backward_flow)) + OCCLUSION_BETA
     forward_gap = vector_length(forward_flow + backward_warp(backward_flow, forward_flow))
     backward_gap = vector_length(backward_flow + backward_warp(forward_flow, backward_flow))
-    return forward_gap > tolerance, backward_gap > tolerance
+    return ~(forward_gap <= tolerance), ~(backward_gap <= tolerance)  # flow that is not finite is undone by none
 
 
 def vector_length(vectors: Tensor) -> Tensor:

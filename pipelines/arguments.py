@@ -89,3 +89,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", type=device, default=device("auto"), help="cpu, cuda, cuda:1 (default: best there is)"
     )
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """`--overwrite`, of a command that otherwise goes on with what an earlier run of it left, see `claim_output`."""
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="keep nothing of an earlier run; to go on after an interruption, leave it out",
+    )

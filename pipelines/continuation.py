@@ -48,14 +48,15 @@ def claim_output(
         raise PipelineError(
             f"{output.url} holds files that this command did not make; give another folder or --overwrite"
         )
-    kept = set(there)
-    if overwrite or not noted:
+    if overwrite:
         # Every file there will be replaced. If this run is interrupted, some old files remain; their stamps, which are
         # noted here, tell them from new ones.
         kept = set()
         stale = {key: stamp for key, stamp in there.items() if not inputs or _of_key(key, inputs)}
-    if inputs and not overwrite:
+    elif inputs:
         kept = _made_of(inputs, told, there, output.url)
+    else:
+        kept = set(there)
     stale = {key: stamp for key, stamp in stale.items() if there.get(key) == stamp}
     content = dict(wanted)
     if inputs:
@@ -70,10 +71,11 @@ def _noted(output: ObjectStore) -> dict[str, Any]:
     if output.size(_NOTE) is None:
         return {}
     try:
-        noted: dict[str, Any] = json.loads(output.read(_NOTE))
+        noted = json.loads(output.read(_NOTE))
     except (ValueError, DataError):
         return {}
-    return noted
+    sections = [noted, *(noted.get(name, {}) for name in (_INPUTS, _STALE))] if isinstance(noted, dict) else [noted]
+    return noted if all(isinstance(section, dict) for section in sections) else {}
 
 
 def _made_of(inputs: Mapping[str, str], told: Mapping[str, str], there: Iterable[str], url: str) -> set[str]:

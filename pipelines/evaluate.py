@@ -228,6 +228,16 @@ def detailed(summary: dict[str, Any], scores: Scores) -> dict[str, Any]:
     return {**summary, "sets": {title: {**summary["sets"][title], **found} for title, found in details.items()}}
 
 
+def connect(experiment: str) -> MlflowClient:
+    """A client of MLflow that can log to this experiment. Raises PipelineError if there is none."""
+    client = mlflow_client.connect(None)
+    try:
+        mlflow_client.experiment_id(client, experiment)
+    except (MlflowException, *mlflow_patience.TRANSPORT_ERRORS) as error:
+        raise PipelineError(f"--track {experiment}: {place_of(client)}: {first_line(error)}") from error
+    return client
+
+
 def track(client: MlflowClient, experiment: str, scores: Scores, content: dict[str, Any], page: str) -> None:
     """Log an MLflow run with every set's figures as metrics, and with metrics.json and the report.
 
@@ -299,7 +309,7 @@ def main() -> None:
     if not arguments.ray:  # Ray tasks prepare their own copy
         prepare_model(model, ExecutionConfig(arguments.precision, replay=True), arguments.device)
     output = lasting_store(arguments.output, "--output") if arguments.output else None
-    client = mlflow_client.connect(None) if arguments.track else None  # fails before hours of scoring, not after
+    client = connect(arguments.track) if arguments.track else None  # fails before hours of scoring, not after
     scores = score_sets(model, sets, arguments, output)
     show(scores)
     summary = summarised(arguments.model, stands_for, arguments.precision, scores)

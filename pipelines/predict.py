@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
-from urllib.request import url2pathname
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,13 +21,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from datasets_etl import formats
 from datasets_etl.ahead import read_ahead
+from datasets_etl.file_store import FileStore
 from datasets_etl.objects import ObjectStore, file_sha256
 from datasets_etl.samples import check_size
 from gmflow import GMFlow, Prediction, Tiling, predict_batch
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import PaddingMode
 from gmflow.weights import weights_digest
-from pipelines.arguments import add_device, add_model, add_precision, positive, positive_number, size
+from pipelines.arguments import add_device, add_model, add_overwrite, add_precision, positive, positive_number, size
 from pipelines.behind import Behind
 from pipelines.continuation import ANY_FRAME, any_frame, claim_output
 from pipelines.errors import PipelineError, resumable_command
@@ -116,7 +116,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--padding", choices=get_args(PaddingMode), default="sintel", help="(default: %(default)s)")
     parser.add_argument("--tile", type=size, metavar="HxW", help="compute larger frames by tiles, such as 768x1024")
     parser.add_argument("--overlap", type=positive, default=128, help="of tiles, pixels (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="keep nothing of an earlier run")
+    add_overwrite(parser)
     add_device(parser)
     parser.add_argument("frames", nargs="+", metavar="FRAME", help="two or more images, folders of them, or videos")
     return parser.parse_args(argv)
@@ -283,11 +283,10 @@ def check_outputs(
         if other is not None:
             raise PipelineError(f"{other} and {file} would both give {key}; rename one, or give each its own --output")
         made[key] = file
-    if output.url.startswith("file://"):
-        root = Path(url2pathname(output.url.removeprefix("file://")))
-        _check_frames_survive(clips, made, root, folders)
+    if isinstance(output, FileStore):
+        _check_frames_survive(clips, made, output.root, folders)
         if options.truth is not None:
-            _check_truth_survives(clips, made, root, options.truth)
+            _check_truth_survives(clips, made, output.root, options.truth)
 
 
 def _check_frames_survive(clips: Sequence[Clip], keys: Iterable[str], root: Path, folders: Sequence[Path]) -> None:

@@ -9,7 +9,9 @@ python pipelines/registry.py pull models:/gmflow@champion DIR        # weights a
 """
 
 import argparse
+import contextlib
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -63,7 +65,7 @@ def list_versions(client: MlflowClient, name: str | None) -> Table:
         table.add_column(column, overflow="fold", no_wrap=not column.startswith(("EPE", "from")))
     for model in [name] if name is not None else models:
         aliases = _aliases(client, model)
-        for version in sorted(client.search_model_versions(f"name = '{model}'"), key=lambda v: -int(v.version)):
+        for version in sorted(registry.versions_of(client, model), key=lambda v: -int(v.version)):
             scores = [f"{n[4:-4]} {float(v):.3f}" for n, v in _metrics(version).items() if n.endswith(".epe")]
             parent = _short(version.tags.get("parent", ""))
             table.add_row(
@@ -124,8 +126,20 @@ def compare(client: MlflowClient, first: ModelVersion, second: ModelVersion) -> 
 
 def promote(client: MlflowClient, version: ModelVersion, alias: str) -> str | None:
     """Move an alias. Returns the version it was on. Raises PipelineError if MLflow does not accept the alias."""
-    try:
+    with _telling(alias):
         return registry.move_alias(client, version.name, alias, version.version)
+
+
+def roll_back(client: MlflowClient, name: str, alias: str) -> tuple[str, str]:
+    """`registry.roll_back`. Raises PipelineError if MLflow does not move the alias, too."""
+    with _telling(alias):
+        return registry.roll_back(client, name, alias)
+
+
+@contextlib.contextmanager
+def _telling(alias: str) -> Iterator[None]:
+    try:
+        yield
     except MlflowException as error:
         raise PipelineError(f"--alias {alias}: MLflow does not move it: {error.message}") from error
 
@@ -191,7 +205,7 @@ def main() -> None:
             version = registry.find_version(client, arguments.reference)
             _say_moved(version.name, arguments.alias, promote(client, version, arguments.alias), version.version)
         case "rollback":
-            before, after = registry.roll_back(client, arguments.name, arguments.alias)
+            before, after = roll_back(client, arguments.name, arguments.alias)
             _say_moved(arguments.name, arguments.alias, before, after)
         case "pull":
             pull(client, registry.find_version(client, arguments.reference), arguments.folder)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gmflow import error_to_image, flow_to_image
+from gmflow.visualize import known_flow
 from pipelines.errors import PipelineError
 from pipelines.flow_files import Result
 from pipelines.training.pictures import titled
@@ -64,8 +65,9 @@ class SideBySideVideo:
     def add(self, result: Result) -> None:
         """Add the next pair. The first sets the colour scale: its own, or 1.25 times its 99th percentile of speed."""
         if self._scale is None:
-            speed = np.hypot(*np.moveaxis(result.prediction.flow, 2, 0))
-            self._scale = result.scale or max(1.25 * float(np.percentile(speed, 99)), 1.0)
+            flow = result.prediction.flow
+            speed = np.hypot(*flow[known_flow(flow)].T)
+            self._scale = result.scale or max(1.25 * float(np.percentile(speed, 99)) if speed.size else 0.0, 1.0)
         picture = _fitted(_panels(result, self._scale, with_truth=self.with_truth))
         height, width = picture.shape[:2]
         writer = self._writer = self._writer or self._opened((width, height))

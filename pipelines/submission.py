@@ -29,7 +29,7 @@ from gmflow import GMFlow, Prediction, predict_batch
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import PaddingMode
 from gmflow.weights import replace_file, weights_digest
-from pipelines.arguments import add_device, add_model, add_precision, local_path
+from pipelines.arguments import add_device, add_model, add_overwrite, add_precision, local_path
 from pipelines.behind import Behind
 from pipelines.continuation import claim_output
 from pipelines.errors import PipelineError, resumable_command
@@ -95,7 +95,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--output", required=True, type=local_path, help="folder; KITTI's archive is that name with .zip"
     )
     add_precision(parser)
-    parser.add_argument("--overwrite", action="store_true", help="keep nothing of an earlier run")
+    add_overwrite(parser)
     add_device(parser)
     return parser.parse_args(argv)
 

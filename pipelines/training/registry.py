@@ -25,6 +25,7 @@ from mlflow.types.schema import AnyType
 import gmflow
 from datasets_etl.formats import encode_frame_png
 from datasets_etl.objects import file_sha256
+from pipelines.entry import first_line
 from pipelines.errors import PipelineError
 from pipelines.training import mlflow_client, mlflow_patience
 from pipelines.training.config import MetricConfig, SetConfig
@@ -321,8 +322,8 @@ def download(client: MlflowClient, version: ModelVersion, folder: Path) -> Path:
     uri = numbered(version)
     try:
         local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
-    except MlflowException as error:
-        raise PipelineError(f"{uri}: its files cannot be had from {place_of(client)}: {error.message}") from error
+    except (MlflowException, *mlflow_patience.TRANSPORT_ERRORS) as error:
+        raise PipelineError(f"{uri}: its files cannot be had from {place_of(client)}: {first_line(error)}") from error
     found = sorted(local.rglob("*.safetensors"))
     if not found:
         raise PipelineError(
@@ -346,3 +347,9 @@ def _known(client: MlflowClient) -> str:
         f"models:/{model.name}@{alias}" for model in registered_models(client) for alias in sorted(model.aliases)
     ]
     return ", ".join(references) or "nothing is registered"
+
+
+def versions_of(client: MlflowClient, name: str) -> Sequence[ModelVersion]:
+    """Every version of a model, in no order."""
+    quote = '"' if "'" in name else "'"  # others' models may be named in ways that ours are not
+    return client.search_model_versions(f"name = {quote}{name}{quote}")

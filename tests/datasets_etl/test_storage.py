@@ -62,10 +62,8 @@ def test_what_is_not_there_has_no_size_and_reading_it_names_it(store):
 
 def test_a_range_past_the_end_is_an_error_not_a_short_answer(store):
     store.write("short", b"0123456789")
-    for offset in (8, 10, 512):
-        with pytest.raises(
-            DamagedError, match=rf"short: {max(0, 10 - offset)} bytes at offset {offset} instead of 5; .*cut short"
-        ):
+    for offset, left in ((8, 2), (10, 0), (512, 0)):
+        with pytest.raises(DamagedError, match=f"short: {left} bytes at offset {offset} instead of 5; .* is cut short"):
             store.read_range("short", offset, 5)
 
 

@@ -268,6 +268,34 @@ def test_speeds_of_10_and_40_px_are_of_the_middle_bin() -> None:
 def test_a_state_is_a_copy() -> None:
     """It is all-reduced in place."""
     metrics = FlowMetrics()
-    before = metrics.state()
+    before = metrics.state().tolist()
     metrics.state().fill_(7.0)
-    assert torch.equal(metrics.state(), before)
+    assert metrics.state().tolist() == before
+
+
+def figures_of(errors: list[float], speed: float = 0.0) -> dict[str, float]:
+    """Metrics of one row of pixels that move by `speed` and whose flow is off by these errors."""
+    target = torch.zeros(1, 2, 1, len(errors))
+    target[0, 0] = speed
+    flow = target.clone()
+    flow[0, 0, 0] += torch.tensor(errors)
+    metrics = FlowMetrics()
+    metrics.update(flow, target, torch.ones(1, 1, len(errors), dtype=torch.bool))
+    return metrics.compute()
+
+
+def test_an_error_of_just_the_limit_is_no_outlier() -> None:
+    figures = figures_of([1.0, 3.0, 5.0, 5.5])
+    assert [figures[name] for name in ("px1", "px3", "px5")] == [75, 50, 25]
+
+
+def test_f1_takes_a_twentieth_of_the_speed() -> None:
+    assert figures_of([4.9, 5.5], speed=100.0)["f1_all"] == 50
+
+
+def test_a_target_that_is_not_finite_in_y_alone_counts_nowhere() -> None:
+    target = torch.ones(1, 2, 1, 2)
+    target[0, 1, 0, 1] = math.nan
+    metrics = FlowMetrics()
+    metrics.update(torch.zeros(1, 2, 1, 2), target, torch.ones(1, 1, 2, dtype=torch.bool))
+    assert metrics.compute()["epe"] == pytest.approx(2**0.5)

@@ -115,3 +115,8 @@ def test_flow_marked_as_unknown_moves_nothing_and_gets_no_arrow() -> None:
         flow = np.full((30, 40, 2), unknown, np.float32)
         np.testing.assert_array_equal(warp_frame(frame, flow), frame)
         np.testing.assert_array_equal(draw_arrows(frame, flow, spacing=8), frame)
+
+
+def test_an_animation_larger_than_its_format_allows_is_refused_in_words() -> None:
+    with pytest.raises(GMFlowError, match=r"at most 16383 pixels a side, not 16400x8"):
+        encode_animation([np.zeros((8, 16400, 3), np.uint8)] * 2)

@@ -1034,3 +1034,44 @@ def test_truth_that_is_unknown_does_not_count(tmp_path):
     assert truth.flow[1, 2].tolist() == [4, -2]
     np.testing.assert_array_equal(read_truth(tmp_path, "b").valid, np.eye(2, 3, dtype=bool))
     assert read_truth(tmp_path, "c") is None
+
+
+def test_a_deleted_experiment_is_found_before_anything_is_scored(call, weights, manifests, monkeypatch):
+    client = mlflow_client.connect(None)
+    client.delete_experiment(client.create_experiment("deleted"))
+    monkeypatch.setattr(pipelines.evaluate, "score_sets", lambda *_: pytest.fail("scored"))
+    command = (pipelines.evaluate, "--model", weights, "--data", manifests["chairs"], "--subset", "val")
+    assert_one_line(call(*command, "--track", "deleted"), "experiment 'deleted' was deleted: restore it")
+
+
+@pytest.mark.parametrize("note", ["[]", '{"inputs": null}'])
+def test_a_note_that_is_none_makes_the_output_of_unknown_origin(call, weights, frames, tmp_path, note):
+    command = (pipelines.predict, "--model", weights, "--output", tmp_path / "o")
+    assert call(*command, *frames)[0] == 0
+    (tmp_path / "o/made_by.json").write_text(note)
+    assert_one_line(call(*command, *frames), "is there already, of other input or not by this command")
+
+
+def test_other_frames_of_one_folder_are_added_and_known_again(call, weights, frames, tmp_path, monkeypatch):
+    command = (pipelines.predict, "--model", weights, "--output", tmp_path / "o")
+    assert call(*command, *frames[:2])[0] == call(*command, *frames[1:])[0] == 0
+    monkeypatch.setattr(pipelines.predict, "predict_batch", lambda *_, **__: pytest.fail("computed again"))
+    assert call(*command, *frames[:2])[0] == 0
+
+
+def test_both_flows_are_computed_again_where_the_first_run_had_one(call, weights, frames, tmp_path):
+    command = (pipelines.predict, "--model", weights, "--output", tmp_path / "o", "--bidirectional", "--formats")
+    assert call(*command, "flo", *frames)[0] == call(*command, "npz", *frames)[0] == 0
+    with np.load(tmp_path / "o/frame_0000.npz") as stored:
+        assert "backward_flow" in stored
+
+
+def test_a_video_of_flow_that_is_not_finite_is_written_all_the_same(call, frames, tmp_path):
+    """As pictures of it are: it shows where the model fails."""
+    broken = GMFlow(TINY)
+    with torch.no_grad():
+        broken.upsampler.weights.weight.fill_(float("nan"))
+    save_weights(broken, tmp_path / "broken.safetensors")
+    command = (pipelines.predict, "--model", tmp_path / "broken.safetensors", "--output", tmp_path / "o")
+    assert call(*command, "--formats", "video,occlusion", *frames)[0] == 0
+    assert formats.decode_mask((tmp_path / "o/frame_0000_occlusion.png").read_bytes(), "x").all()

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 from mlflow.store.entities.paged_list import PagedList
+from mlflow.tracking import MlflowClient
 
 import pipelines.export
 import pipelines.registry
@@ -317,3 +319,53 @@ def test_aliases_other_than_champion_move_and_roll_back(call, tmp_path):
     told = call(pipelines.registry, "rollback", "--alias", "served")[1]
     assert told == "models:/gmflow@served is version 1, was 2\n"
     assert aliases() == {"champion": "1", "served": "1"}
+
+
+def test_a_rollback_that_mlflow_refuses_is_said(call, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise MlflowException("not yours")
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", refuse)
+    code, _, err = call(pipelines.registry, "rollback", "gmflow")
+    assert (code, err) == (2, "error: --alias champion: MLflow does not move it: not yours\n")
+
+
+def test_storage_that_is_away_is_said(call, tmp_path, monkeypatch):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    settings = {
+        "MLFLOW_TRACKING_URI": uri,
+        "MLFLOW_S3_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "y",
+    }
+    for name, value in {**settings, "AWS_MAX_ATTEMPTS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    client = mlflow_client.connect(uri)
+    client.create_registered_model("elsewhere")
+    client.create_model_version("elsewhere", "s3://bucket/model")
+    code, _, err = call(pipelines.registry, "pull", "models:/elsewhere/1", tmp_path / "pulled")
+    assert code == 2
+    assert re.fullmatch(r"error: models:/elsewhere/1: its files cannot be had from .*127\.0\.0\.1:9.*\n", err)
+
+
+def test_others_models_are_listed_however_they_are_named(call, tmp_path, monkeypatch):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    client = mlflow_client.connect(uri)
+    client.create_registered_model("o'neil")
+    client.create_model_version("o'neil", f"file://{tmp_path}")
+    code, out, _ = call(pipelines.registry, "list")
+    assert code == 0
+    assert "o'neil/1" in out
+
+
+def test_a_champion_is_no_better_by_what_tags_do_not_hold(tmp_path):
+    """Its figure is that of a tag: the third here is better than the first by less than a tag's last digit."""
+    client = mlflow_client.connect(f"sqlite:///{tmp_path}/mlflow.db")
+    save_weights(GMFlow(TINY), tmp_path / "w.safetensors")
+    rule = MetricConfig(data="c", subset="val")
+    for number, epe in enumerate([2.50000049, 2.50000001, 2.49999951]):
+        lineage = registry.Lineage("chairs", "random", {}, f"h{number}", "sources:x", {"val/c/val/epe": epe})
+        run = tracking.start_run(client, "r", "chairs", {}).info.run_id
+        registry.register(client, "gmflow", run, tmp_path / "w.safetensors", lineage, rule)
+    assert str(client.get_model_version_by_alias("gmflow", "champion").version) == "1"

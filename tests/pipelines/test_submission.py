@@ -155,3 +155,32 @@ def test_flow_that_is_not_finite_is_handed_in_nowhere(value: float):
     flow[1, 2, 0] = value
     with pytest.raises(PipelineError, match="pair alley_1: the predicted flow is not finite"):
         require_finite("alley_1", flow)
+
+
+def test_a_model_that_diverged_hands_in_nothing(weights, manifests, tmp_path, monkeypatch, capsys):
+    broken = GMFlow(TINY)
+    with torch.no_grad():
+        broken.upsampler.weights.weight.fill_(float("nan"))
+    save_weights(broken, tmp_path / "broken.safetensors")
+    for name in ("sintel", "kitti"):
+        with pytest.raises(SystemExit):
+            submit(
+                monkeypatch,
+                "--model",
+                tmp_path / "broken.safetensors",
+                "--data",
+                manifests[name],
+                "--output",
+                tmp_path / name,
+            )
+        assert "the predicted flow is not finite" in capsys.readouterr().err
+        assert not [path for path in (tmp_path / name).rglob("*") if path.suffix in (".flo", ".png", ".zip")]
+
+
+def test_other_settings_or_data_are_another_submission(weights, manifests, tmp_path, monkeypatch, capsys):
+    command = ("--model", weights, "--output", tmp_path / "mine", "--data")
+    submit(monkeypatch, *command, manifests["kitti"])
+    for others in ((manifests["kitti"], "--precision", "bf16"), (manifests["sintel"],)):
+        with pytest.raises(SystemExit):
+            submit(monkeypatch, *command, *others)
+        assert "holds another run's files" in capsys.readouterr().err

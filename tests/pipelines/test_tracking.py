@@ -592,3 +592,11 @@ def test_who_may_not_see_an_alias_is_not_told_that_there_is_none(stage_run, monk
 )
 def test_no_password_is_shown(uri, shown):
     assert shown_uri(uri) == shown
+
+
+def test_a_finished_curriculum_stays_finished_when_another_takes_its_stage_over(server):
+    first = curriculum_run(server, "over")
+    first.child("chairs", key="stage/handed-on")
+    first.client.set_terminated(first.run_id, "FINISHED")
+    curriculum_run(server, "next").child("chairs", key="stage/handed-on")
+    assert first.client.get_run(first.run_id).info.status == "FINISHED"
