@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
+from datasets_etl import formats
 from datasets_etl.etl import run_etl
-from datasets_etl.synthetic import write_dataset
+from datasets_etl.synthetic import synthetic_pair, write_dataset
+from gmflow import GMFlow, save_weights
 from tests.conftest import ROOT
+from tests.pipelines.commands import TINY
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -120,3 +123,23 @@ def call(tracked_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         return code, captured.out, captured.err
 
     return _call
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small untrained model's."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_weights(GMFlow(TINY), path)
+    return path
+
+
+@pytest.fixture
+def frames(tmp_path: Path) -> list[str]:
+    """Three frames of a size no network likes."""
+    pair = synthetic_pair(3, 45, 70)
+    paths = []
+    for number, image in enumerate([pair.image0, pair.image1, pair.image0]):
+        path = tmp_path / f"frame_{number:04d}.png"
+        path.write_bytes(formats.encode_frame_png(image))
+        paths.append(str(path))
+    return paths

@@ -8,7 +8,7 @@ from datasets_etl import formats
 from gmflow import Prediction, error_to_image
 from gmflow.drawing import draw_arrows
 from pipelines.errors import PipelineError
-from pipelines.flow_files import FLOW_FORMATS, Result, Truth
+from pipelines.flow_files import FLOW_FORMATS, Result, Truth, read_truth
 from pipelines.frames import Pair
 
 RANDOM = np.random.default_rng(0)
@@ -68,3 +68,17 @@ def test_a_pair_without_truth_has_no_error_map():
     without = Result(Pair("a", FRAME0, FRAME1), Prediction(FLOW))
     with pytest.raises(PipelineError, match="frame a has no ground truth"):
         FLOW_FORMATS["error"].encode(without)
+
+
+def test_truth_that_is_unknown_does_not_count(tmp_path):
+    flow = np.zeros((2, 3, 2), np.float32)
+    flow[0, 0] = 1000, 0  # from there on, as everywhere else
+    flow[1, 2] = 4, -2
+    (tmp_path / "a.flo").write_bytes(formats.encode_flo(flow))
+    (tmp_path / "b.png").write_bytes(formats.encode_kitti_flow(flow * 0 + 1, np.eye(2, 3, dtype=np.bool_)))
+    truth = read_truth(tmp_path, "a")
+    np.testing.assert_array_equal(truth.valid, [[False, True, True], [True, True, True]])
+    assert truth.flow[0, 0].tolist() == [0, 0]
+    assert truth.flow[1, 2].tolist() == [4, -2]
+    np.testing.assert_array_equal(read_truth(tmp_path, "b").valid, np.eye(2, 3, dtype=bool))
+    assert read_truth(tmp_path, "c") is None
