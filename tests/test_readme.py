@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,6 +145,15 @@ def test_the_hint_for_a_cluster_without_gpus_fits_that_of_make_stack():
     machine = trained.machine
     assert slots(nodes, machine.cpus_per_worker, machine.use_gpu) == machine.num_workers == 2
     check_room(load_config(SweepConfig, str(configs / "sweep.yaml"), [*swept, "data.kitti=URL"]), nodes)
+
+
+def test_the_architecture_names_every_module():
+    """But for the scripts, which it names by their room."""
+    named = PAGES[ROOT / "docs/architecture.md"]
+    rooms = ("gmflow", "datasets_etl", "pipelines", "pipelines/training", "pipelines/sweeping")
+    modules = {path.name for room in rooms for path in (ROOT / room).glob("*.py")}
+    scripts = {Path(script).name for script in SCRIPTS} | {"demo.py", "__init__.py"}
+    assert [name for name in sorted(modules - scripts) if not re.search(rf"\b{name}", named)] == []
 
 
 def test_the_librarys_example_runs():
