@@ -45,11 +45,10 @@ def sequence_loss(
     batch = flow.shape[0] if normalizer is None else normalizer
     divisor = batch * flow[0].numel()
     supervised = valid_pixels(flow, valid, max_flow=max_flow).unsqueeze(1)  # [B, 1, H, W]
-    # A product with the mask would not do: 0 · NaN is NaN, in the loss and in its gradient.
-    target = torch.where(supervised, flow, 0.0)
     total = flow.new_zeros((), dtype=torch.float32)
     for index, prediction in enumerate(predictions):
-        error = torch.where(supervised, prediction.float() - target, 0.0).abs().sum()
+        # A product with the mask would not do: 0 · NaN is NaN, in the loss and in its gradient.
+        error = torch.where(supervised, prediction.float() - flow, 0.0).abs().sum()
         total = total + gamma ** (len(predictions) - 1 - index) * error / divisor
     return total
 
