@@ -154,16 +154,8 @@ def predict_batch(
     _check_images(image0, image1)
     with torch.inference_mode(), evaluating(model), autocast(device, precision):
         if tiling is not None and not tiling.covers(*image0.shape[2:]):
-
-            def compute(one: Tensor, other: Tensor) -> Tensor:
-                return padded_flow(model, one.to(device), other.to(device), padding=padding).float().cpu()
-
-            # One by one: whoever needs tiles has no memory for batches.
-            both = list(zip(image0.unsqueeze(1), image1.unsqueeze(1), strict=True))
-            flow = torch.cat([tiled_flow(compute, one, other, tiling) for one, other in both])
-            backward = (
-                torch.cat([tiled_flow(compute, other, one, tiling) for one, other in both]) if bidirectional else None
-            )
+            flow = _in_tiles(model, image0, image1, padding, tiling)
+            backward = _in_tiles(model, image1, image0, padding, tiling) if bidirectional else None
         else:
             images = (image0.to(device), image1.to(device))
             out = padded_forward(model, *images, padding=padding, bidirectional=bidirectional)
@@ -173,6 +165,17 @@ def predict_batch(
         masks = forward_backward_occlusion(flow, backward)
     columns = (_flow_arrays(flow), _flow_arrays(backward), *(list(mask.cpu().numpy()) for mask in masks))
     return [Prediction(*row) for row in zip(*columns, strict=True)]
+
+
+def _in_tiles(model: GMFlow, image0: Tensor, image1: Tensor, padding: PaddingMode, tiling: Tiling) -> Tensor:
+    """Flow `[B, 2, H, W]`, float32 on the CPU. One pair after the other: who needs tiles has no memory for batches."""
+    device = next(model.parameters()).device
+
+    def compute(one: Tensor, other: Tensor) -> Tensor:
+        return padded_flow(model, one.to(device), other.to(device), padding=padding).float().cpu()
+
+    pairs = zip(image0.unsqueeze(1), image1.unsqueeze(1), strict=True)
+    return torch.cat([tiled_flow(compute, one, other, tiling) for one, other in pairs])
 
 
 def _flow_arrays(flow: Tensor) -> list[npt.NDArray[np.float32]]:

@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,7 +59,13 @@ def published_name(name: str) -> str:
     return name
 
 
-def load_model(path: str | Path, **overrides: Any) -> GMFlow:
+def load_model(
+    path: str | Path,
+    *,
+    attn_splits: tuple[int, ...] | None = None,
+    corr_radius: tuple[int, ...] | None = None,
+    prop_radius: tuple[int, ...] | None = None,
+) -> GMFlow:
     """The model that a weight file holds, in evaluation mode on the CPU.
 
     Our files carry their configuration; that of a `.pth` is read from its tensors' shapes, with the windows and radii
@@ -68,20 +73,21 @@ def load_model(path: str | Path, **overrides: Any) -> GMFlow:
 
     Args:
         path: `.safetensors` of ours, or a published `.pth`.
-        overrides: `attn_splits`, `corr_radius` or `prop_radius` to use instead.
+        attn_splits, corr_radius, prop_radius: windows and radii to use instead, one value a scale. All else decides
+            the shapes of the weights.
 
     Raises:
-        GMFlowError: the file is missing, damaged or no GMFlow, or an override is unknown, out of range, or would
-            change the architecture.
+        GMFlowError: the file is missing, damaged or no GMFlow, or windows or radii are out of range.
     """
-    fixed = sorted(set(overrides) - {"attn_splits", "corr_radius", "prop_radius"})
-    if fixed:
-        raise GMFlowError(
-            f"{', '.join(fixed)} cannot be changed on trained weights; attn_splits, corr_radius and prop_radius can"
-        )
     path = Path(path)
     config, tensors = _read(path)
-    model = GMFlow(replace(config, **overrides))
+    chosen = replace(
+        config,
+        attn_splits=config.attn_splits if attn_splits is None else attn_splits,
+        corr_radius=config.corr_radius if corr_radius is None else corr_radius,
+        prop_radius=config.prop_radius if prop_radius is None else prop_radius,
+    )
+    model = GMFlow(chosen)
     _fill(model, path, config, tensors)
     return model.eval()
 

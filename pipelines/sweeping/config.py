@@ -43,7 +43,11 @@ class GridConfig(Frozen):
 
 
 class RangeConfig(Frozen):
-    """A range that is searched on a logarithmic scale."""
+    """A range that is searched on a logarithmic scale.
+
+    Attributes:
+        low, high: its ends.
+    """
 
     low: PositiveFloat
     high: PositiveFloat
@@ -56,7 +60,13 @@ class RangeConfig(Frozen):
 
 
 class SpaceConfig(GridConfig):
-    """What trials differ in. A field that is left out stays as in the config's model and stage."""
+    """What trials differ in. A field that is left out stays as in the config's model and stage.
+
+    Attributes:
+        peak_lr: learning rates to try, or a range of them.
+        num_layers: numbers of transformer blocks to try.
+        feature_channels: channels of features and tokens to try.
+    """
 
     peak_lr: tuple[PositiveFloat, ...] | RangeConfig | None = None
     num_layers: tuple[PositiveInt, ...] | None = None
@@ -197,6 +207,11 @@ class SweepConfig(Frozen):
         seed: seed of random points, and of trials.
         precision: precision of forward passes.
         cluster_grows: whether machines are added on demand, so that work without room waits instead of being refused.
+        probe: scores the weights at every setting of a grid; None: no probe.
+        cost: how latency and memory are measured.
+        tune: trials; None: nothing is trained.
+        registration: which trials become model versions; None: none does.
+        mlflow: where runs and models go.
     """
 
     name: RunName

@@ -22,7 +22,18 @@ from pipelines.config_file import Frozen, RunName, Seed, spelt
 
 
 class ModelConfig(Frozen):
-    """A variant of the model; a field that is None keeps the variant's value."""
+    """A variant of the model; a field that is None keeps the variant's value.
+
+    Attributes:
+        variant: "base": one scale; "refine": a second, finer scale refines the flow of the first.
+        backbone_channels: channels of the backbone's three levels, at 1/2, 1/4 and 1/8 of the image.
+        feature_channels: channels of features and tokens.
+        num_layers: transformer blocks, each of self-attention and cross-attention.
+        ffn_expansion: width of the feed-forward's hidden layer, relative to its input.
+        attn_splits: windows on a side of each scale, coarse to fine.
+        corr_radius: radius of matching at each scale, in feature pixels; -1: over the whole map.
+        prop_radius: radius of propagation at each scale, in feature pixels; -1: over the whole map.
+    """
 
     variant: Literal["base", "refine"] = "base"
     backbone_channels: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
@@ -73,7 +84,10 @@ class SubsetConfig(Frozen):
 class PartConfig(SubsetConfig):
     """A part of a stage's mixture: a subset of a dataset, how often an epoch repeats it, and how it is augmented.
 
-    Scales are log2, as in the paper's recipe; flips are probabilities.
+    Attributes:
+        repeats: how often an epoch contains each sample.
+        min_log2_scale, max_log2_scale: images are scaled by 2 to the power of a uniform draw between them.
+        hflip, vflip: probabilities of mirroring left-right and upside down.
     """
 
     repeats: PositiveInt = 1
@@ -108,7 +122,11 @@ def _no_alias_of_the_registry(name: str) -> str:
 
 
 class SetConfig(SubsetConfig):
-    """A validation set: a subset of a dataset, or its first `limit` samples."""
+    """A validation set.
+
+    Attributes:
+        limit: only its first samples; None: all.
+    """
 
     limit: PositiveInt | None = None
 
@@ -143,7 +161,14 @@ def check_named_once(sets: Sequence[SetConfig], whose: str) -> None:
 
 
 class MetricConfig(Frozen):
-    """A metric of a validation set; lower is better. Only Sintel and KITTI can give "matched" and "unmatched"."""
+    """A metric of a validation set; lower is better.
+
+    Attributes:
+        data, subset: the set, which the stage must validate on.
+        metric: EPE (px) of all pixels ("epe"), by speed ("s0_10", "s10_40", "s40_plus"), or of pixels that both frames
+            show and the others ("matched", "unmatched": Sintel and KITTI alone); percent of pixels with an error above
+            1, 3 or 5 px ("px1", "px3", "px5"), or of KITTI's outliers ("f1_all").
+    """
 
     data: str
     subset: str
@@ -160,13 +185,41 @@ class MetricConfig(Frozen):
 
 
 class GateConfig(MetricConfig):
-    """A value that a finished stage must stay below before anything is built on it."""
+    """A value that a finished stage must stay below before anything is built on it.
+
+    Attributes:
+        below: the stage's last figure must be lower; else the curriculum stops, and says so.
+    """
 
     below: PositiveFloat
 
 
 class StageConfig(Frozen):
-    """One stage of the curriculum: the recipe (which determines the weights), and how training is monitored."""
+    """One stage of the curriculum: the recipe (which determines the weights), and how training is monitored.
+
+    Attributes:
+        name: names its runs, its folder on storage, and the alias of its model.
+        steps: updates of the weights.
+        global_batch: samples of a step, over all workers.
+        peak_lr: highest learning rate (AdamW, one cycle, linear).
+        crop: (height, width) of the samples, pixels.
+        mixture: what it is trained on; an epoch is all parts, as often as they are repeated, in one shuffle.
+        weight_decay: AdamW's.
+        warmup: share of the steps in which the learning rate rises to its peak.
+        clip_norm: gradients of a larger norm are scaled down to it.
+        gamma: weight of a prediction in the loss, relative to that of the next, finer one.
+        max_flow: pixels whose true flow is this long (px) or longer do not count in the loss.
+        ema_decay: keep averaged weights: at each step so much of the average stays. They are validated and registered
+            instead of the last ones. None: no average.
+        max_skipped_in_a_row: so many steps in a row with a loss or gradient that is not finite end the stage.
+        validation: the sets it is validated on, and from which `gates`, `keep_best` and the promotion take figures.
+        validate_every: steps from one validation to the next; None: only after the last.
+        checkpoint_every: steps from one checkpoint to the next: what is lost at most when a worker is killed.
+        keep_last: so many of the newest checkpoints stay.
+        keep_best: also keep the checkpoint whose validation was best by this metric.
+        log_every: steps from one record of the metrics to the next.
+        gates: what it must have reached before anything is built on it.
+    """
 
     name: Annotated[
         str,
@@ -233,8 +286,11 @@ class StageConfig(Frozen):
 class CacheConfig(Frozen):
     """A folder on each machine's own disk that keeps samples read from storage.
 
-    It holds at most `gib` GiB. It takes no more samples once a twentieth of the disk or less is free, or 2 GiB or less
-    if that is smaller.
+    It takes no more samples once a twentieth of the disk or less is free, or 2 GiB or less if that is smaller.
+
+    Attributes:
+        folder: an absolute path, or one that begins with ~.
+        gib: it holds at most so many GiB.
     """
 
     folder: str
@@ -253,7 +309,8 @@ class CacheConfig(Frozen):
 
 
 class MachineConfig(Frozen):
-    """How the machine is used: this changes speed and memory, never the result.
+    """How the machine is used: this changes speed and memory, never the recipe. What differs is rounding
+    (docs/fault-tolerance.md).
 
     Attributes:
         num_workers: number of data-parallel workers.
@@ -326,9 +383,13 @@ def shown_uri(uri: str) -> str:
 
 
 class MlflowConfig(Frozen):
-    """Where runs and models go. Without a URI: MLFLOW_TRACKING_URI, or SQLite in `runs/` of the working folder.
+    """Where runs and models go.
 
-    If the server is unreachable while a stage runs, the driver waits up to `patience_s`; training continues meanwhile.
+    Attributes:
+        tracking_uri: MLflow's address; None: MLFLOW_TRACKING_URI, or SQLite in `runs/` of the working folder.
+        experiment: the experiment of the runs.
+        registered_model: the name that versions are registered under.
+        patience_s: how long (s) the driver waits for a server that is away; training goes on meanwhile.
     """
 
     tracking_uri: str | None = None
@@ -349,11 +410,14 @@ class CurriculumConfig(Frozen):
         storage: URL or path for checkpoints and weights; every node must be able to reach it.
         data: name → manifest URL of the datasets that mixtures and validation sets refer to.
         stages: the stages in order; each starts from the weights of the one before.
+        model: the variant, and what differs from it.
+        machine: how the machines are used.
+        mlflow: where runs and models go.
         init_from: weights the first selected stage starts from: models:/…, .pth or .safetensors. None: the final
             weights of the stage before it, or random weights if it is the first of all.
         only: run only these stages; the first continues from the stage before it unless `init_from` is given.
         seed: seed of initial weights, sample order and augmentation.
-        precision: arithmetic of the forward pass.
+        precision: what products are computed in, see `ExecutionConfig` in gmflow/execution.py.
         promotion: the metric that must improve before a finished stage is promoted; None promotes every one.
     """
 

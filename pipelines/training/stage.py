@@ -56,7 +56,7 @@ class StageJob:
         folder: URL of the stage's folder on storage; it holds the initial weights, and checkpoints are written there.
         feed: name of the queue the driver listens to.
         seed: seed of sample order and augmentation.
-        precision: precision of the forward pass.
+        precision: what products are computed in.
     """
 
     stage: StageConfig

@@ -59,12 +59,11 @@ def test_published_layout_both_ways(config: GMFlowConfig, bare: bool, tmp_path: 
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
 
 
-def test_windows_and_radii_can_be_overridden_and_nothing_else(tmp_path: Path) -> None:
+def test_windows_and_radii_can_be_overridden(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_weights(tiny(), path)
     assert load_model(path, corr_radius=(-1, 2), attn_splits=(1, 4)).size_multiple == 16
-    with pytest.raises(GMFlowError, match="num_layers cannot be changed"):
-        load_model(path, num_layers=3)
+    assert load_model(path, prop_radius=(-1, 2)).config.prop_radius == (-1, 2)
     with pytest.raises(GMFlowError, match="corr_radius"):
         load_model(path, corr_radius=(4,))
 

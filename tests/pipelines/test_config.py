@@ -1,5 +1,6 @@
 """Configs: what is written is what is run, and what is wrong is said with the way out."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ import ray
 import torch
 import yaml
 
+import pipelines.sweeping.config
+import pipelines.training.config
 from datasets_etl.manifest import Manifest, SampleEntry, ShardEntry
 from gmflow import GMFlowError
-from pipelines.config_file import load_config
+from pipelines.config_file import Frozen, load_config
 from pipelines.errors import PipelineError
 from pipelines.training import dry_run
 from pipelines.training import estimate as estimating
@@ -334,3 +337,17 @@ def test_a_dry_run_shows_what_does_not_fit(small, load, monkeypatch):
     monkeypatch.setattr(dry_run, "estimate", too_large)
     config = load(small)
     assert dry_run._cost(config, config.stages[0]) == ("", "does not fit")
+
+
+@pytest.mark.parametrize("module", [pipelines.training.config, pipelines.sweeping.config])
+def test_every_key_is_documented_in_its_class(module):
+    """The guide sends its readers there."""
+    sections = [found for found in vars(module).values() if isinstance(found, type) and issubclass(found, Frozen)]
+    assert len(sections) >= 10
+    missing = [
+        f"{section.__name__}.{key}"
+        for section in sections
+        for key in section.model_fields
+        if not any(re.search(rf"\b{key}\b", base.__doc__ or "") for base in section.__mro__[:-1])
+    ]
+    assert missing == []
