@@ -201,7 +201,7 @@ class StageConfig(Frozen):
         name: names its runs, its folder on storage, and the alias of its model.
         steps: updates of the weights.
         global_batch: samples of a step, over all workers.
-        peak_lr: highest learning rate (AdamW, one cycle, linear).
+        peak_lr: highest learning rate: AdamW, one cycle, up and down along a cosine.
         crop: (height, width) of the samples, pixels.
         mixture: what it is trained on; an epoch is all parts, as often as they are repeated, in one shuffle.
         weight_decay: AdamW's.
