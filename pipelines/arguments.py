@@ -6,10 +6,17 @@ import argparse
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, NoReturn, get_args
 
 if TYPE_CHECKING:
     import torch
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, as commands say whatever their user can mend."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; {self.prog} --help shows what there is\n")
 
 
 def positive(text: str) -> int:

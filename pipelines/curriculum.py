@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipelines.arguments import Parser
 from pipelines.cluster import RayLostError, connected  # sets Ray's environment, so before Ray
 
 # isort: split
@@ -43,7 +44,7 @@ from pipelines.training.plan import FINAL_WEIGHTS, StagePlan, StageResult, new_b
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train GMFlow through a staged curriculum on Ray.")
+    parser = Parser(description="Train GMFlow through a staged curriculum on Ray.")
     parser.add_argument("--config", required=True, help="a YAML file, such as pipelines/configs/curriculum_base.yaml")
     parser.add_argument(
         "--dry-run", action="store_true", help="show the resolved config and what it would take, train nothing"

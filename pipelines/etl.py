@@ -27,7 +27,7 @@ from datasets_etl.loader import read_sample
 from datasets_etl.manifest import Manifest
 from datasets_etl.sources import EXPECTED_COUNTS, SOURCES, Source, chairs
 from datasets_etl.storage import split_url
-from pipelines.arguments import positive
+from pipelines.arguments import Parser, positive
 from pipelines.cluster import connected
 from pipelines.contact_sheet import contact_sheet
 from pipelines.errors import resumable_command
@@ -57,7 +57,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _shard_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Shard a raw optical-flow dataset into WebDataset tars by Ray tasks.",
         epilog="etl.py verify MANIFEST reads a written dataset back; etl.py inspect MANIFEST shows what is in it.",
     )
@@ -84,7 +84,7 @@ def _shard_parser() -> argparse.ArgumentParser:
 
 
 def _verify_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="etl.py verify",
         description="Read a dataset back by Ray tasks: sizes, SHA-256 and checksums, and that every sample decodes.",
     )
@@ -95,7 +95,7 @@ def _verify_parser() -> argparse.ArgumentParser:
 
 
 def _inspect_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="etl.py inspect",
         description="Show what is in a dataset: counts, sizes, motion, and pictures of a few pairs.",
     )

@@ -28,7 +28,7 @@ from gmflow import GMFlow
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.weights import weights_digest
 from pipelines import report
-from pipelines.arguments import add_model, add_precision, device, not_negative, positive
+from pipelines.arguments import Parser, add_model, add_precision, device, not_negative, positive
 from pipelines.entry import first_line
 from pipelines.errors import PipelineError, command
 from pipelines.lasting import lasting_store
@@ -48,7 +48,7 @@ Scores = dict[str, tuple[EvaluationSet, Evaluation]]
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Score a model on sharded datasets.")
+    parser = Parser(description="Score a model on sharded datasets.")
     add_model(parser)
     parser.add_argument(
         "--data",

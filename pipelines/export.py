@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from gmflow import GMFlow, GMFlowConfig, save_published, save_weights
 from gmflow.export import ExportedModel, check_onnx, export_model
-from pipelines.arguments import add_model, local_path
+from pipelines.arguments import Parser, add_model, local_path
 from pipelines.errors import PipelineError, command
 from pipelines.lasting import lasting_object
 from pipelines.references import resolve_model
@@ -33,7 +33,7 @@ PROGRAMS: dict[str, Callable[[ExportedModel, Path], None]] = {
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Write a model as other programs read it.")
+    parser = Parser(description="Write a model as other programs read it.")
     add_model(parser)
     parser.add_argument(
         "outputs",

@@ -28,7 +28,16 @@ from gmflow import GMFlow, Prediction, Tiling, predict_batch
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import PaddingMode
 from gmflow.weights import weights_digest
-from pipelines.arguments import add_device, add_model, add_overwrite, add_precision, positive, positive_number, size
+from pipelines.arguments import (
+    Parser,
+    add_device,
+    add_model,
+    add_overwrite,
+    add_precision,
+    positive,
+    positive_number,
+    size,
+)
 from pipelines.behind import Behind
 from pipelines.continuation import ANY_FRAME, any_frame, claim_output
 from pipelines.errors import PipelineError, resumable_command
@@ -100,7 +109,7 @@ class PredictionOptions:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Optical flow between consecutive frames.")
+    parser = Parser(description="Optical flow between consecutive frames.")
     add_model(parser)
     parser.add_argument("--output", required=True, help="folder or URL for the files")
     parser.add_argument(

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipelines.arguments import positive
+from pipelines.arguments import Parser, positive
 from pipelines.entry import PipelineError, command_for
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Tell Ray that this machine will be taken away.")
+    parser = Parser(description="Tell Ray that this machine will be taken away.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("watch", help="wait for EC2's notice, tell Ray, end")
     commands.add_parser("check", help="fail if EC2's notice is given already")

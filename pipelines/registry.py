@@ -23,7 +23,7 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
-from pipelines.arguments import local_path
+from pipelines.arguments import Parser, local_path
 from pipelines.errors import PipelineError, command
 from pipelines.lasting import lasting_store
 from pipelines.training import mlflow_client, registry
@@ -34,7 +34,7 @@ DEFAULT_MODEL = "gmflow"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Look at registered models, and move their aliases.")
+    parser = Parser(description="Look at registered models, and move their aliases.")
     tasks = parser.add_subparsers(dest="task", required=True)
     task = tasks.add_parser("list", help="all versions")
     task.add_argument("name", nargs="?", help="of one model (default: all)")

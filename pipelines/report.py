@@ -22,7 +22,7 @@ from mlflow.tracking import MlflowClient
 from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
 from gmflow import GMFlowConfig
-from pipelines.arguments import not_negative
+from pipelines.arguments import Parser, not_negative
 from pipelines.errors import PipelineError, command
 from pipelines.lasting import lasting_object
 from pipelines.published import NOTE, published_figures
@@ -257,7 +257,7 @@ def _lineage(client: MlflowClient, found: _Curriculum) -> list[tuple[str, str]]:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Make the HTML report of a curriculum.")
+    parser = Parser(description="Make the HTML report of a curriculum.")
     parser.add_argument(
         "--run", required=True, metavar="RUN_ID", help="MLflow's run of the curriculum, or of one of its stages"
     )

@@ -29,7 +29,7 @@ from gmflow import GMFlow, Prediction, predict_batch
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import PaddingMode
 from gmflow.weights import replace_file, weights_digest
-from pipelines.arguments import add_device, add_model, add_overwrite, add_precision, local_path
+from pipelines.arguments import Parser, add_device, add_model, add_overwrite, add_precision, local_path
 from pipelines.behind import Behind
 from pipelines.continuation import claim_output
 from pipelines.errors import PipelineError, resumable_command
@@ -88,7 +88,7 @@ BENCHMARKS = {
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Predict a benchmark's test set, in the layout its server takes.")
+    parser = Parser(description="Predict a benchmark's test set, in the layout its server takes.")
     add_model(parser)
     parser.add_argument("--data", required=True, help="URL of a manifest of Sintel or KITTI with its test subsets")
     parser.add_argument(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipelines.arguments import Parser
 from pipelines.cluster import connected, nodes, own_node  # sets Ray's environment, so before Ray
 
 # isort: split
@@ -50,9 +51,7 @@ from pipelines.training.plan import FINAL_WEIGHTS, check_measurable, learned_pai
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Sweep GMFlow's windows and radii: probe trained weights, tune trials."
-    )
+    parser = Parser(description="Sweep GMFlow's windows and radii: probe trained weights, tune trials.")
     parser.add_argument("--config", required=True, help="a YAML file, such as pipelines/configs/sweep.yaml")
     parser.add_argument("--dry-run", action="store_true", help="check the config, list what would run, and stop")
     parser.add_argument("--retry-failed", action="store_true", help="trials that failed before are run again")

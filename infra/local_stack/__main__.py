@@ -19,6 +19,7 @@ from infra.local_stack.errors import StackError
 from infra.local_stack.processes import ServerProcess, undone_on_failure
 from infra.local_stack.services import Service, ray_folder, require_postgresql, services
 from infra.local_stack.settings import Settings, Stack, require_free
+from pipelines.arguments import Parser
 from pipelines.entry import command_for
 
 _DEFAULT_FOLDER = Path("runs/stack")
@@ -27,7 +28,7 @@ console = Console(stderr=True)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m infra.local_stack", description="Real servers without containers.")
+    parser = Parser(prog="python -m infra.local_stack", description="Real servers without containers.")
     tasks = parser.add_subparsers(dest="task", required=True)
     up = tasks.add_parser("up", help="start what does not run yet, and show health")
     status = tasks.add_parser("status", help="show health; exit code 1 unless all is healthy")

@@ -1,5 +1,6 @@
 """`pipelines/curriculum.py` and the other scripts as their user meets them: what a wrong input gets."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,11 @@ import yaml
 import pipelines.curriculum
 import pipelines.etl
 import pipelines.evaluate
+import pipelines.export
 import pipelines.predict
 import pipelines.registry
+import pipelines.report
+import pipelines.submission
 import pipelines.sweep
 from gmflow import GMFlow, GMFlowConfig, save_weights
 from pipelines.errors import PipelineError
@@ -148,3 +152,23 @@ def test_a_script_run_by_itself_prints_the_line_and_exits_with_2(tmp_path: Path)
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: no.png: no such file or folder\n"
+
+
+SCRIPTS = [
+    pipelines.curriculum,
+    pipelines.etl,
+    pipelines.evaluate,
+    pipelines.export,
+    pipelines.predict,
+    pipelines.registry,
+    pipelines.report,
+    pipelines.submission,
+    pipelines.sweep,
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_wrong_command_line_is_said_in_a_line(call, script):
+    code, out, err = call(script, "--no-such-option")
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"error: [^\n]*; [^\n]* --help shows what there is\n", err)

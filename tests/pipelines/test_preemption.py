@@ -203,7 +203,8 @@ def test_it_starts_at_once():
 def test_wrong_usage(call: Call, arguments: list[str]):
     code, _, said = call(preemption, *arguments)
     assert code == 2
-    assert "usage:" in said
+    assert said.startswith("error: ")
+    assert "--help shows what there is" in said
 
 
 def test_without_ray_a_drain_ends_with_a_line(call: Call, monkeypatch: pytest.MonkeyPatch):
