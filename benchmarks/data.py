@@ -34,7 +34,8 @@ from rich.table import Table
 from webdataset import TarWriter
 
 from datasets_etl import formats, rowcode
-from datasets_etl.augment import AugmentConfig, apply_jitters, augment, draw_geometry, draw_jitters
+from datasets_etl.augment import AugmentConfig, augment, draw_geometry
+from datasets_etl.colour_jitter import apply_jitters, draw_jitters
 from datasets_etl.etl import run_etl
 from datasets_etl.loader import MixturePart, PositionDataset, TrainingStream, collate, read_sample, to_tensors
 from datasets_etl.manifest import Manifest

@@ -11,17 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets_etl.augment import (
-    AugmentConfig,
-    Geometry,
-    Jitter,
-    _scaled,
-    _window,
-    apply_jitters,
-    augment,
-    draw_geometry,
-    draw_jitters,
-)
+from datasets_etl.augment import AugmentConfig, Geometry, _scaled, _window, augment, draw_geometry
+from datasets_etl.colour_jitter import Jitter, apply_jitters, draw_jitters
 from datasets_etl.errors import DataError
 from datasets_etl.formats import decode_frame
 from datasets_etl.samples import FlowSample
