@@ -10,7 +10,8 @@ import pytest
 
 from datasets_etl.formats import decode_flo, decode_frame, decode_kitti_flow, decode_mask, decode_pfm, image_size
 from datasets_etl.sources import SOURCES, SampleRef, SourceTree
-from datasets_etl.synthetic import make_scene, synthetic_pair, write_dataset
+from datasets_etl.synthetic import synthetic_pair, write_dataset
+from datasets_etl.synthetic_scene import make_scene
 
 HEIGHT, WIDTH = 96, 128
 
