@@ -552,3 +552,14 @@ def test_a_video_of_flow_that_is_not_finite_is_written_all_the_same(call, frames
     command = (pipelines.predict, "--model", tmp_path / "broken.safetensors", "--output", tmp_path / "o")
     assert call(*command, "--formats", "video,occlusion", *frames)[0] == 0
     assert formats.decode_mask((tmp_path / "o/frame_0000_occlusion.png").read_bytes(), "x").all()
+
+
+def test_suffixes_are_read_in_capitals_too(tmp_path):
+    """As cameras write them."""
+    (tmp_path / "clip").mkdir()
+    for number in range(2):
+        (tmp_path / f"clip/IMG_{number}.PNG").write_bytes(formats.encode_frame_png(np.zeros((8, 8, 3), np.uint8)))
+    write_video(tmp_path / "v.avi")
+    (tmp_path / "v.avi").rename(tmp_path / "V.AVI")
+    clips = find_clips([str(tmp_path / "clip"), str(tmp_path / "V.AVI")])
+    assert [(clip.title, clip.is_video) for clip in clips] == [("clip", False), ("V", True)]

@@ -369,3 +369,13 @@ def test_a_champion_is_no_better_by_what_tags_do_not_hold(tmp_path):
         run = tracking.start_run(client, "r", "chairs", {}).info.run_id
         registry.register(client, "gmflow", run, tmp_path / "w.safetensors", lineage, rule)
     assert str(client.get_model_version_by_alias("gmflow", "champion").version) == "1"
+
+
+def test_a_runs_weights_under_two_names_are_a_version_of_each(tmp_path):
+    client = mlflow_client.connect(f"sqlite:///{tmp_path}/mlflow.db")
+    save_weights(GMFlow(TINY), tmp_path / "w.safetensors")
+    run = tracking.start_run(client, "r", "chairs", {}).info.run_id
+    lineage = registry.Lineage("chairs", "random", {}, "h", "sources:x", {})
+    for name in ("first", "second", "first"):
+        assert registry.register(client, name, run, tmp_path / "w.safetensors", lineage, None).name == name
+    assert [len(registry.versions_of(client, name)) for name in ("first", "second")] == [1, 1]

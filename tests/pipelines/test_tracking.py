@@ -600,3 +600,10 @@ def test_a_finished_curriculum_stays_finished_when_another_takes_its_stage_over(
     first.client.set_terminated(first.run_id, "FINISHED")
     curriculum_run(server, "next").child("chairs", key="stage/handed-on")
     assert first.client.get_run(first.run_id).info.status == "FINISHED"
+
+
+def test_of_a_finished_stage_the_curriculum_has_what_was_validated(server):
+    run = curriculum_run(server, "stages")
+    run.log_stage(2, {"val/chairs/val/epe": 1.5, "train/loss": 3.0})
+    logged = run.client.get_run(run.run_id).data.metrics
+    assert logged == {"val/chairs/val/epe": 1.5}
