@@ -38,7 +38,7 @@ from pipelines.sweeping.room import check_room, told_of_drivers
 from pipelines.sweeping.settings import Setting, padded_size
 from pipelines.sweeping.table import Row, best_settings, mark_front, to_csv, to_json
 from pipelines.sweeping.tracking import SweepRun
-from pipelines.sweeping.trials import Trial, TrialPlan, TrialResult, listed_points, retry_failed
+from pipelines.sweeping.trials import Trial, TrialPlan, TrialResult, listed_points, retry_failed, seed_points
 from pipelines.sweeping.tuning import Listener, TrialRecord, tune_trials
 from pipelines.sweeping.view import SweepView, front_table
 from pipelines.training import mlflow_client, registry
@@ -82,6 +82,8 @@ def prepare(config: SweepConfig) -> Sweep:
             manifests[part.data] = Manifest.load(url)
         part.indices(manifests[part.data])
     check_measurable("objective", config.objective, manifests[config.objective.data])
+    for purpose, metric in config.tune.stage.compared if config.tune is not None else ():
+        check_measurable(purpose, metric, manifests[metric.data])
     config.check_sizes(manifests)
     store = open_store(f"{lasting_store(config.storage, 'storage').url}/{config.name}")
     return Sweep(config, manifests, store, SweepView(config.metric))
@@ -109,16 +111,25 @@ def _run_phases(sweep: Sweep, held: Callable[[], bool], *, retry: bool) -> list[
             if config.probe is not None and weights is not None:
                 rows = with_costs(sweep, probe(sweep, weights, run))
             if config.tune is not None:
-                seeds = best_settings(rows, config.metric, config.tune.seeds)
+                seeds = seeds_of(config, rows)
                 rows = with_costs(sweep, rows + tune(sweep, weights, seeds, run, retry=retry))
         for row in rows:
             run.judge(row)
         report(sweep, rows, run)
         register_best(sweep, rows, run, plan_trials(sweep, weights))
     failed = [row for row in rows if row.status == "failed"]
-    if failed and not any(row.status == "finished" for row in rows):
-        raise PipelineError(f"all {len(failed)} trials failed, {failed[0].name} because: {failed[0].reason}")
+    if failed and not any(row.phase == "trial" and row.status == "finished" for row in rows):
+        raise PipelineError(
+            f"no trial finished, and {len(failed)} failed; {failed[0].name} because: {failed[0].reason}"
+        )
     return rows
+
+
+def seeds_of(config: SweepConfig, rows: Sequence[Row]) -> list[Setting]:
+    """The settings that trials try first: the best of the probe's front that lie in their space."""
+    count = 0 if config.tune is None else config.tune.seeds
+    front = best_settings(rows, config.metric, len(rows))
+    return [setting for setting in front if seed_points(config, [setting])][:count]
 
 
 def beginning_of_sweep(store: ObjectStore) -> str:
@@ -287,6 +298,8 @@ class _TrialBoard(Listener):
             self.run.log(row, Record(step, metrics))
 
     def ended(self, trial: Trial, result: TrialResult) -> None:
+        if trial.name not in self.rows:  # its driver was lost while it started
+            self.started(trial)
         with self._lock:
             row = self.rows[trial.name]
             step = max(row.step, result.step)

@@ -2,18 +2,19 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from datasets_etl.manifest import Manifest
-from gmflow import GMFlowConfig
+from gmflow import GMFlowConfig, GMFlowError
 from gmflow.config import GLOBAL
 from pipelines.config_file import Frozen, RunName, Seed
 from pipelines.errors import PipelineError
 from pipelines.sweeping.settings import Setting, check_crop, check_size, grid_settings
 from pipelines.training.config import (
+    DataName,
     MachineConfig,
     MetricConfig,
     MlflowConfig,
@@ -22,6 +23,7 @@ from pipelines.training.config import (
     SetConfig,
     StageConfig,
     check_named_once,
+    no_alias_of_the_registry,
 )
 
 
@@ -35,8 +37,17 @@ class GridConfig(Frozen):
     """
 
     attn_splits: tuple[tuple[PositiveInt, ...], ...] | None = None
-    corr_radius: tuple[int, ...] | None = Field(default=None, min_length=1)
-    prop_radius: tuple[int, ...] | None = Field(default=None, min_length=1)
+    corr_radius: tuple[int, ...] | None = None
+    prop_radius: tuple[int, ...] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _values_differ(self) -> Self:
+        """Without a value there is nothing to try, and with one twice two trials would share a folder."""
+        for name, values in self:
+            for some in (values or ()) if name == "attn_splits" else (values,):
+                if isinstance(some, tuple) and not 0 < len(set(some)) == len(some):
+                    raise ValueError(f"{name}: {list(some)}: give at least one value, and each once")
+        return self
 
     def settings(self, reference: Setting) -> list[Setting]:
         return grid_settings(reference, self.attn_splits, self.corr_radius, self.prop_radius)
@@ -165,6 +176,8 @@ class TuneConfig(Frozen):
             )
         if self.searcher != "grid" and self.trials is None:
             raise ValueError(f"trials is missing: how many trials may {self.searcher} take?")
+        if self.searcher == "optuna" and all(values is None for _, values in self.space):
+            raise ValueError("space is empty: between what may optuna choose?")
         if self.start == "trained" and self.space.changes_layout:
             raise ValueError(
                 "space: num_layers and feature_channels change the weights' layout, so no trained weights fit all "
@@ -216,7 +229,7 @@ class SweepConfig(Frozen):
 
     name: RunName
     storage: str
-    data: dict[str, str | None]
+    data: dict[DataName, str | None]
     objective: MetricConfig
     model: ModelConfig = ModelConfig(variant="refine")
     weights: str | None = None
@@ -254,6 +267,8 @@ class SweepConfig(Frozen):
                 f"probe.validation and tune.stage.validation hold different pairs of {name}, the objective "
                 f"({' / '.join(cut or 'all' for cut in cuts)}), so their figures cannot be compared; give both the same"
             )
+        if self.registration is not None:
+            no_alias_of_the_registry(self.name)  # it becomes one
         self._check_space()
         return self
 
@@ -281,11 +296,13 @@ class SweepConfig(Frozen):
                     f"tune: stage.global_batch {stage.global_batch} cannot feed machine.num_workers "
                     f"{machine.num_workers}; each worker needs a sample a step"
                 )
-            for setting in self.tune.space.settings(self.reference):
-                try:
+            try:
+                for setting in self.tune.space.settings(self.reference):
                     check_crop(setting.on(self.architecture), stage.crop, f"tune.space at {setting.splits}")
-                except PipelineError as error:
-                    raise ValueError(str(error)) from None
+                for channels in self.tune.space.feature_channels or ():
+                    self.model.model_copy(update={"feature_channels": channels}).build()
+            except (PipelineError, GMFlowError) as error:
+                raise ValueError(str(error)) from None
 
     def check_sizes(self, manifests: Mapping[str, Manifest]) -> None:
         """Check every setting on every image size it will meet. Raises PipelineError, which lists the valid values."""
@@ -355,10 +372,6 @@ class SweepConfig(Frozen):
         if self.tune is not None:
             found.append(("tune", self.tune.space.settings(self.reference), self.tune.stage.validation))
         return found
-
-    def facts(self) -> dict[str, Any]:
-        """The resolved config as plain values."""
-        return self.model_dump(mode="json")
 
 
 def image_sizes(manifest: Manifest, chosen: SetConfig) -> set[tuple[int, int]]:

@@ -36,6 +36,12 @@ class Setting:
         return replace(model, attn_splits=self.attn_splits, corr_radius=self.corr_radius, prop_radius=self.prop_radius)
 
     @property
+    def point(self) -> dict[str, int]:
+        """Dimension → value: what may be chosen, the radii being those of the finest scale."""
+        splits = {f"attn_splits_{scale}": value for scale, value in enumerate(self.attn_splits, start=1)}
+        return {**splits, "corr_radius": self.corr_radius[-1], "prop_radius": self.prop_radius[-1]}
+
+    @property
     def splits(self) -> str:
         """Windows on a side, coarse × fine, such as "2×8"."""
         return "×".join(str(value) for value in self.attn_splits)

@@ -52,14 +52,7 @@ class Row:
     @property
     def point(self) -> dict[str, float]:
         """What distinguishes the row from others: dimension of the space → value."""
-        setting = self.setting
-        splits = {f"attn_splits_{scale}": value for scale, value in enumerate(setting.attn_splits, start=1)}
-        return {
-            **splits,
-            "corr_radius": setting.corr_radius[-1],
-            "prop_radius": setting.prop_radius[-1],
-            **self.choices,
-        }
+        return {**self.setting.point, **self.choices}
 
     def flat(self, cost_size: Size) -> dict[str, Any]:
         """One line of the CSV and of the JSON."""

@@ -54,7 +54,7 @@ class SweepRun:
         self._patience = self.parent.patience
         self._lock = threading.RLock()
         self._children: dict[str, tracking.TrackedRun] = {}
-        self._patience(self.client.log_dict, self.run_id, config.facts(), "config.yaml")
+        self._patience(self.client.log_dict, self.run_id, config.model_dump(mode="json"), "config.yaml")
         tags = {f"manifest.{name}": manifest.url for name, manifest in manifests.items()}
         if weights is not None:
             tags["weights"] = weights.source

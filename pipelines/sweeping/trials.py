@@ -29,7 +29,7 @@ _RESULT = "result.json"
 Point = dict[str, float]
 """A point of the space: dimension → value. Dimensions are named as in MLflow: attn_splits_1, corr_radius, peak_lr, …"""
 
-_MOST_DRAWS = 1000
+_MOST_REPEATS = 100
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,15 @@ def dimensions(tune: TuneConfig) -> dict[str, tuple[float, ...] | RangeConfig]:
     return found
 
 
+def all_points(tune: TuneConfig) -> list[Point]:
+    """All points of a space of values; none if a dimension is a range."""
+    space = dimensions(tune)
+    values = [values for values in space.values() if not isinstance(values, RangeConfig)]
+    if len(values) < len(space):
+        return []
+    return [dict(zip(space, chosen, strict=True)) for chosen in itertools.product(*values)]
+
+
 def seed_points(config: SweepConfig, settings: Sequence[Setting]) -> list[Point]:
     """Points of the space at these settings; other dimensions are as near to the config's model and stage as possible.
 
@@ -130,12 +139,10 @@ def seed_points(config: SweepConfig, settings: Sequence[Setting]) -> list[Point]
     }
     points = []
     for setting in settings:
-        wanted: Point = {f"attn_splits_{scale}": value for scale, value in enumerate(setting.attn_splits, start=1)}
-        wanted |= {"corr_radius": setting.corr_radius[-1], "prop_radius": setting.prop_radius[-1]}
+        wanted: Point = {**setting.point}
         point: Point = {}
         for name, values in space.items():
-            value = wanted.get(name, usual.get(name, 0))
-            point[name] = value if name in wanted else _nearest(value, values)
+            point[name] = wanted[name] if name in wanted else _nearest(usual[name], values)
         if _is_inside(point, space) and setting_of(point, config.reference) == setting:
             points.append(point)
     return points
@@ -166,21 +173,20 @@ def listed_points(config: SweepConfig, seeds: Sequence[Setting], known: Sequence
         known: points of announced trials.
     """
     assert config.tune is not None
-    space = dimensions(config.tune)
+    everything = all_points(config.tune)
     if config.tune.searcher == "grid":
-        values = [values for values in space.values() if not isinstance(values, RangeConfig)]
-        points = [dict(zip(space, chosen, strict=True)) for chosen in itertools.product(*values)]
+        points = everything
         ranks = {setting: rank for rank, setting in enumerate(seeds)}
         points.sort(key=lambda p: (p not in known, ranks.get(setting_of(p, config.reference), len(ranks))))
         return points[: config.tune.trials]
     points = [*known, *(point for point in seed_points(config, seeds) if point not in known)]
-    generator = np.random.default_rng(config.seed)
-    for _ in range(_MOST_DRAWS):
-        if len(points) >= (config.tune.trials or 0):
-            break
+    generator, space = np.random.default_rng(config.seed), dimensions(config.tune)
+    repeats = 0
+    while len(points) < (config.tune.trials or 0) and repeats < _MOST_REPEATS:
         drawn = {name: _draw(values, generator) for name, values in space.items()}
-        if drawn not in points:
-            points.append(drawn)
+        repeats = repeats + 1 if drawn in points else 0
+        points += [] if repeats else [drawn]
+    points += [point for point in everything if point not in points]  # few are left: they are hardly ever drawn
     return points[: config.tune.trials]
 
 

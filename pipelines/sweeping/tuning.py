@@ -6,6 +6,7 @@ killed sweep does not depend on Tune's pickled state, and may be continued with 
 """
 
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 
+import numpy as np
 import ray
 from ray import tune
 from ray.exceptions import RayActorError
@@ -39,6 +41,7 @@ from pipelines.sweeping.trials import (
     TrialPlan,
     TrialRecords,
     TrialResult,
+    all_points,
     announce,
     announced,
     dimensions,
@@ -150,8 +153,8 @@ def _all_ended(
 ) -> list[tuple[Trial, TrialRecords, TrialResult]]:
     """Those of the `known` trials that the search is of, if all of them have ended; otherwise an empty list."""
     if plan.tune.searcher == "optuna":
-        wanted = plan.tune.trials or 1
-        trials = known[:wanted]
+        wanted = min(plan.tune.trials or 1, len(all_points(plan.tune)) or math.inf)
+        trials = known[: plan.tune.trials]
     else:
         points = listed_points(plan.config, seeds, [trial.point for trial in known])
         keys = {plan.trial(point).key for point in points}
@@ -230,6 +233,8 @@ class DistinctOptuna(OptunaSearch):
             )
         self._failed_state = optuna.trial.TrialState.FAIL
         self._seen: list[Point] = []
+        self._all = all_points(plan.tune)
+        self._generator = np.random.default_rng(plan.config.seed + drawn)
         super().__init__(
             space,
             metric=OBJECTIVE,
@@ -246,6 +251,10 @@ class DistinctOptuna(OptunaSearch):
                     self._seen.append(found["point"])
                 return found
             self._ot_study.tell(self._ot_trials.pop(trial_id), state=self._failed_state)
+            if left := [point for point in self._all if point not in self._seen]:
+                # TPE would draw what it likes best again and again, and the search would end with most points untried.
+                point = left[int(self._generator.integers(len(left)))]
+                self._ot_study.enqueue_trial({f"point/{name}": value for name, value in point.items()})
         return str(Searcher.FINISHED)
 
 
@@ -318,7 +327,10 @@ def _train(trial: Trial, plan: TrialPlan) -> None:
         final_weights(last, trial.model, weights)
         store.upload(weights, FINAL_WEIGHTS)
     if TrialRecords.open(trial.folder).last_step != trial.stage.steps:
-        raise PipelineError(f"{config.metric} has no value at the last step: the flow is not finite; lower peak_lr")
+        raise PipelineError(
+            f"{config.metric} has no value at the last step: no pixel counts for it, or the flow is not finite; "
+            "compare by another objective, or lower peak_lr"
+        )
 
 
 def _catch_up(trial: Trial, plan: TrialPlan, snapshot: dict[str, Any]) -> None:

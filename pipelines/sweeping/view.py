@@ -26,7 +26,6 @@ class SweepView:
         self.metric = metric
         self.console = output()
         self._rows: dict[str, Row] = {}
-        self._live: Live | None = None
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
@@ -35,9 +34,8 @@ class SweepView:
         if not self.console.is_terminal:
             yield
             return
-        with Live(console=self.console, refresh_per_second=4, get_renderable=self._table) as self._live:
+        with Live(console=self.console, refresh_per_second=4, get_renderable=self._table):
             yield
-        self._live = None
 
     def show(self, row: Row) -> None:
         """Show a row that is new or has changed; a log gets a line if the status changed."""

@@ -20,6 +20,9 @@ from gmflow import GMFlowConfig
 from gmflow.execution import ExecutionConfig, Precision
 from pipelines.config_file import Frozen, RunName, Seed, spelt
 
+DataName = Annotated[str, spelt(r"[\w.-]+", "letters, digits, _, . and -")]
+"""What a config calls a dataset; metrics are named by it."""
+
 
 class ModelConfig(Frozen):
     """A variant of the model; a field that is None keeps the variant's value.
@@ -114,10 +117,10 @@ class PartConfig(SubsetConfig):
         return MixturePart(manifest, self.subset, self.repeats, augmentation, self.only, self.without)
 
 
-def _no_alias_of_the_registry(name: str) -> str:
-    """Refuses names that the registry reserves: a stage's name becomes an alias of its model."""
+def no_alias_of_the_registry(name: str) -> str:
+    """Refuses names that the registry reserves: that of a stage or sweep becomes an alias of its model."""
     if name in ("champion", "latest") or re.fullmatch(r"v\d+", name):
-        raise ValueError(f"{name!r} means something else in the model registry; give the stage another name")
+        raise ValueError(f"{name!r} means something else in the model registry; give another name")
     return name
 
 
@@ -224,7 +227,7 @@ class StageConfig(Frozen):
     name: Annotated[
         str,
         spelt(r"[a-z][a-z0-9_-]*", "lower-case letters, digits, - and _, a letter first"),
-        pydantic.AfterValidator(_no_alias_of_the_registry),
+        pydantic.AfterValidator(no_alias_of_the_registry),
     ]
     steps: PositiveInt
     global_batch: PositiveInt
@@ -423,7 +426,7 @@ class CurriculumConfig(Frozen):
 
     name: RunName
     storage: str
-    data: dict[Annotated[str, spelt(r"[\w.-]+", "letters, digits, _, . and -")], str | None]
+    data: dict[DataName, str | None]
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     model: ModelConfig = ModelConfig()
     machine: MachineConfig = MachineConfig()

@@ -1,0 +1,86 @@
+"""What is on the front, and the report."""
+
+import csv
+import io
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.sweeping import plots
+from pipelines.sweeping.settings import Setting
+from pipelines.sweeping.table import Row, best_settings, mark_front, to_csv, to_json
+from pipelines.sweeping.view import front_table
+from tests.pipelines.sweeping.made import METRIC, REFINE, row
+
+
+@settings(deadline=None)  # a shared machine is no reason to fail
+@given(st.lists(st.tuples(*[st.integers(1, 5)] * 3), min_size=1, max_size=12))
+def test_the_front_holds_what_nothing_beats_and_something_on_it_beats_the_rest(goals):
+    rows = mark_front([row(str(number), *map(float, found)) for number, found in enumerate(goals)], METRIC)
+    front = [found for found, marked in zip(goals, rows, strict=True) if marked.front]
+    assert front
+    for found, marked in zip(goals, rows, strict=True):
+        beaten = [b for b in goals if all(np.less_equal(b, found)) and any(np.less(b, found))]
+        assert marked.front == (not beaten)
+        assert marked.front or any(b in front for b in beaten)
+
+
+def test_costs_closer_than_a_percent_are_the_same_cost():
+    rows = mark_front(
+        [row("better", 1.0, 100.2, 50.1), row("worse", 1.1, 100.0, 50.0), row("fast", 1.2, 90, 50)], METRIC
+    )
+    assert [one.front for one in rows] == [True, False, True]
+
+
+def test_the_front_takes_only_what_was_measured_to_the_end():
+    best = row("stopped", 0.1, 1, 1)
+    rows = [replace(best, status="stopped"), replace(best, cost=None), replace(best, metrics={}), row("only", 5, 9, 9)]
+    assert [one.front for one in mark_front(rows, METRIC)] == [False, False, False, True]
+
+
+def test_the_probes_best_are_the_fronts_by_objective():
+    other = replace(REFINE, attn_splits=(1, 4))
+    rows = mark_front([row("slow", 1, 9, 1), replace(row("fast", 2, 3, 1), model=other), row("bad", 3, 9, 9)], METRIC)
+    assert best_settings(rows, METRIC, 5) == [Setting.of(REFINE), Setting.of(other)]
+    assert best_settings(rows, METRIC, 1) == [Setting.of(REFINE)]
+
+
+def test_the_report_holds_every_row_and_needs_no_network():
+    failed = Row("broken", "trial", "k", REFINE, "failed", reason="loss is </script> nan", choices={"peak_lr": 0.1})
+    rows = [*mark_front([row("a", 1, 9, 1), row("b", 2, 3, 1, reference=True)], METRIC), failed]
+    lines = list(csv.DictReader(io.StringIO(to_csv(rows, (436, 1024)).decode())))
+    assert [line["name"] for line in lines] == ["a", "b", "broken"]
+    assert [line["peak_lr"] for line in lines] == ["", "", "0.1"]
+    assert [line["reference"] for line in lines] == ["False", "True", "False"]
+    assert lines[2]["reason"] == failed.reason
+    assert lines[0][METRIC] == "1"
+    assert lines[0]["cost_padded_to"] == "448x1024"
+    assert json.loads(to_json(rows, METRIC, {"height": 436, "width": 1024}))["rows"][0]["latency_ms"] == 9
+    page = plots.front_html(rows, METRIC, (436, 1024), "x").decode()
+    assert page.count("</script>") == 1
+    assert "broken" in page
+    assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org/2000/svg)|@import", page)
+    assert len(page) < 50_000
+
+
+def test_costs_more_than_a_percent_apart_differ():
+    rows = mark_front([row("a", 1.0, 103, 50), row("b", 1.1, 100, 50)], METRIC)
+    assert [one.front for one in rows] == [True, True]
+
+
+def test_pictures_show_the_front_and_choose_their_scales():
+    rows = mark_front([row("a", 1.0, 9, 9), row("b", 2.0, 5, 5), row("c", 3.0, 6, 1)], METRIC)
+    assert [one.name for one in plots._front_in_sight(rows, METRIC)] == ["b", "a"]
+    assert plots.heat_map_png(rows[:1], METRIC) is None
+    assert plots._spreads([1.0, 7.0])
+    assert not plots._spreads([1.0, 5.0])
+    assert not plots._spreads([0.0, 7.0])
+
+
+def test_the_reference_is_shown_beside_the_front():
+    rows = mark_front([row("a", 1, 1, 1), row("b", 2, 2, 2, reference=True), row("c", 3, 3, 3)], METRIC)
+    assert front_table(rows, METRIC, "x").row_count == 2
