@@ -29,9 +29,18 @@ class ObjectStore(Protocol):
         """The whole object. Raises DataError if `size` (as listed) is given and the object has another size."""
         ...
 
-    def read_range(self, key: str, offset: int, length: int) -> bytes: ...
-    def write(self, key: str, data: bytes) -> None: ...
-    def upload(self, path: Path, key: str) -> None: ...
+    def read_range(self, key: str, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset` on. Raises DamagedError if the object ends before."""
+        ...
+
+    def write(self, key: str, data: bytes) -> None:
+        """Make an object, in the place of one that has the key."""
+        ...
+
+    def upload(self, path: Path, key: str) -> None:
+        """`write` of a local file's content, which need not fit into memory."""
+        ...
+
     def size(self, key: str) -> int | None:
         """Size in bytes, None if the object does not exist."""
         ...
@@ -60,15 +69,18 @@ class ShortAnswerError(DataError):
 
 
 def whole(data: bytes, url: str, offset: int, length: int) -> bytes:
+    """A range that was read. Raises DamagedError if it is shorter than asked for."""
     if len(data) != length:
         raise DamagedError(too_short(data, url, offset, length, "object"))
     return data
 
 
 def require_size(found: int | None, url: str, listed: int | None) -> None:
+    """Raises ShortAnswerError if an object was listed with another size; None: unknown."""
     if listed not in (None, found):
         raise ShortAnswerError(f"{url}: {found} bytes instead of {listed} as listed; did it change? Run again")
 
 
 def too_short(data: bytes, url: str, offset: int, length: int, what: str) -> str:
+    """What to say of a range that is shorter than asked for."""
     return f"{url}: {len(data)} bytes at offset {offset} instead of {length}; the {what} is cut short"

@@ -34,6 +34,7 @@ _METADATA_SERVICE = {"metadata_service_timeout": 2, "metadata_service_num_attemp
 
 
 def s3_client() -> "S3Client":
+    """This process's client. Raises DataError for impossible settings, and botocore's error without credentials."""
     return _client_of_process(os.getpid())
 
 

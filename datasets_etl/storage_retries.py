@@ -60,6 +60,7 @@ def _out_of_patience(state: tenacity.RetryCallState) -> bool:
 
 
 def patience_s() -> float:
+    """What `PATIENCE_VARIABLE` says. Raises DataError if that is no number of seconds."""
     given = os.environ.get(PATIENCE_VARIABLE, "10")
     try:
         seconds = float(given)

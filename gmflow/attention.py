@@ -142,6 +142,7 @@ class Crossing(NamedTuple):
 
     @classmethod
     def of(cls, regions: Tensor) -> Crossing:
+        """For windows whose tokens `[L]` lie in these regions."""
         apart = torch.arange(4, device=regions.device)[:, None] != regions
         return cls(regions, apart.float() * CROSSING_PENALTY)
 

@@ -75,6 +75,7 @@ class ResidualBlock(nn.Module):
             self.shortcut = nn.Conv2d(in_channels, channels, 1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[B, in_channels, H, W]` → `[B, channels, H / stride, W / stride]`."""
         y = instance_norm(self.conv1(x)).relu_()
         y = instance_norm(self.conv2(y)).relu_()
         if self.shortcut is not None:

@@ -27,6 +27,7 @@ class Behind:
         self._under_way: deque[Future[None]] = deque()
 
     def do(self, work: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Begin a piece of work, once fewer than `threads` are under way. Raises the error of one that failed."""
         while len(self._under_way) >= self._threads:
             self._under_way.popleft().result()
         self._under_way.append(self._pool.submit(work, *args, **kwargs))

@@ -81,6 +81,7 @@ class Gallery:
             self._trim()
 
     def join(self, other: "Gallery") -> None:
+        """Take over the cards of another part of the same set."""
         self._regular |= other._regular
         self._worst |= other._worst
         self._trim()

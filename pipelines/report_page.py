@@ -122,6 +122,7 @@ def figures_table(config: GMFlowConfig, sets: Sets) -> Table:
 
 
 def figure_cell(value: float | None, published: float | None) -> Cell:
+    """A figure, beside the published one if there is one."""
     return value if published is None else {"value": value, "published": published}
 
 

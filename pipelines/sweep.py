@@ -39,7 +39,7 @@ from pipelines.sweeping.settings import Setting, padded_size
 from pipelines.sweeping.table import Row, best_settings, mark_front, to_csv, to_json
 from pipelines.sweeping.tracking import SweepRun
 from pipelines.sweeping.trials import Trial, TrialPlan, TrialResult, listed_points, retry_failed, seed_points
-from pipelines.sweeping.tuning import Listener, TrialRecord, tune_trials
+from pipelines.sweeping.tuning import TrialRecord, tune_trials
 from pipelines.sweeping.view import SweepView, front_table
 from pipelines.training import mlflow_client, registry
 from pipelines.training.code_version import code_version
@@ -275,8 +275,8 @@ def tune(
     return list(board.rows.values())
 
 
-class _TrialBoard(Listener):
-    """Keeps trials as rows of the table and as runs of MLflow. Tune's loop and the feed's thread both call it."""
+class _TrialBoard:
+    """A `Listener`: keeps trials as rows of the table and as runs of MLflow. Tune's and the feed's threads call it."""
 
     def __init__(self, view: SweepView, run: SweepRun) -> None:
         self.view = view

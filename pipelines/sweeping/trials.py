@@ -220,20 +220,24 @@ class TrialRecords:
 
     @classmethod
     def open(cls, folder: str) -> "TrialRecords":
+        """What is there of the trial whose folder has this URL."""
         store = open_store(folder)
         entries = json.loads(store.read(_HISTORY)) if store.size(_HISTORY) is not None else []
         return cls(store, [(step, metrics) for step, metrics in entries])
 
     @property
     def last_step(self) -> int:
+        """Step of the newest validation; 0 if there is none."""
         return self.history[-1][0] if self.history else 0
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
+        """Store a validation."""
         self.history = sorted([*self.history, (step, metrics)], key=lambda told: told[0])
         self.store.write(_HISTORY, json.dumps(self.history).encode())
 
     @property
     def result(self) -> TrialResult | None:
+        """How the trial ended; None if it has not, or if that was taken back."""
         if self.store.size(_RESULT) is None:
             return None
         content: dict[str, Any] | None = json.loads(self.store.read(_RESULT))
@@ -247,6 +251,7 @@ class TrialRecords:
         return result
 
     def take_back_end(self) -> None:
+        """Let the trial go on from its newest checkpoint."""
         self.store.write(_RESULT, b"null")
 
 

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 # Tune reads these on import. The sweep handles Ctrl-C and the terminal; nobody reads Tune's CSV and TensorBoard files.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
@@ -71,25 +71,28 @@ class TrialRecord(Record):
     trial: str = ""
 
 
-class Listener:
-    """Interface of the sweep's driver: called with news of trials by Tune's loop, and of their workers by the feed."""
+class Listener(Protocol):
+    """The sweep's driver: called with news of trials by Tune's loop, and of their workers by the feed."""
 
     def started(self, trial: Trial) -> None:
-        raise NotImplementedError
+        """A trial begins, or goes on."""
+        ...
 
     def validated(self, trial: Trial, step: int, metrics: dict[str, float]) -> None:
-        raise NotImplementedError
+        """A trial was validated, now or in an earlier attempt."""
+        ...
 
     def ended(self, trial: Trial, result: TrialResult) -> None:
-        raise NotImplementedError
+        """A trial has ended, perhaps without having started: its driver may be lost before."""
+        ...
 
     def show(self, record: Record) -> None:
         """Called with each `TrialRecord`, at once."""
-        raise NotImplementedError
+        ...
 
     def keep(self, record: Record) -> None:
         """Called with each `TrialRecord`, in a separate thread."""
-        raise NotImplementedError
+        ...
 
 
 def tune_trials(plan: TrialPlan, seeds: Sequence[Setting], listener: Listener) -> None:

@@ -475,6 +475,7 @@ class CurriculumConfig(Frozen):
 
     @property
     def selected_stages(self) -> tuple[StageConfig, ...]:
+        """The stages of `only`, or all."""
         return tuple(stage for stage in self.stages if self.only is None or stage.name in self.only)
 
     @property

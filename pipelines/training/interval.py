@@ -34,6 +34,7 @@ class Interval:
         self._since: float | None = None
 
     def add(self, totals: StepTotals) -> None:
+        """Count a step that has just ended."""
         if totals.applied:
             self.steps += 1
             self.loss += totals.loss
@@ -79,6 +80,7 @@ class Interval:
         }
 
     def state_dict(self) -> dict[str, Any]:
+        """What a resume needs: all but times, which are of this attempt."""
         return {
             "steps": self.steps,
             "loss": self.loss,

@@ -56,6 +56,7 @@ def coloured_truth(flow: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_]) 
 
 
 def titled(image: npt.NDArray[np.uint8], title: str) -> npt.NDArray[np.uint8]:
+    """The picture [H, W, 3] below a bar of 14 pixels with its title."""
     bar = np.zeros((14, image.shape[1], 3), np.uint8)
     _write(bar, title, 11)
     return np.vstack([bar, image])

@@ -64,6 +64,7 @@ class StagePlan:
 
     @property
     def name(self) -> str:
+        """Of its folder and its Ray run."""
         return f"{self.config.name}-{self.stage.name}-{self.hash}"
 
     @property
@@ -101,6 +102,7 @@ class StagePlan:
 
     @property
     def job(self) -> StageJob:
+        """What its workers are told."""
         return StageJob(
             stage=self.stage,
             machine=self.config.machine,

@@ -75,6 +75,7 @@ class Lineage:
     measured: Mapping[str, str] = field(default_factory=dict)
 
     def tags(self) -> dict[str, str]:
+        """As the version's tags; figures to six digits."""
         return {
             "stage": self.stage,
             "parent": self.parent,

@@ -74,6 +74,7 @@ class TrainingState:
         return self.model if self.average is None else self.average.module
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Remember what is told of a step; the oldest is forgotten."""
         self.records = [*self.records, (step, metrics)][-_REMEMBERED_RECORDS:]
 
     def snapshot(self) -> dict[str, Any]:
@@ -130,6 +131,7 @@ def result_weights(saved: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def to_bytes(snapshot: dict[str, Any]) -> bytes:
+    """The file of a snapshot, see `from_bytes`."""
     buffer = io.BytesIO()
     torch.save(snapshot, buffer)
     return buffer.getvalue()
