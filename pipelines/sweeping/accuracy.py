@@ -30,6 +30,7 @@ from pipelines.sweeping.config import ProbeConfig
 from pipelines.sweeping.settings import Setting
 from pipelines.task_results import fetched
 from pipelines.training.config import SetConfig
+from pipelines.training.memory import telling_memory_lack
 from pipelines.training.validation import score
 
 
@@ -123,9 +124,13 @@ def score_jobs(
 
 @ray.remote(max_retries=3)
 def score_settings(job: ScoreJob, probe: ProbeConfig, storage_patience_s: float) -> list[Scores]:
-    """The metrics of each of the job's settings; a metric that no pixel counts for (NaN) is left out."""
+    """The metrics of each of the job's settings; a metric that no pixel counts for (NaN) is left out.
+
+    Raises PipelineError if a GPU's memory does not suffice.
+    """
     torch.set_num_threads(probe.cpus)
-    with waiting_for_storage(storage_patience_s):
+    lack = telling_memory_lack(f"probe on {job.chosen.name}", "precision=bf16, or probe.use_gpu=false")
+    with waiting_for_storage(storage_patience_s), lack:
         return _scores(job, torch.device("cuda" if probe.use_gpu else "cpu"))
 
 

@@ -28,6 +28,8 @@ from gmflow.replay import WARM_UPS
 from pipelines.entry import last_line
 from pipelines.errors import PipelineError
 from pipelines.sweeping.config import CostConfig
+from pipelines.task_results import fetched
+from pipelines.training.memory import telling_memory_lack
 
 _METERS = 4  # at most this many processes, each started because the one before was lost
 
@@ -100,7 +102,7 @@ def _measure_with_one_meter(
         for number in range(config.rounds):
             due = [model for model, record in known.items() if len(record.seconds) <= number]
             for count, model in enumerate(due if number % 2 == 0 else due[::-1], start=1):
-                peak, seconds = ray.get(meter.measure.remote(model))
+                peak, seconds = fetched(meter.measure.remote(model))
                 known[model].add(store, peak, seconds, model, machine)
                 progress = f"round {number + 1}/{config.rounds} {count}/{len(due)}"
                 on_measured(f"cost {progress} {models[model]} {1000 * seconds:.0f} ms")
@@ -161,7 +163,15 @@ class _Meter:
         return {"device": device, "torch": torch.__version__}
 
     def measure(self, model: GMFlowConfig) -> tuple[int, float]:
-        """(peak bytes, seconds); the first pass of a model in this process warms up and measures its peak memory."""
+        """(peak bytes, seconds); the first pass of a model in this process warms up and measures its peak memory.
+
+        Raises PipelineError if a GPU's memory does not suffice.
+        """
+        place = f"cost at {self.config.height}×{self.config.width}"
+        with telling_memory_lack(place, "precision=bf16, or smaller cost.height and cost.width"):
+            return self._measured(model)
+
+    def _measured(self, model: GMFlowConfig) -> tuple[int, float]:
         built = GMFlow(model).eval()
         prepare_model(built, ExecutionConfig(self.precision, replay=True), self.device, keep_freed_memory=False)
         if model not in self.peaks:

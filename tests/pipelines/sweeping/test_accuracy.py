@@ -12,11 +12,12 @@ from datasets_etl.storage_retries import PATIENCE_VARIABLE
 from gmflow import GMFlow
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import padded_flow
+from pipelines.errors import PipelineError
 from pipelines.sweeping import accuracy
 from pipelines.sweeping.accuracy import SharedFeatures, Weights, score_jobs
 from pipelines.sweeping.settings import Setting
 from pipelines.training.config import SetConfig
-from tests.pipelines.sweeping.made import REFINE
+from tests.pipelines.sweeping.made import MANIFESTS, REFINE
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -61,3 +62,15 @@ def test_a_probes_figures_are_kept_by_all_that_decides_them():
     keys += [key(only=("0*",)), key(without=("0*",)), key(only=("1*",))]
     assert len(set(keys)) == len(keys)
     assert key() == keys[0]
+
+
+def test_a_gpu_that_is_too_small_for_the_probe_is_said_in_words(monkeypatch):
+    def lacks(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(accuracy, "_scores", lacks)
+    chosen = SetConfig(data="chairs", subset="val")
+    (job,) = score_jobs(Weights("w", "v", "w.pth"), [Setting.of(REFINE)], chosen, MANIFESTS["chairs"], "fp32")
+    probe: Any = SimpleNamespace(cpus=torch.get_num_threads())
+    with pytest.raises(PipelineError, match=r"probe on chairs/val: the GPU's memory does not suffice"):
+        accuracy.score_settings._function(job, probe, 1.0)

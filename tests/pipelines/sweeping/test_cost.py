@@ -8,6 +8,7 @@ import torch
 from datasets_etl.storage import open_store
 from gmflow import GMFlowConfig, execution
 from gmflow.execution import runs_in
+from pipelines.errors import PipelineError
 from pipelines.sweeping import cost
 from pipelines.sweeping.config import CostConfig
 from pipelines.sweeping.cost import _allocated_on_cpu
@@ -52,3 +53,14 @@ def test_a_cost_is_kept_by_how_and_where_it_was_measured_and_is_the_median(tmp_p
         record = cost._Record.load(store, first)
         record.add(store, 3 * 2**20, seconds, model, here)
     assert record.cost() == cost.Cost(pytest.approx(200.0), 3.0)
+
+
+def test_a_gpu_that_is_too_small_is_said_in_words(monkeypatch):
+    def lacks(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(cost, "padded_flow", lacks)
+    measured = CostConfig(height=32, width=48, cpus=torch.get_num_threads())
+    meter = cost._Meter.__ray_metadata__.modified_class(measured, "fp32")
+    with pytest.raises(PipelineError, match=r"cost at 32×48: the GPU's memory does not suffice; try .*cost\.height"):
+        meter.measure(replace(REFINE, backbone_channels=(4, 4, 4), feature_channels=4, num_layers=1))
