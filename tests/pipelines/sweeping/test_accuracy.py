@@ -44,7 +44,8 @@ def test_a_probes_task_waits_for_storage_as_the_sweep_does(tree, load, monkeypat
     waits = []
     monkeypatch.setattr(accuracy, "_scores", lambda job, device: waits.append(os.environ[PATIENCE_VARIABLE]))
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    accuracy.score_settings._function(None, config.probe, config.storage_patience_s)
+    (chosen,) = config.probe.validation
+    accuracy.score_settings._function(SimpleNamespace(chosen=chosen), config.probe, config.storage_patience_s)
     assert waits == ["33.0"]
 
 
@@ -71,6 +72,6 @@ def test_a_gpu_that_is_too_small_for_the_probe_is_said_in_words(monkeypatch):
     monkeypatch.setattr(accuracy, "_scores", lacks)
     chosen = SetConfig(data="chairs", subset="val")
     (job,) = score_jobs(Weights("w", "v", "w.pth"), [Setting.of(REFINE)], chosen, MANIFESTS["chairs"], "fp32")
-    probe: Any = SimpleNamespace(cpus=torch.get_num_threads())
+    probe: Any = SimpleNamespace(cpus=torch.get_num_threads(), use_gpu=False)
     with pytest.raises(PipelineError, match=r"probe on chairs/val: the GPU's memory does not suffice"):
         accuracy.score_settings._function(job, probe, 1.0)
