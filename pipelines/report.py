@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
 from gmflow import GMFlowConfig
 from pipelines.arguments import Parser, not_negative
+from pipelines.entry import first_line
 from pipelines.errors import PipelineError, command
 from pipelines.lasting import lasting_object
 from pipelines.published import NOTE, published_figures
@@ -76,18 +78,15 @@ def evaluation_report(
 
 def log_curriculum_report(client: MlflowClient, run_id: str) -> None:
     """Make the report of a curriculum's parent run and log it there. Needs a connected Ray."""
-    client.log_text(run_id, curriculum_report(client, run_id, PAIRS).to_html(), FILE_NAME)
+    report = curriculum_report(client, read_curriculum(client, run_id), PAIRS)
+    client.log_text(run_id, report.to_html(), FILE_NAME)
 
 
-def curriculum_report(client: MlflowClient, run_id: str, pairs: int) -> Report:
-    """The report of a curriculum: what MLflow has of it, and results of its last model on `pairs` of each set.
+def curriculum_report(client: MlflowClient, found: "TrackedCurriculum", pairs: int) -> Report:
+    """What MLflow has of a curriculum, and results of its last model on `pairs` of each set.
 
-    `run_id` is the run of the curriculum or of one of its stages. Ray tasks score the pairs, so this needs a connected
-    Ray unless `pairs` is 0.
-
-    Raises PipelineError if the run belongs to no curriculum.
+    Ray tasks score the pairs, so this needs a connected Ray unless `pairs` is 0.
     """
-    found = _read_curriculum(client, run_id)
     sets = _score_validation_sets(client, found, pairs) if pairs else {}
     names = ", ".join(stage.name for stage in found.stages)
     return Report(
@@ -115,7 +114,9 @@ class _Stage:
 
 
 @dataclass(frozen=True)
-class _Curriculum:
+class TrackedCurriculum:
+    """What MLflow has of a curriculum: its run, config and datasets, the stages' runs, and their steps together."""
+
     run: Run
     config: CurriculumConfig
     datasets: Mapping[str, str]  # data name → dataset
@@ -128,16 +129,23 @@ class _Curriculum:
         return {chosen.name: chosen for stage in self.stages for chosen in stage.validation}
 
 
-def _read_curriculum(client: MlflowClient, run_id: str) -> _Curriculum:
+def read_curriculum(client: MlflowClient, run_id: str) -> TrackedCurriculum:
+    """By the run of the curriculum or of one of its stages. Raises PipelineError if the run belongs to none."""
     try:
         parent = client.get_run(run_id)
         if (above := parent.data.tags.get(tracking.PARENT_TAG)) is not None:  # the run of a stage
             run_id, parent = above, client.get_run(above)
-        text = mlflow.artifacts.load_text(f"runs:/{run_id}/config.yaml")
     except MlflowException as error:
         if mlflow_patience.may_pass(error):
             raise PipelineError(f"{place_of(client)} does not answer: {error.message}") from error
         raise PipelineError(f"run {run_id}: no curriculum's run at {place_of(client)} ({error.message})") from error
+    try:
+        text = mlflow.artifacts.load_text(f"runs:/{run_id}/config.yaml")
+    except (MlflowException, *mlflow_patience.TRANSPORT_ERRORS) as error:
+        raise PipelineError(
+            f"run {run_id}: its config.yaml cannot be had: this is no curriculum's run at {place_of(client)}, or its "
+            f"storage of artifacts is away ({first_line(error)})"
+        ) from error
     try:
         config = CurriculumConfig.model_validate(yaml.safe_load(text))
     except (pydantic.ValidationError, yaml.YAMLError) as error:
@@ -155,10 +163,10 @@ def _read_curriculum(client: MlflowClient, run_id: str) -> _Curriculum:
         raise PipelineError(f"run {run_id}: has no stage; the report is made of a curriculum's parent run")
     used = {chosen.data for stage in stages for chosen in stage.validation}
     datasets = {name: Manifest.load(str(config.data[name])).dataset for name in sorted(used)}
-    return _Curriculum(parent, config, datasets, stages, begins)
+    return TrackedCurriculum(parent, config, datasets, stages, begins)
 
 
-def _score_validation_sets(client: MlflowClient, found: _Curriculum, pairs: int) -> Sets:
+def _score_validation_sets(client: MlflowClient, found: TrackedCurriculum, pairs: int) -> Sets:
     """Score the last stage's model on some pairs of each of its validation sets; empty if it is not registered."""
     stage = found.stages[-1]
     if stage.version is None:
@@ -175,7 +183,7 @@ def _score_validation_sets(client: MlflowClient, found: _Curriculum, pairs: int)
     return sets
 
 
-def _stage_tables(found: _Curriculum) -> list[Table]:
+def _stage_tables(found: TrackedCurriculum) -> list[Table]:
     """For each validation set, its figures after every stage."""
     model = found.config.model.build()
     tables = []
@@ -201,7 +209,7 @@ def _stage_tables(found: _Curriculum) -> list[Table]:
     return tables
 
 
-def _curves(client: MlflowClient, found: _Curriculum) -> list[Curve]:
+def _curves(client: MlflowClient, found: TrackedCurriculum) -> list[Curve]:
     boundaries = [float(stage.begins) for stage in found.stages[1:]]
 
     def over_stages(metric: str) -> dict[str, list[tuple[float, float]]]:
@@ -225,7 +233,7 @@ def _history(client: MlflowClient, stage: _Stage, metric: str) -> list[tuple[flo
     return [(float(stage.begins + step), value) for step, value in sorted(values.items())]
 
 
-def _training_speed(client: MlflowClient, found: _Curriculum) -> list[list[Cell]]:
+def _training_speed(client: MlflowClient, found: TrackedCurriculum) -> list[list[Cell]]:
     machine = found.config.machine
     workers = f"{machine.num_workers} × {'GPU' if machine.use_gpu else 'CPU'}"
     header: list[Cell] = ["what", "on", "seconds a pair (median)", "pairs a second", "peak memory, MiB"]
@@ -239,7 +247,7 @@ def _training_speed(client: MlflowClient, found: _Curriculum) -> list[list[Cell]
     return rows
 
 
-def _lineage(client: MlflowClient, found: _Curriculum) -> list[tuple[str, str]]:
+def _lineage(client: MlflowClient, found: TrackedCurriculum) -> list[tuple[str, str]]:
     facts = [
         ("MLflow", f"{place_of(client)}, run {found.run.info.run_id}"),
         ("model", ", ".join(f"{name} {value}" for name, value in found.config.model.build().to_dict().items())),
@@ -276,11 +284,9 @@ def main() -> None:
     arguments = parse_arguments()
     store, name = lasting_object(arguments.output, "--output")
     client = mlflow_client.connect_existing(None)
-    if arguments.pairs:
-        with connected():
-            report = curriculum_report(client, arguments.run, arguments.pairs)
-    else:
-        report = curriculum_report(client, arguments.run, 0)
+    found = read_curriculum(client, arguments.run)
+    with connected() if arguments.pairs else contextlib.nullcontext():
+        report = curriculum_report(client, found, arguments.pairs)
     store.write(name, report.to_html().encode())
     print(f"{store.url}/{name}")
 

@@ -273,9 +273,9 @@ def test_a_report_that_fails_undoes_nothing_and_says_how_to_make_it(undisturbed:
     client = mlflow_client.connect(undisturbed.tracking_uri)
     assert client.get_run(run_id).info.status == "FINISHED"
     # Its stage was another command's: that one's curves are shown.
-    curves = {curve.title: curve for curve in report.curriculum_report(client, run_id, 0).curves}
-    assert list(curves["Training loss"].series) == ["chairs"]
-    assert report.curriculum_report(client, results[0].mlflow_run, 0).title == "Curriculum tiny"  # its curriculum's
+    made = report.curriculum_report(client, report.read_curriculum(client, run_id), 0)
+    assert [list(curve.series) for curve in made.curves if curve.title == "Training loss"] == [["chairs"]]
+    assert report.read_curriculum(client, results[0].mlflow_run).config.name == "tiny"  # its curriculum's
     # What is trained alone has a run of its own: the whole curriculum's keeps its config.
     chosen = {run: config["only"] for run, config in whole_and_parts(client).items()}
     assert chosen.pop(run_id) == ["chairs"]
@@ -297,7 +297,7 @@ def test_a_report_of_a_training_on_gpus_is_made_where_there_are_none(undisturbed
     trained = client.get_run(run_id)
     elsewhere = client.create_run(trained.info.experiment_id, tags=trained.data.tags).info.run_id
     client.log_text(elsewhere, yaml.safe_dump(config), "config.yaml")
-    assert len(report.curriculum_report(client, elsewhere, 1).cards) == 1
+    assert len(report.curriculum_report(client, report.read_curriculum(client, elsewhere), 1).cards) == 1
     client.delete_run(elsewhere)
 
 

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import torch
 
+import pipelines.report
 from datasets_etl.synthetic import synthetic_pair
 from gmflow import GMFlowConfig
 from gmflow.metrics import FlowMetrics
 from pipelines.gallery import Gallery, card_pictures
 from pipelines.published import published_figures
 from pipelines.report_page import Curve, Report, Table, figure_cell, scene_tables, without_nan, worst_pairs
+from pipelines.training import mlflow_client, tracking
 from pipelines.training.validation import Scored
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -320,3 +322,17 @@ def test_what_is_not_finite_is_the_worst_of_all(wrong: float):
     (card,) = gallery.cards()
     assert not math.isfinite(card.figures["epe"])
     assert without_nan(card.figures)["epe"] is None
+
+
+def test_what_is_no_curriculums_run_is_said_in_a_line(call):
+    client = mlflow_client.connect(None)
+    other = tracking.start_run(client, "scores", "evaluate", {}).info.run_id
+    for run, words in (
+        (other, "its config.yaml cannot be had: this is no curriculum's run"),
+        ("0" * 32, "no curriculum's run at"),
+    ):
+        code, _, err = call(pipelines.report, "--run", run)
+        assert code == 2
+        assert err.startswith(f"error: run {run}: ")
+        assert words in err
+        assert err.count("\n") == 1
