@@ -1,6 +1,7 @@
 """How long, and after which errors, a request to an object store is repeated."""
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 
@@ -65,7 +66,7 @@ def patience_s() -> float:
     try:
         seconds = float(given)
     except ValueError:
-        seconds = -1.0
+        seconds = math.nan
     if not seconds >= 0:  # NaN is neither more nor less
         raise DataError(f"{PATIENCE_VARIABLE}={given}: not a number of seconds; set it to one, such as 60")
     return seconds

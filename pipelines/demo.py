@@ -4,7 +4,6 @@ Writes synthetic datasets in the five official layouts, shards them, trains all 
 evaluates and predicts. Everything lands in `runs/demo`; a second call continues from what is there.
 """
 
-import argparse
 import os
 import shutil
 import sys
@@ -22,6 +21,7 @@ from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
 from datasets_etl.storage import open_store
 from datasets_etl.synthetic import write_dataset
+from pipelines.arguments import Parser
 from pipelines.cluster import connected
 from pipelines.config_file import load_config
 from pipelines.curriculum import run_curriculum
@@ -172,7 +172,7 @@ def _say(line: str) -> None:
 
 @resumable_command
 def main() -> None:
-    argparse.ArgumentParser(description="The whole pipeline, small, without any server.").parse_args()
+    Parser(description="The whole pipeline, small, without any server.").parse_args()
     began = time.monotonic()
     cv2.setNumThreads(1)
     with connected(2):

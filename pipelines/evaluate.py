@@ -15,7 +15,6 @@ from typing import Any
 from pipelines.cluster import connected, has_gpus  # sets Ray's environment, so before Ray
 
 # isort: split
-from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -233,7 +232,7 @@ def connect(experiment: str) -> MlflowClient:
     client = mlflow_client.connect(None)
     try:
         mlflow_client.experiment_id(client, experiment)
-    except (MlflowException, *mlflow_patience.TRANSPORT_ERRORS) as error:
+    except mlflow_patience.MLFLOW_ERRORS as error:
         raise PipelineError(f"--track {experiment}: {place_of(client)}: {first_line(error)}") from error
     return client
 
@@ -245,7 +244,7 @@ def track(client: MlflowClient, experiment: str, scores: Scores, content: dict[s
     """
     try:
         _log(client, experiment, scores, content, page)
-    except (MlflowException, *mlflow_patience.TRANSPORT_ERRORS) as error:
+    except mlflow_patience.MLFLOW_ERRORS as error:
         raise PipelineError(
             f"MLflow at {place_of(client)} does not take the figures, which are complete without it: "
             f"{first_line(error)}"

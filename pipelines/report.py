@@ -141,7 +141,7 @@ def read_curriculum(client: MlflowClient, run_id: str) -> TrackedCurriculum:
         raise PipelineError(f"run {run_id}: no curriculum's run at {place_of(client)} ({error.message})") from error
     try:
         text = mlflow.artifacts.load_text(f"runs:/{run_id}/config.yaml")
-    except (MlflowException, *mlflow_patience.TRANSPORT_ERRORS) as error:
+    except mlflow_patience.MLFLOW_ERRORS as error:
         raise PipelineError(
             f"run {run_id}: its config.yaml cannot be had: this is no curriculum's run at {place_of(client)}, or its "
             f"storage of artifacts is away ({first_line(error)})"

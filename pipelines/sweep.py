@@ -128,7 +128,7 @@ def _run_phases(sweep: Sweep, held: Callable[[], bool], *, retry: bool) -> list[
 def seeds_of(config: SweepConfig, rows: Sequence[Row]) -> list[Setting]:
     """The settings that trials try first: the best of the probe's front that lie in their space."""
     count = 0 if config.tune is None else config.tune.seeds
-    front = best_settings(rows, config.metric, len(rows))
+    front = best_settings(rows, config.metric)
     return [setting for setting in front if seed_points(config, [setting])][:count]
 
 

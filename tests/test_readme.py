@@ -8,15 +8,6 @@ import numpy as np
 import pytest
 
 import infra.local_stack.__main__
-import pipelines.curriculum
-import pipelines.etl
-import pipelines.evaluate
-import pipelines.export
-import pipelines.predict
-import pipelines.registry
-import pipelines.report
-import pipelines.submission
-import pipelines.sweep
 from datasets_etl.formats import encode_frame_png
 from gmflow import GMFlow, GMFlowConfig, save_weights
 from pipelines.cluster import slots
@@ -26,6 +17,7 @@ from pipelines.sweeping.room import check_room
 from pipelines.training import mlflow_client, registry, tracking
 from pipelines.training.config import CurriculumConfig
 from tests.conftest import ROOT
+from tests.scripts import MODULES
 
 PAGES = {
     path: path.read_text() for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
@@ -39,20 +31,7 @@ BLOCKS = [
 SHELL = "\n".join(text for kind, text in BLOCKS if not kind).replace("\\\n", " ")
 COMMANDS = sorted({line for line in map(str.strip, SHELL.splitlines()) if line.startswith("python pipelines/")})
 JOBS = sorted({line for line in SHELL.splitlines() if line.startswith("ray job submit")})
-SCRIPTS = {
-    f"pipelines/{module.__name__.rpartition('.')[2]}.py": module
-    for module in (
-        pipelines.curriculum,
-        pipelines.etl,
-        pipelines.evaluate,
-        pipelines.export,
-        pipelines.predict,
-        pipelines.registry,
-        pipelines.report,
-        pipelines.submission,
-        pipelines.sweep,
-    )
-}
+SCRIPTS = {f"pipelines/{module.__name__.rpartition('.')[2]}.py": module for module in MODULES}
 
 
 def test_every_everyday_command_is_shown():

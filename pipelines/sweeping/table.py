@@ -102,10 +102,10 @@ def _dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
     return one != other and all(a <= b for a, b in zip(one, other, strict=True))
 
 
-def best_settings(rows: Sequence[Row], metric: str, count: int) -> list[Setting]:
-    """Up to `count` settings of the front, best objective first."""
+def best_settings(rows: Sequence[Row], metric: str) -> list[Setting]:
+    """The settings of the front, best objective first."""
     front = [row for row in rows if row.front]
-    return [row.setting for row in sorted(front, key=lambda row: (row.metrics[metric], row.name))][:count]
+    return [row.setting for row in sorted(front, key=lambda row: (row.metrics[metric], row.name))]
 
 
 def to_csv(rows: Sequence[Row], cost_size: Size) -> bytes:

@@ -139,7 +139,7 @@ def seed_points(config: SweepConfig, settings: Sequence[Setting]) -> list[Point]
     }
     points = []
     for setting in settings:
-        wanted: Point = {**setting.point}
+        wanted: Mapping[str, float] = setting.point
         point: Point = {}
         for name, values in space.items():
             point[name] = wanted[name] if name in wanted else _nearest(usual[name], values)
@@ -173,9 +173,8 @@ def listed_points(config: SweepConfig, seeds: Sequence[Setting], known: Sequence
         known: points of announced trials.
     """
     assert config.tune is not None
-    everything = all_points(config.tune)
     if config.tune.searcher == "grid":
-        points = everything
+        points = all_points(config.tune)
         ranks = {setting: rank for rank, setting in enumerate(seeds)}
         points.sort(key=lambda p: (p not in known, ranks.get(setting_of(p, config.reference), len(ranks))))
         return points[: config.tune.trials]
@@ -184,9 +183,13 @@ def listed_points(config: SweepConfig, seeds: Sequence[Setting], known: Sequence
     repeats = 0
     while len(points) < (config.tune.trials or 0) and repeats < _MOST_REPEATS:
         drawn = {name: _draw(values, generator) for name, values in space.items()}
-        repeats = repeats + 1 if drawn in points else 0
-        points += [] if repeats else [drawn]
-    points += [point for point in everything if point not in points]  # few are left: they are hardly ever drawn
+        if drawn in points:
+            repeats += 1
+        else:
+            points.append(drawn)
+            repeats = 0
+    if len(points) < (config.tune.trials or 0):  # few are left: they are hardly ever drawn
+        points += [point for point in all_points(config.tune) if point not in points]
     return points[: config.tune.trials]
 
 

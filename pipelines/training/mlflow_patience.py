@@ -14,7 +14,10 @@ from datasets_etl import storage_retries
 from pipelines.entry import first_line
 from pipelines.errors import PipelineError
 
-TRANSPORT_ERRORS = (requests.RequestException, BotoCoreError, ClientError, Boto3Error)
+_TRANSPORT_ERRORS = (requests.RequestException, BotoCoreError, ClientError, Boto3Error)
+MLFLOW_ERRORS = (MlflowException, *_TRANSPORT_ERRORS)
+"""What a call of MLflow raises: its own, or what its way to a server or to storage met."""
+
 _LATER = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
 
 _Result = TypeVar("_Result")
@@ -74,7 +77,7 @@ def _refuses(error: BaseException) -> bool:
     """Whether an error is a refusal by MLflow or its storage. "Does not exist" is an answer, not a refusal."""
     if isinstance(error, MlflowException):
         return error.get_http_status_code() != HTTPStatus.NOT_FOUND
-    return isinstance(error, TRANSPORT_ERRORS)
+    return isinstance(error, _TRANSPORT_ERRORS)
 
 
 def may_pass(error: BaseException) -> bool:

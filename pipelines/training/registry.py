@@ -323,7 +323,7 @@ def download(client: MlflowClient, version: ModelVersion, folder: Path) -> Path:
     uri = numbered(version)
     try:
         local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
-    except (MlflowException, *mlflow_patience.TRANSPORT_ERRORS) as error:
+    except mlflow_patience.MLFLOW_ERRORS as error:
         raise PipelineError(f"{uri}: its files cannot be had from {place_of(client)}: {first_line(error)}") from error
     found = sorted(local.rglob("*.safetensors"))
     if not found:

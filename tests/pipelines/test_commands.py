@@ -24,6 +24,7 @@ from pipelines.errors import PipelineError
 from pipelines.training import mlflow_client
 from tests.conftest import ROOT
 from tests.pipelines.commands import TINY, assert_one_line
+from tests.scripts import MODULES
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -154,20 +155,7 @@ def test_a_script_run_by_itself_prints_the_line_and_exits_with_2(tmp_path: Path)
     assert done.stderr == "error: no.png: no such file or folder\n"
 
 
-SCRIPTS = [
-    pipelines.curriculum,
-    pipelines.etl,
-    pipelines.evaluate,
-    pipelines.export,
-    pipelines.predict,
-    pipelines.registry,
-    pipelines.report,
-    pipelines.submission,
-    pipelines.sweep,
-]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", MODULES)
 def test_a_wrong_command_line_is_said_in_a_line(call, script):
     code, out, err = call(script, "--no-such-option")
     assert (code, out) == (2, "")

@@ -22,12 +22,11 @@ import torch
 
 from datasets_etl import formats
 from datasets_etl.synthetic import synthetic_pair
-from gmflow import GMFlow, GMFlowConfig, predict_flow, save_weights
+from gmflow import GMFlow, predict_flow, save_weights
 from pipelines.training import mlflow_client, registry, tracking
+from tests.pipelines.commands import TINY
 from tests.seaweedfs import free_ports
 from tests.waiting import WAIT_SECONDS, answers, wait_until
-
-TINY = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
 
 
 @dataclass(frozen=True)

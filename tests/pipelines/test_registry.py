@@ -15,13 +15,12 @@ from mlflow.tracking import MlflowClient
 
 import pipelines.export
 import pipelines.registry
-from gmflow import GMFlow, GMFlowConfig, GMFlowError, load_model, save_weights
+from gmflow import GMFlow, GMFlowError, load_model, save_weights
 from pipelines import references
 from pipelines.errors import PipelineError
 from pipelines.training import mlflow_client, registry, tracking
 from pipelines.training.config import MetricConfig
-
-TINY = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
+from tests.pipelines.commands import TINY
 
 
 @pytest.fixture

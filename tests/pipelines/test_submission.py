@@ -3,7 +3,6 @@
 import io
 import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,19 +13,12 @@ from datasets_etl import formats
 from datasets_etl.etl import run_etl
 from datasets_etl.manifest import Manifest
 from datasets_etl.synthetic import synthetic_pair
-from gmflow import GMFlow, GMFlowConfig, load_model, predict_flow, save_weights
+from gmflow import GMFlow, load_model, predict_flow, save_weights
 from pipelines.errors import PipelineError
 from pipelines.flow_files import require_finite
+from tests.pipelines.commands import TINY
 
-TINY = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
 FRAMES = [synthetic_pair(number, 45, 70) for number in range(2)]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_weights(GMFlow(TINY), path)
-    return path
 
 
 @pytest.fixture(scope="module")

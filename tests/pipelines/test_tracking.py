@@ -22,7 +22,7 @@ from mlflow.protos.databricks_pb2 import (
     TEMPORARILY_UNAVAILABLE,
 )
 
-from gmflow import GMFlow, GMFlowConfig, predict_flow, save_weights
+from gmflow import GMFlow, predict_flow, save_weights
 from pipelines import references
 from pipelines.errors import PipelineError
 from pipelines.training import feed, mlflow_client, mlflow_patience, registry, tracking
@@ -30,10 +30,9 @@ from pipelines.training.config import MetricConfig, MlflowConfig, SetConfig, sho
 from pipelines.training.feed import FeedWriter, Record, listening
 from tests.faulty_proxy import faulty_proxy
 from tests.mlflow_server import MlflowServer, mlflow_running
+from tests.pipelines.commands import TINY
 from tests.seaweedfs import S3Server
 from tests.waiting import wait_until
-
-TINY = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
 
 
 @pytest.fixture(scope="module")
