@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from datasets_etl.errors import DataError
+from datasets_etl.errors import DataError, StorageOutageError
 from datasets_etl.objects import ObjectStore
 from datasets_etl.storage import open_store, split_url
 
@@ -84,6 +84,8 @@ class Manifest:
         store, name = split_url(url)
         try:
             data = store.read(name)
+        except StorageOutageError:
+            raise
         except DataError as error:
             raise DataError(f"no manifest: {error}; pipelines/etl.py prints the URL of the one it wrote") from error
         named = _NAME.fullmatch(name)

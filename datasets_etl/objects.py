@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from datasets_etl.errors import DamagedError, DataError
+from datasets_etl.errors import DamagedError, StorageOutageError
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class ShortAnswerError(DataError):
+class ShortAnswerError(StorageOutageError):
     """The answer has the wrong length, but the object need not be damaged: repeating the request may help."""
 
 

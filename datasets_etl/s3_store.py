@@ -9,10 +9,10 @@ import boto3
 import botocore.exceptions as s3_errors
 from urllib3.exceptions import HTTPError
 
-from datasets_etl.errors import DamagedError, DataError
+from datasets_etl.errors import DamagedError, DataError, StorageOutageError
 from datasets_etl.objects import ObjectInfo, ShortAnswerError, require_size, too_short, whole
 from datasets_etl.s3_client import read_range_quickly, s3_client
-from datasets_etl.storage_retries import retry
+from datasets_etl.storage_retries import may_pass, retry
 
 
 class S3Store:
@@ -105,15 +105,17 @@ class S3Store:
         except s3_errors.NoCredentialsError:
             raise DataError(f"{url}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
         except s3_errors.CredentialRetrievalError as error:
-            raise DataError(f"{url}: no credentials from where they come from here: {error}") from None
+            raise StorageOutageError(f"{url}: no credentials from where they come from here: {error}") from None
         except (s3_errors.PartialCredentialsError, s3_errors.ProfileNotFound) as error:
             raise DataError(f"{url}: {error}; correct AWS_PROFILE or AWS_ACCESS_KEY_ID and its secret") from None
         except s3_errors.FlexibleChecksumError as error:
             raise DamagedError(f"{url}: damaged: its checksum is not the one stored with it") from error
         except s3_errors.ClientError as error:
-            raise DataError(f"{url}: {_explain(error, self.bucket)}") from error
+            kind = StorageOutageError if may_pass(error) else DataError
+            raise kind(f"{url}: {_explain(error, self.bucket)}") from error
         except (s3_errors.BotoCoreError, boto3.exceptions.Boto3Error, HTTPError, ConnectionError) as error:
-            raise DataError(f"{url}: {error}; is the object store up, is AWS_ENDPOINT_URL right?") from error
+            kind = StorageOutageError if may_pass(error) else DataError
+            raise kind(f"{url}: {error}; is the object store up, is AWS_ENDPOINT_URL right?") from error
 
 
 def _explain(error: s3_errors.ClientError, bucket: str) -> str:

@@ -24,7 +24,7 @@ import psutil
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipelines.entry import PipelineError, first_line, interrupted_by
+from pipelines.entry import OutageError, first_line, interrupted_by
 
 Nodes = Sequence[Mapping[str, float]]
 """The resources of each node, as Ray names them."""
@@ -33,7 +33,7 @@ _DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"
 _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
 
 
-class RayLostError(PipelineError):
+class RayLostError(OutageError):
     """Ray, or a process of Ray's that the driver needs, is gone. With a new connection all may be well."""
 
     def __init__(self, reason: str) -> None:
@@ -52,7 +52,7 @@ def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool
             group when a trial is stopped early.
 
     `RAY_ADDRESS` (set by `ray job submit`) names the cluster; without it a local Ray is started and stopped. SIGTERM is
-    handled like Ctrl-C. Raises PipelineError if Ray does not start or answer, RayLostError if it is lost on the way.
+    handled like Ctrl-C. Raises OutageError if Ray does not start or answer, RayLostError if it is lost on the way.
     """
     if ray.is_initialized():  # by a caller or a test
         yield
@@ -77,7 +77,7 @@ def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool
         )
     except Exception as error:  # Ray's errors have no common type
         which = f"the cluster at {os.environ['RAY_ADDRESS']} does not answer" if remote else "it does not start here"
-        raise PipelineError(f"no Ray: {which} ({first_line(error)})") from error
+        raise OutageError(f"no Ray: {which} ({first_line(error)})") from error
     try:
         with interrupted_by(signal.SIGTERM):  # Ray's own handler prints stack traces and aborts
             yield

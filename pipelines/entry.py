@@ -19,6 +19,12 @@ class PipelineError(Exception):
     """A wrong config, reference or state; its message says in one line what is wrong, where, and what to do."""
 
 
+class OutageError(PipelineError):
+    """Nothing is wrong with what the user gave: Ray or MLflow is away, or workers were lost. The same command may
+    succeed later.
+    """
+
+
 def first_line(error: BaseException) -> str:
     """What an error of a library says, for a message of ours: at most 200 characters, as the rest may be a whole page.
     The name of its type if it says nothing.
@@ -31,11 +37,14 @@ def last_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
 
 
-def command_for(*user_errors: type[Exception], goes_on: bool = False) -> Callable[[Main], Main]:
+def command_for(
+    *user_errors: type[Exception], outages: tuple[type[Exception], ...] = (OutageError,), goes_on: bool = False
+) -> Callable[[Main], Main]:
     """Decorator for a script's `main`: user errors become one line on stderr and exit code 2, never a traceback.
 
     Args:
         user_errors: their types.
+        outages: those of them after which the same command may succeed later: exit code 1.
         goes_on: whether the same command, given again after an interruption, goes on where it was.
     """
 
@@ -48,7 +57,7 @@ def command_for(*user_errors: type[Exception], goes_on: bool = False) -> Callabl
                 sys.stdout.flush()
             except user_errors as error:
                 print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-                sys.exit(2)
+                sys.exit(1 if isinstance(error, outages) else 2)
             except KeyboardInterrupt:
                 print("interrupted" + goes_on * "; the same command goes on from here", file=sys.stderr)
                 sys.exit(130)

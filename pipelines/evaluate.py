@@ -233,7 +233,8 @@ def connect(experiment: str) -> MlflowClient:
     try:
         mlflow_client.experiment_id(client, experiment)
     except mlflow_patience.MLFLOW_ERRORS as error:
-        raise PipelineError(f"--track {experiment}: {place_of(client)}: {first_line(error)}") from error
+        text = f"--track {experiment}: {place_of(client)}: {first_line(error)}"
+        raise mlflow_patience.as_error(error, text) from error
     return client
 
 
@@ -245,10 +246,11 @@ def track(client: MlflowClient, experiment: str, scores: Scores, content: dict[s
     try:
         _log(client, experiment, scores, content, page)
     except mlflow_patience.MLFLOW_ERRORS as error:
-        raise PipelineError(
+        text = (
             f"MLflow at {place_of(client)} does not take the figures, which are complete without it: "
             f"{first_line(error)}"
-        ) from error
+        )
+        raise mlflow_patience.as_error(error, text) from error
 
 
 def _log(client: MlflowClient, experiment: str, scores: Scores, content: dict[str, Any], page: str) -> None:

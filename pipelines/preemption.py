@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pipelines.arguments import Parser, positive
-from pipelines.entry import PipelineError, command_for
+from pipelines.entry import OutageError, PipelineError, command_for
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def drain(seconds: int, why: str) -> None:
     """Tell Ray that this node ends in `seconds`. Ray then starts nothing more here, and Ray Train tells its workers.
 
     Ray's command itself finds the node that it runs on and, like every Ray command, the cluster's token. Raises
-    PipelineError if Ray does not accept the notice.
+    OutageError if Ray does not accept the notice.
     """
     environment = {"RAY_ADDRESS": "auto", **os.environ}  # without it, the command may start and drain its own Ray
     line = [str(Path(sys.executable).with_name("ray")), "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
@@ -128,10 +128,10 @@ def drain(seconds: int, why: str) -> None:
     try:
         subprocess.run(line, env=environment, check=True, capture_output=True, text=True, timeout=_RAY_ANSWERS_S)
     except subprocess.TimeoutExpired as error:
-        raise PipelineError(f"the notice did not reach Ray: no answer within {_RAY_ANSWERS_S} s") from error
+        raise OutageError(f"the notice did not reach Ray: no answer within {_RAY_ANSWERS_S} s") from error
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip() or f"exit code {error.returncode}").splitlines()[-1]
-        raise PipelineError(f"the notice did not reach Ray: {last}") from error
+        raise OutageError(f"the notice did not reach Ray: {last}") from error
 
 
 def _endpoint() -> str:

@@ -25,7 +25,7 @@ from datasets_etl.manifest import Manifest
 from gmflow import GMFlowConfig
 from pipelines.arguments import Parser, not_negative
 from pipelines.entry import first_line
-from pipelines.errors import PipelineError, command
+from pipelines.errors import OutageError, PipelineError, command
 from pipelines.lasting import lasting_object
 from pipelines.published import NOTE, published_figures
 from pipelines.references import resolve_model
@@ -137,15 +137,16 @@ def read_curriculum(client: MlflowClient, run_id: str) -> TrackedCurriculum:
             run_id, parent = above, client.get_run(above)
     except MlflowException as error:
         if mlflow_patience.may_pass(error):
-            raise PipelineError(f"{place_of(client)} does not answer: {error.message}") from error
+            raise OutageError(f"{place_of(client)} does not answer: {error.message}") from error
         raise PipelineError(f"run {run_id}: no curriculum's run at {place_of(client)} ({error.message})") from error
     try:
         text = mlflow.artifacts.load_text(f"runs:/{run_id}/config.yaml")
     except mlflow_patience.MLFLOW_ERRORS as error:
-        raise PipelineError(
+        text = (
             f"run {run_id}: its config.yaml cannot be had: this is no curriculum's run at {place_of(client)}, or its "
             f"storage of artifacts is away ({first_line(error)})"
-        ) from error
+        )
+        raise mlflow_patience.as_error(error, text) from error
     try:
         config = CurriculumConfig.model_validate(yaml.safe_load(text))
     except (pydantic.ValidationError, yaml.YAMLError) as error:

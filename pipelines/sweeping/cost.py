@@ -26,7 +26,7 @@ from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import padded_flow
 from gmflow.replay import WARM_UPS
 from pipelines.entry import last_line
-from pipelines.errors import PipelineError
+from pipelines.errors import OutageError
 from pipelines.sweeping.config import CostConfig
 from pipelines.task_results import fetched
 from pipelines.training.memory import telling_memory_lack
@@ -68,7 +68,7 @@ def measure_costs(
         precision: precision of the forward pass.
         on_measured: called with a line for every timing, and for every lost process.
 
-    Raises PipelineError if the process was lost too often.
+    Raises OutageError if the process was lost too often.
     """
     lost = 0
     while True:
@@ -79,7 +79,7 @@ def measure_costs(
                 raise  # another process would not start either
             lost += 1
             if lost == _METERS:
-                raise PipelineError(
+                raise OutageError(
                     f"cost: the process that measures was lost {lost} time(s), the last: {last_line(error)}; what it "
                     "timed is kept, and the same command goes on"
                 ) from error

@@ -28,7 +28,7 @@ from datasets_etl.storage import open_store
 from gmflow import GMFlow, load_weights, save_weights
 from pipelines.cluster import Nodes, listed, nodes, slots
 from pipelines.entry import last_line
-from pipelines.errors import LASTING_ERRORS, USER_ERRORS, PipelineError
+from pipelines.errors import LASTING_ERRORS, USER_ERRORS, OutageError
 from pipelines.references import fetch_weights, has_moved, telling
 from pipelines.training import state
 from pipelines.training.checkpoints import INITIAL_WEIGHTS, CheckpointStore
@@ -163,7 +163,7 @@ def fit_stage(job: StageJob, name: str, callbacks: Sequence[UserCallback] = ()) 
             continue
         if failure is not None:
             raise _user_error(failure) or _failed_too_often(job, failure) from failure
-        raise PipelineError(f"stage {job.stage.name}: ended without a new checkpoint; see Ray's logs")
+        raise OutageError(f"stage {job.stage.name}: ended without a new checkpoint; see Ray's logs")
     return newest
 
 
@@ -175,7 +175,7 @@ def _is_failed_start(failure: TrainingFailedError | None) -> bool:
     return isinstance(failure, ControllerError) and _user_error(failure) is None
 
 
-def _failed_too_often(job: StageJob, failure: TrainingFailedError) -> PipelineError:
+def _failed_too_often(job: StageJob, failure: TrainingFailedError) -> OutageError:
     reason = last_line(failure)
     allowed = job.machine.max_failures
     if isinstance(failure, ControllerError):
@@ -185,7 +185,7 @@ def _failed_too_often(job: StageJob, failure: TrainingFailedError) -> PipelineEr
         told = f"workers failed {allowed + 1} times without a new checkpoint, the last: {reason}"
     else:
         told = f"a worker failed: {reason}"
-    return PipelineError(
+    return OutageError(
         f"stage {job.stage.name}: {told} (machine.max_failures {allowed}); the same command goes on from the newest "
         "checkpoint"
     )

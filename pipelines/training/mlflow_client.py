@@ -17,6 +17,7 @@ from mlflow.tracking import MlflowClient
 
 from pipelines.errors import PipelineError
 from pipelines.lasting import is_uploaded
+from pipelines.training import mlflow_patience
 from pipelines.training.config import shown_uri
 
 _EXISTS = ErrorCode.Name(RESOURCE_ALREADY_EXISTS)
@@ -35,14 +36,18 @@ def place_of(client: MlflowClient) -> str:
 
 
 def connect(configured: str | None, *, answered: bool = False) -> MlflowClient:
-    """A client whose server has answered, now or (`answered`) before. Raises PipelineError if it does not answer."""
+    """A client whose server has answered, now or (`answered`) before.
+
+    Raises OutageError if a server does not answer, PipelineError if there can be none.
+    """
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # no line for each table it creates
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # nor for each attempt to reach a server
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # nor a bar for each download
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # nor links among a command's results
     os.environ.setdefault(_RETRIES, "2")  # `Patience` waits, and says so
     uri = tracking_uri(configured)
-    if (folder := _embedded_folder(uri)) is not None:
+    folder = _embedded_folder(uri)
+    if folder is not None:
         if is_uploaded(folder.as_posix()):
             raise PipelineError(
                 f"MLflow at {uri}: lies in the folder that this job was uploaded into, and would be lost with it; set "
@@ -57,7 +62,8 @@ def connect(configured: str | None, *, answered: bool = False) -> MlflowClient:
     try:
         client.search_experiments(max_results=1)  # on the first call this creates the tables of an embedded database
     except Exception as error:  # MLflow raises whatever its transport does
-        raise PipelineError(f"MLflow at {shown_uri(uri)} does not answer: {shown_uri(str(error))}") from error
+        text = f"MLflow at {shown_uri(uri)} does not answer: {shown_uri(str(error))}"
+        raise (PipelineError(text) if folder is not None else mlflow_patience.as_error(error, text)) from error
     return client
 
 

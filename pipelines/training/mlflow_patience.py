@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 
 from datasets_etl import storage_retries
 from pipelines.entry import first_line
-from pipelines.errors import PipelineError
+from pipelines.errors import OutageError, PipelineError
 
 _TRANSPORT_ERRORS = (requests.RequestException, BotoCoreError, ClientError, Boto3Error)
 MLFLOW_ERRORS = (MlflowException, *_TRANSPORT_ERRORS)
@@ -39,7 +39,7 @@ class Patience:
         self._patience_s, self.tell = patience_s, tell
 
     def __call__(self, work: Callable[..., _Result], *arguments: Any, **named: Any) -> _Result:
-        """Raises PipelineError if retries took longer than the patience. Raises at once: RefusedError if waiting would
+        """Raises OutageError if retries took longer than the patience. Raises at once: RefusedError if waiting would
         not help, and MLflow's own error if it says that something does not exist.
         """
         trying = tenacity.Retrying(
@@ -59,7 +59,7 @@ class Patience:
                 ) from error
             if not may_pass(error):
                 raise
-            raise PipelineError(
+            raise OutageError(
                 f"MLflow was away for longer than mlflow.patience_s {self._patience_s:g} ({first_line(error)}); what "
                 "was trained is kept, the same command goes on once it answers"
             ) from error
@@ -87,6 +87,11 @@ def may_pass(error: BaseException) -> bool:
     if isinstance(error, requests.HTTPError) and error.response is not None:
         return _is_busy(error.response.status_code)
     return isinstance(error, requests.RequestException) or storage_retries.may_pass(error)
+
+
+def as_error(error: BaseException, text: str) -> PipelineError:
+    """Our error for one that MLflow raised: OutageError if it may pass."""
+    return OutageError(text) if may_pass(error) else PipelineError(text)
 
 
 def _is_busy(status: int) -> bool:

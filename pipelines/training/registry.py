@@ -26,7 +26,7 @@ import gmflow
 from datasets_etl.formats import encode_frame_png
 from datasets_etl.objects import file_sha256
 from pipelines.entry import first_line
-from pipelines.errors import PipelineError
+from pipelines.errors import OutageError, PipelineError
 from pipelines.training import mlflow_client, mlflow_patience
 from pipelines.training.config import MetricConfig, SetConfig
 from pipelines.training.mlflow_client import place_of
@@ -293,7 +293,7 @@ def look_up(reference: str, tracking_uri: str | None) -> tuple[MlflowClient, Mod
     try:
         client = mlflow_client.connect_existing(tracking_uri)
     except PipelineError as error:
-        raise PipelineError(f"{reference}: {error}") from error
+        raise type(error)(f"{reference}: {error}") from error
     return client, find_version(client, reference)
 
 
@@ -307,7 +307,7 @@ def find_version(client: MlflowClient, reference: str) -> ModelVersion:
         return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
     except MlflowException as error:
         if mlflow_patience.may_pass(error):
-            raise PipelineError(f"{reference}: {place_of(client)} does not answer: {error.message}") from error
+            raise OutageError(f"{reference}: {place_of(client)} does not answer: {error.message}") from error
         known = _known(client)
         raise PipelineError(f"{reference}: no such model at {place_of(client)}; there is: {known}") from error
 
@@ -324,7 +324,8 @@ def download(client: MlflowClient, version: ModelVersion, folder: Path) -> Path:
     try:
         local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
     except mlflow_patience.MLFLOW_ERRORS as error:
-        raise PipelineError(f"{uri}: its files cannot be had from {place_of(client)}: {first_line(error)}") from error
+        text = f"{uri}: its files cannot be had from {place_of(client)}: {first_line(error)}"
+        raise mlflow_patience.as_error(error, text) from error
     found = sorted(local.rglob("*.safetensors"))
     if not found:
         raise PipelineError(

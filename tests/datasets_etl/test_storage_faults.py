@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from datasets_etl import etl, s3_client
-from datasets_etl.errors import DamagedError, DataError
+from datasets_etl.errors import DamagedError, DataError, StorageOutageError
 from datasets_etl.etl import run_etl
 from datasets_etl.file_store import FileStore
 from datasets_etl.loader import EvaluationSet
@@ -49,6 +49,18 @@ def test_a_read_outlives_faults(store, proxy, fault):
     proxy.faults = [fault, fault]
     assert store.read_range("x", 1000, 5000) == CONTENT[1000:6000]
     assert [met for *_, met in proxy.seen] == [fault, fault, None]
+
+
+@pytest.mark.parametrize("fault", ["503", "drop", "cut", "short"])
+def test_an_outage_is_told_from_a_wrong_request(store, proxy, monkeypatch, fault):
+    """Its commands have another exit code."""
+    monkeypatch.setenv(PATIENCE_VARIABLE, "0")
+    with pytest.raises(DataError) as caught:
+        store.read("y")
+    assert not isinstance(caught.value, StorageOutageError)
+    proxy.faults = [fault] * 99
+    with pytest.raises(StorageOutageError):
+        store.read_range("x", 1000, 5000)
 
 
 @pytest.mark.parametrize("fault", ["503", "drop"])

@@ -17,9 +17,9 @@ def write_video(path: Path, frames: int = 3, codec: str = "MJPG", rate: float = 
     video.release()
 
 
-def assert_one_line(result: tuple[int, str, str], *fragments: str) -> None:
-    code, out, err = result
-    assert code == 2, err
+def assert_one_line(result: tuple[int, str, str], *fragments: str, code: int = 2) -> None:
+    ended_with, out, err = result
+    assert ended_with == code, err
     lines = [line for line in err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
     assert "Traceback" not in err

@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from pipelines.cluster import connected, talk_where_ray_does
-from pipelines.errors import PipelineError
+from pipelines.errors import OutageError
 from tests.conftest import ROOT
 from tests.waiting import output_of
 
@@ -54,7 +54,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_ray")
 def test_a_ray_that_is_lost_is_said_in_a_line():
     lost = r"Ray was lost \(The actor died.*\); give the same command again"
-    with pytest.raises(PipelineError, match=lost), connected():
+    with pytest.raises(OutageError, match=lost), connected():
         raise ActorDiedError
     with pytest.raises(RayTaskError), connected():
         raise RayTaskError("f", "Traceback", ValueError("a bug"))
@@ -67,12 +67,12 @@ def test_a_ray_that_is_not_there_is_said_in_a_line(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(ray, "init", fail)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    with pytest.raises(PipelineError) as told:
+    with pytest.raises(OutageError) as told:
         connected().__enter__()
     expected = "no Ray: the cluster at 10.0.0.1:6379 does not answer (Could not find any running Ray instance.)"
     assert str(told.value) == expected
     monkeypatch.delenv("RAY_ADDRESS")
-    with pytest.raises(PipelineError, match=re.escape("no Ray: it does not start here")):
+    with pytest.raises(OutageError, match=re.escape("no Ray: it does not start here")):
         connected().__enter__()
 
 

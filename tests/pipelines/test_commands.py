@@ -19,6 +19,8 @@ import pipelines.registry
 import pipelines.report
 import pipelines.submission
 import pipelines.sweep
+from datasets_etl.storage_retries import PATIENCE_VARIABLE
+from datasets_etl.synthetic import write_dataset
 from gmflow import GMFlow, GMFlowConfig, save_weights
 from pipelines.errors import PipelineError
 from pipelines.training import mlflow_client
@@ -91,6 +93,34 @@ def test_a_sweeps_dry_run_misses_its_weights(call, manifests, tmp_path):
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump(config))
     assert_one_line(call(pipelines.sweep, "--config", path, "--dry-run"), "/no/weights.pth: no such file")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (pipelines.evaluate, "--model", "{weights}", "--data", "s3://data/manifest-0.json"),
+        (pipelines.evaluate, "--model", "models:/gmflow@champion", "--data", "{manifest}"),
+        (pipelines.etl, "--dataset", "chairs", "--source", "{raw}", "--target", "s3://data/chairs"),
+        (pipelines.registry, "list"),
+        (pipelines.report, "--run", "0123"),
+        (pipelines.curriculum, "--config", "{config}", "mlflow.tracking_uri=http://127.0.0.1:9"),
+        (pipelines.curriculum, "--config", "{config}", "storage=s3://data/training"),
+    ],
+)
+@pytest.mark.usefixtures("local_ray", "fresh_client")
+def test_after_an_outage_the_exit_code_says_that_the_same_command_may_do_later(
+    call, weights, manifests, workplace, tmp_path, monkeypatch, arguments
+):
+    """A script that starts a command again must tell it from a mistake, which would be met again."""
+    write_dataset("chairs", tmp_path / "raw", pairs=2, held_out=1, height=48, width=64, seed=1)
+    for variable in ("AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    monkeypatch.setenv(PATIENCE_VARIABLE, "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    known = {"weights": weights, "manifest": manifests["chairs"], "raw": tmp_path / "raw", "config": workplace.write()}
+    module, *rest = arguments
+    result = call(module, *(each.format(**known) for each in rest))
+    assert_one_line(result, "127.0.0.1:9", code=1)
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from pipelines.claim import CLAIM, claimed
 from pipelines.cluster import RayLostError
 from pipelines.config_file import load_config
 from pipelines.curriculum import run_curriculum
-from pipelines.errors import PipelineError
+from pipelines.errors import OutageError, PipelineError
 from pipelines.references import resolve_model
 from pipelines.training import launch, mlflow_client
 from pipelines.training.config import CurriculumConfig, MachineConfig, ModelConfig
@@ -424,7 +424,7 @@ def test_workers_that_cannot_be_connected_are_started_again(
     refused = ControllerError(RuntimeError("connection refused"))
     monkeypatch.setattr(launch, "_fit", lambda *_: runs.append(1) or refused)
     if told:
-        with pytest.raises(PipelineError, match=f"could not be started, or not be connected{told}"):
+        with pytest.raises(OutageError, match=f"could not be started, or not be connected{told}"):
             launch.fit_stage(job, "name")
     else:
         assert launch.fit_stage(job, "name") == found[-1]
@@ -490,7 +490,7 @@ def test_workers_may_leave_again_before_they_have_come_to_anything(workplace, tm
     monkeypatch.setattr(launch, "_fit", fit)
     assert launch.fit_stage(job, "name") == snapshot(40, 40)
     seen, fits = iter([snapshot(10), snapshot(10)]), iter([False])
-    with pytest.raises(PipelineError, match="ended without a new checkpoint"):
+    with pytest.raises(OutageError, match="ended without a new checkpoint"):
         launch.fit_stage(job, "name")
 
 
@@ -515,7 +515,7 @@ def test_failures_count_from_the_newest_checkpoint(found, max_failures, fits, wo
         assert launch.fit_stage(job, "name") == found[-1]
     else:
         told = "workers failed 2 times without a new checkpoint, the last" if max_failures else "a worker failed"
-        with pytest.raises(PipelineError, match=f"stage chairs: {told}: died .*; the same command goes on"):
+        with pytest.raises(OutageError, match=f"stage chairs: {told}: died .*; the same command goes on"):
             launch.fit_stage(job, "name")
     assert len(runs) == fits
 
@@ -542,7 +542,7 @@ def test_ray_may_be_lost_as_often_as_workers_may_fail(reached, is_ended, workpla
     monkeypatch.setattr(pipelines.curriculum, "run_curriculum", run)
     config = resolved(workplace, "machine.max_failures=2")
     if is_ended:
-        with pytest.raises(PipelineError, match=r"^Ray was lost \(its controller was killed\); give the same command"):
+        with pytest.raises(OutageError, match=r"^Ray was lost \(its controller was killed\); give the same command"):
             pipelines.curriculum._run_to_its_end(config, argparse.Namespace())
         assert left == 0, "not before the third time"
     else:

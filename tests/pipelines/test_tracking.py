@@ -24,7 +24,7 @@ from mlflow.protos.databricks_pb2 import (
 
 from gmflow import GMFlow, predict_flow, save_weights
 from pipelines import references
-from pipelines.errors import PipelineError
+from pipelines.errors import OutageError, PipelineError
 from pipelines.training import feed, mlflow_client, mlflow_patience, registry, tracking
 from pipelines.training.config import MetricConfig, MlflowConfig, SetConfig, shown_uri
 from pipelines.training.feed import FeedWriter, Record, listening
@@ -109,7 +109,7 @@ def test_a_lost_answer_makes_no_run_version_or_experiment_twice(server, tmp_path
 
 def test_an_mlflow_that_answered_before_is_not_asked_first(server):
     """Where the driver connects to Ray anew, MLflow may be away; what asks it next waits."""
-    with pytest.raises(PipelineError, match="does not answer"):
+    with pytest.raises(OutageError, match="does not answer"):
         mlflow_client.connect("http://127.0.0.1:9")
     assert mlflow_client.connect("http://127.0.0.1:9", answered=True).tracking_uri == "http://127.0.0.1:9"
     mlflow_client.connect(server)
@@ -318,7 +318,7 @@ def test_patience_ends(server):
         stage = run.child("chairs", key="impatient/chairs")
         proxy.applies = lambda method, path: path.endswith("log-batch")
         proxy.faults = ["503"] * 1000
-        with pytest.raises(PipelineError, match=r"longer than mlflow\.patience_s 2 .*the same command goes on"):
+        with pytest.raises(OutageError, match=r"longer than mlflow\.patience_s 2 .*the same command goes on"):
             stage.log(Record(2, {"train/loss": 2.0}))
 
 
@@ -472,7 +472,7 @@ def test_a_run_that_fails_is_marked_so(server, stage_run):
 
 def test_a_server_that_is_away_is_said_in_a_line(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(PipelineError, match=r"MLflow at http://127\.0\.0\.1:9 does not answer"):
+    with pytest.raises(OutageError, match=r"MLflow at http://127\.0\.0\.1:9 does not answer"):
         mlflow_client.connect("http://127.0.0.1:9")
 
 
