@@ -42,11 +42,11 @@ def draw_arrows(
     picture = np.ascontiguousarray(frame).copy()
     height, width = flow.shape[:2]
     known = known_flow(flow)
+    farthest = 4 * max(height, width)  # OpenCV counts in sixteenths of a pixel and overflows far outside the picture
     for y in range(spacing // 2, height, spacing):
         for x in range(spacing // 2, width, spacing):
             if known[y, x]:
-                # OpenCV counts in sixteenths of a pixel and overflows far outside the picture.
-                u, v = np.clip(flow[y, x], -4 * width, 4 * width)
+                u, v = np.clip(flow[y, x], -farthest, farthest)
                 tip = (round(16 * (x + float(u))), round(16 * (y + float(v))))
                 for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
                     _arrow(picture, (16 * x, 16 * y), tip, colour, thickness)

@@ -131,7 +131,7 @@ def error_to_image(
         raise GMFlowError(f"an error map needs flow and target [H, W, 2] and valid [H, W], not {shapes}")
     if valid is not None:
         known = known & valid
-    target = np.where(known[..., None], target, 0.0)
+    target = np.where(known[..., None], target, 0.0).astype(np.float64)  # squares of 16 bits overflow beyond 255 px
     error = np.linalg.norm(flow.astype(np.float64) - target, axis=2)
     speed = np.linalg.norm(target, axis=2)
     # An outlier exceeds both limits, so the milder of the two decides.

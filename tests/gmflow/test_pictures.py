@@ -109,6 +109,24 @@ def test_arrows_go_down_where_the_flow_goes_down() -> None:
     assert not changed[:20].any()
 
 
+@pytest.mark.parametrize(("height", "width"), [(400, 24), (24, 400)])
+def test_an_arrow_of_a_long_frame_is_as_long_as_the_flow(height: int, width: int) -> None:
+    """Arrows are cut short far outside the picture alone."""
+    frame = np.full((height, width, 3), 128, np.uint8)
+    flow = np.full((height, width, 2), np.nan, np.float32)  # no arrow
+    flow[12, 12] = (0, 300) if height > width else (300, 0)
+    y, x = (draw_arrows(frame, flow, spacing=24) != frame).any(axis=2).nonzero()
+    assert max(y.max(), x.max()) == pytest.approx(312, abs=4)
+
+
+def test_an_error_map_of_16_bits_is_that_of_32() -> None:
+    """Speeds beyond 255 px, whose squares 16 bits do not hold, included."""
+    target = np.random.default_rng(0).normal(0, 300, (20, 30, 2)).astype(np.float16)
+    flow = target + np.random.default_rng(1).normal(0, 20, (20, 30, 2)).astype(np.float16)
+    wanted = error_to_image(flow.astype(np.float32), target.astype(np.float32))
+    np.testing.assert_array_equal(error_to_image(flow, target), wanted)
+
+
 def test_flow_marked_as_unknown_moves_nothing_and_gets_no_arrow() -> None:
     frame = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     for unknown in (1e10, np.inf, np.nan):
