@@ -42,10 +42,11 @@ def sequence_loss(
         GMFlowError: the shapes do not fit together.
     """
     _check_shapes(predictions, flow, valid)
+    flow = flow.float()
     batch = flow.shape[0] if normalizer is None else normalizer
     divisor = batch * flow[0].numel()
     supervised = valid_pixels(flow, valid, max_flow=max_flow).unsqueeze(1)  # [B, 1, H, W]
-    total = flow.new_zeros((), dtype=torch.float32)
+    total = flow.new_zeros(())
     for index, prediction in enumerate(predictions):
         # A product with the mask would not do: 0 · NaN is NaN, in the loss and in its gradient.
         error = torch.where(supervised, prediction.float() - flow, 0.0).abs().sum()
@@ -64,6 +65,6 @@ def _check_shapes(predictions: Sequence[Tensor], flow: Tensor, valid: Tensor) ->
 def valid_pixels(flow: Tensor, valid: Tensor, *, max_flow: float = 400.0) -> Tensor:
     """Where ground truth `[B, 2, H, W]` can be learned from: bool `[B, H, W]`, never where it is NaN or inf."""
     known = (flow.abs() < LARGEST_COMPONENT).all(dim=1)  # false for NaN and inf
-    slow = vector_length(flow) < max_flow
+    slow = vector_length(flow.float()) < max_flow  # squares of 16 bits overflow beyond 255 px
     usable: Tensor = valid.bool() & known & slow
     return usable

@@ -55,6 +55,17 @@ def test_max_flow_bounds_the_speed_not_the_components() -> None:
     assert sequence_loss([zero], dense, valid, max_flow=2000.0).item() == 0, "which marks an unknown pixel"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_loss_is_in_float32_whatever_the_type_of_the_truth(dtype: torch.dtype) -> None:
+    """Also of speeds beyond 255 px, whose squares 16 bits do not hold."""
+    target, valid = torch.full((1, 2, 1, 2), 200.0), torch.ones(1, 1, 2, dtype=torch.bool)
+    prediction = target + torch.tensor([0.5, 60000.0])
+    loss = sequence_loss([prediction], target.to(dtype), valid)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, sequence_loss([prediction], target, valid))
+    assert loss.item() == pytest.approx(30000.25)
+
+
 def test_parts_of_a_global_batch_add_up() -> None:
     flow, target, valid = fields()
     whole = sequence_loss([flow], target, valid)
