@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -242,17 +243,16 @@ def _config_from_shapes(path: Path, tensors: Mapping[str, Tensor]) -> GMFlowConf
     variant = GMFlowConfig.refine() if "backbone.trident_conv.weight" in tensors else GMFlowConfig.base()
     blocks = {found[1] for name in tensors if (found := re.match(r"transformer\.layers\.(\d+)\.", name))}
     hidden = "transformer.layers.0.cross_attn_ffn.mlp.0.weight"
-    return replace(
-        variant,
-        backbone_channels=(
-            width("backbone.layer1.0.conv1.weight"),
-            width("backbone.layer2.0.conv1.weight"),
-            width("backbone.layer3.0.conv1.weight"),
-        ),
-        feature_channels=width("backbone.conv2.weight"),
-        num_layers=len(blocks),
-        ffn_expansion=width(hidden) // max(width(hidden, 1), 1),
-    )
+    architecture: dict[str, Any] = {
+        "backbone_channels": tuple(width(f"backbone.layer{stage}.0.conv1.weight") for stage in (1, 2, 3)),
+        "feature_channels": width("backbone.conv2.weight"),
+        "num_layers": len(blocks),
+        "ffn_expansion": width(hidden) // max(width(hidden, 1), 1),
+    }
+    try:
+        return replace(variant, **architecture)
+    except GMFlowError as error:
+        raise GMFlowError(f"{path}: no GMFlow weights ({error})") from error
 
 
 def _fill(model: GMFlow, path: Path, config: GMFlowConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -268,9 +268,13 @@ def _fill(model: GMFlow, path: Path, config: GMFlowConfig, tensors: Mapping[str,
         raise GMFlowError(f"{path}: weights of another architecture: {' and '.join(differences)}")
     state = model.state_dict()
     for theirs, ours in expected.items():
-        if tensors[theirs].shape != state[ours].shape:
+        tensor = tensors[theirs]
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+            found = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+            raise GMFlowError(f"{path}: {theirs} must hold floating-point numbers, not {found}")
+        if tensor.shape != state[ours].shape:
             raise GMFlowError(
-                f"{path}: weights of another architecture: {theirs} has shape {list(tensors[theirs].shape)}, "
+                f"{path}: weights of another architecture: {theirs} has shape {list(tensor.shape)}, "
                 f"the model's {list(state[ours].shape)}"
             )
     model.load_state_dict({ours: tensors[theirs] for theirs, ours in expected.items()})

@@ -123,6 +123,32 @@ def test_a_checkpoint_that_is_no_state_dict_is_refused(content: Any, tmp_path: P
         load_model(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "told"),
+    [
+        ("backbone.conv2.weight", torch.zeros(6, 8, 1, 1), "feature_channels must be a multiple of 4, not 6"),
+        ("transformer.layers.0.cross_attn_ffn.mlp.0.weight", torch.zeros(0, 16), "ffn_expansion must be .* not 0"),
+        ("backbone.conv2.bias", torch.zeros(8, dtype=torch.int32), "must hold floating-point numbers, not torch.int32"),
+        ("backbone.conv2.bias", torch.zeros(8, dtype=torch.complex64), "floating-point numbers, not torch.complex64"),
+        ("backbone.conv2.bias", torch.zeros(8).to_sparse(), "floating-point numbers, not torch.float32, torch.sparse"),
+        ("backbone.conv2.bias", torch.zeros(8, device="meta"), "must hold floating-point numbers, not .* on meta"),
+        ("backbone.conv2.bias", torch.zeros(9), r"backbone\.conv2\.bias has shape \[9\], the model's \[8\]"),
+        ("backbone.conv2.weight", torch.tensor(0.0), r"no GMFlow weights \(backbone\.conv2\.weight"),
+    ],
+)
+def test_a_tensor_that_cannot_be_a_models_is_named_with_its_file_in_one_line(
+    name: str, tensor: torch.Tensor, told: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.pth"
+    save_published(tiny(BASE), path)
+    state = torch.load(path, weights_only=True)["model"]
+    torch.save({"model": state | {name: tensor}}, path)
+    with pytest.raises(GMFlowError, match=told) as error:
+        load_model(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+
+
 def test_missing_tensor_is_named(tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     save_published(tiny(), path)
