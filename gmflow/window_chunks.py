@@ -221,7 +221,8 @@ class MessageGradients:
         self.shift += for_shift
         for_merged = for_merged.to(attended.dtype)
         add_product(self.merge, for_merged.T, attended)
-        return for_merged @ self._factor.back
+        # `out` keeps the type also where the caller's autocast is still on in the backward pass.
+        return torch.mm(for_merged, self._factor.back, out=torch.empty_like(for_merged))
 
     def through_attention(
         self,

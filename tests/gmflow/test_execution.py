@@ -38,6 +38,24 @@ def test_low_precision_keeps_float32_results_and_gradients(precision: Any) -> No
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize("precision", [None, "fp32", "bf16"])
+def test_an_autocast_that_is_on_by_the_time_of_the_backward_pass_may_be_of_another_type(precision: Any) -> None:
+    """As where a whole step stands within the caller's: what products are in was chosen in the forward pass."""
+    model = tiny(BASE).train()
+    if precision is not None:
+        prepare_model(model, ExecutionConfig(precision))
+    images = torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 255
+    gradients = []
+    for on in (False, True):
+        model.zero_grad()
+        loss = model(*images).flow.abs().mean()
+        with torch.autocast("cpu", torch.float16, enabled=on):
+            loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    usual, found = gradients
+    assert (found - usual).norm() < 0.02 * usual.norm()
+
+
 @pytest.mark.parametrize("radius", [-1, 4])
 def test_matching_is_float32_whatever_surrounds_it(radius: int) -> None:
     """Rounded to 16 bits, the position of the best match is off by parts of a pixel, times the upsampling."""
