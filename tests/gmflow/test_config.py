@@ -60,6 +60,7 @@ def test_unknown_setting_names_the_known_ones() -> None:
         (GMFlowConfig.base(), 16),
         (GMFlowConfig.refine(), 32),
         (GMFlowConfig(attn_splits=(3,)), 24),
+        (GMFlowConfig(2, attn_splits=(3, 8), corr_radius=(-1, 4), prop_radius=(-1, 1)), 96),
         (GMFlowConfig(2, attn_splits=(1, 1), corr_radius=(-1, 4), prop_radius=(-1, 1)), 8),
     ],
 )

@@ -52,7 +52,17 @@ def test_max_flow_bounds_the_speed_not_the_components() -> None:
     assert sequence_loss([zero], level, valid, max_flow=5.0).item() == 0, "5 px are not below 5 px"
     assert sequence_loss([zero], level, valid, max_flow=5.001).item() == pytest.approx(3.5)
     dense = torch.tensor([[1000.0, 0.0]])[..., None, None]
-    assert sequence_loss([zero], dense, valid, max_flow=2000.0).item() == 0, "which marks an unknown pixel"
+    for unknown in (dense, -dense):
+        assert sequence_loss([zero], unknown, valid, max_flow=2000.0).item() == 0, "which marks an unknown pixel"
+
+
+def test_what_is_not_said_of_a_loss_is_as_published() -> None:
+    """A prediction weighs 0.9 of the next, and speeds of 400 px and more do not count."""
+    zero, valid = torch.zeros(1, 2, 1, 1), torch.ones(1, 1, 1, dtype=torch.bool)
+    assert sequence_loss([zero + 1, zero + 1, zero], zero, valid).item() == pytest.approx(0.9**2 + 0.9)
+    for speed, loss in ((399.0, 199.5), (400.0, 0.0)):
+        level = torch.tensor([[speed, 0.0]])[..., None, None]
+        assert sequence_loss([zero], level, valid).item() == pytest.approx(loss)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
@@ -155,6 +165,27 @@ def test_pixels_that_leave_the_image_are_unmatched() -> None:
     figures = metrics.compute()
     assert figures["matched"] == pytest.approx(2)
     assert figures["unmatched"] == pytest.approx(3)
+
+
+def test_pixels_that_leave_the_image_above_and_below_are_unmatched() -> None:
+    target = torch.zeros(1, 2, 4, 1)
+    target[0, 1, :, 0] = torch.tensor([-0.5, -1.0, 1.0, 0.5])  # the first and the last leave
+    flow = target + torch.tensor([0.0, 1.0]).view(1, 2, 1, 1) * torch.tensor([1.0, 2.0, 3.0, 5.0]).view(4, 1)
+    metrics = FlowMetrics()
+    everywhere = torch.ones(1, 4, 1, dtype=torch.bool)
+    metrics.update(flow, target, everywhere, ~everywhere)
+    figures = metrics.compute()
+    assert (figures["matched"], figures["unmatched"]) == (pytest.approx(2.5), pytest.approx(3))
+
+
+@pytest.mark.parametrize("kind", [ErrorMetrics, FlowMetrics])
+def test_batches_add_up(kind: type[ErrorMetrics]) -> None:
+    flow, target, valid = fields()
+    whole, by_batches = kind(), kind()
+    whole.update(flow, target, valid)
+    for batch in (slice(0, 1), slice(1, 3)):
+        by_batches.update(flow[batch], target[batch], valid[batch])
+    assert by_batches.compute() == pytest.approx(whole.compute())
 
 
 def test_nan_outside_the_valid_pixels_does_not_poison_metrics() -> None:
