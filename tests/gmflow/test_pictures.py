@@ -26,6 +26,7 @@ def colour_of(error: float, speed: float) -> list[int]:
         (0.0, 10, 0),
         (0.1, 10, 0),
         (2.9, 10, 4),  # under 3 px: just no outlier
+        (3.0, 10, 5),  # a limit is the first value of the next colour, as in the development kit
         (3.1, 10, 5),  # over 3 px and over 5 %
         (10.0, 250, 4),  # 4 % of the speed: no outlier, however many pixels
         (14.0, 250, 5),
@@ -48,6 +49,8 @@ def test_unknown_truth_is_black_and_shapes_must_fit() -> None:
         error_to_image(flow, target[:1])
     with pytest.raises(GMFlowError, match="error map needs"):
         error_to_image(flow, target, valid[:1])
+    with pytest.raises(GMFlowError, match="error map needs"):
+        error_to_image(flow, target, valid.astype(np.uint8))  # type: ignore[arg-type]
 
 
 def test_arrows_go_where_the_flow_goes() -> None:
@@ -59,19 +62,23 @@ def test_arrows_go_where_the_flow_goes() -> None:
     )  # one arrow begins at (24, 24), one at (72, 24)
     assert changed[24, 24:45].all()
     assert not changed[24, :20].any()
+    assert not changed[24, 50:70].any()
     assert not changed[:15].any()
     flow[...] = np.nan
     assert (draw_arrows(frame, flow) == frame).all()
     with pytest.raises(GMFlowError, match="frame"):
         draw_arrows(frame[:10], flow)
+    with pytest.raises(GMFlowError, match="spacing must be at least 1, not 0"):
+        draw_arrows(frame, flow, spacing=0)
 
 
 def test_warping_by_the_true_flow_brings_frame_1_back_to_frame_0() -> None:
     frame0 = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    frame1 = np.roll(frame0, (2, 5), axis=(0, 1))
+    frame1 = np.roll(frame0, (2, 6), axis=(0, 1))
     flow = np.zeros((30, 40, 2), np.float32)
-    flow[..., 0], flow[..., 1] = 5, 2
-    assert (warp_frame(frame1, flow)[:28, :35] == frame0[:28, :35]).all()
+    flow[..., 0], flow[..., 1] = 6, 2
+    assert (warp_frame(frame1, flow)[:28, :34] == frame0[:28, :34]).all()
+    assert (warp_frame(frame1, flow, 0.5)[:29, :37] == np.roll(frame0, (1, 3), axis=(0, 1))[:29, :37]).all()
     assert (warp_frame(frame1, flow, 0.0) == frame1).all()
     assert not warp_frame(frame1, flow)[:, 36:].any()
 
@@ -88,6 +95,7 @@ def test_the_animation_goes_from_frame_0_to_frame_1_and_back() -> None:
     read, animation = cv2.imdecodeanimation(np.frombuffer(encode_animation(pictures), np.uint8))
     assert read
     assert len(animation.frames) == 8
+    assert animation.loop_count == 0  # for ever
     shown = cv2.cvtColor(animation.frames[4][..., :3], cv2.COLOR_BGR2RGB)
     assert np.abs(shown.astype(int) - frame1).mean() < 4
 
@@ -129,7 +137,7 @@ def test_an_error_map_of_16_bits_is_that_of_32() -> None:
 
 def test_flow_marked_as_unknown_moves_nothing_and_gets_no_arrow() -> None:
     frame = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    for unknown in (1e10, np.inf, np.nan):
+    for unknown in (1e10, -1e10, np.inf, -np.inf, np.nan):
         flow = np.full((30, 40, 2), unknown, np.float32)
         np.testing.assert_array_equal(warp_frame(frame, flow), frame)
         np.testing.assert_array_equal(draw_arrows(frame, flow, spacing=8), frame)

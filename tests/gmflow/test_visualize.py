@@ -47,9 +47,9 @@ def test_colors_are_those_of_middlebury() -> None:
 
 
 def test_unknown_flow_is_black_and_no_flow_white() -> None:
-    flow = np.zeros((1, 4, 2), np.float32)
-    flow[0, 0, 0], flow[0, 1, 1], flow[0, 2] = np.nan, np.inf, 1e10
-    assert flow_to_image(flow).tolist() == [[[0, 0, 0]] * 3 + [[255, 255, 255]]]
+    flow = np.zeros((1, 5, 2), np.float32)
+    flow[0, 0, 0], flow[0, 1, 1], flow[0, 2], flow[0, 3, 0] = np.nan, np.inf, 1e10, -1e10
+    assert flow_to_image(flow).tolist() == [[[0, 0, 0]] * 4 + [[255, 255, 255]]]
 
 
 def test_what_is_no_flow_is_refused() -> None:
