@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gmflow import GMFlow, GMFlowConfig, GMFlowError, Tiling, load_model, predict_batch, predict_flow
-from gmflow.tiling import tiled_flow
+from gmflow.tiling import _coarse_flow, tiled_flow
 
 
 def tagged_images(height: int, width: int, u: int, v: int) -> tuple[Tensor, Tensor]:
@@ -54,6 +54,44 @@ def test_tiles_that_are_exact_make_an_exact_whole(motion: tuple[int, int], overl
 def test_tiles_that_cannot_be_are_refused(tile: tuple[int, int], overlap: int) -> None:
     with pytest.raises(GMFlowError, match="at least 16×16"):
         Tiling(*tile, overlap)
+
+
+@pytest.mark.parametrize(("size", "covered"), [((64, 80), True), ((65, 8), False), ((8, 81), False)])
+def test_a_tile_covers_what_is_neither_higher_nor_wider(size: tuple[int, int], covered: bool) -> None:
+    assert Tiling(64, 80, 16).covers(*size) == covered
+
+
+def test_a_few_lost_places_of_the_rough_flow_move_no_tile() -> None:
+    """A tile goes where most of it goes: rough flow is often far off in parts."""
+    starts: set[tuple[float, float]] = set()
+
+    class Torn(ExactFlow):
+        def __call__(self, image0: Tensor, image1: Tensor) -> Tensor:
+            flow = super().__call__(image0, image1)
+            if image0[0, 0, 0, 1] - image0[0, 0, 0, 0] == 1:  # a tile
+                starts.add(tuple((image1[0, :2, 0, 0] - image0[0, :2, 0, 0]).tolist()))
+            else:
+                flow[..., ::8] = 60
+            return flow
+
+    tiled_flow(Torn(), *tagged_images(150, 211, 0, 0), Tiling(64, 80, 16))
+    assert starts == {(0.0, 0.0)}
+
+
+def test_the_small_version_of_a_frame_shows_no_stripes_that_the_frame_has_not() -> None:
+    """A texture finer than its pixels becomes grey, not a coarser pattern, which would seem to move."""
+    seen: list[float] = []
+
+    def compute(image0: Tensor, image1: Tensor) -> Tensor:
+        seen.append(float(image0[..., 2:-2].std()))
+        return torch.zeros_like(image0[:, :2])
+
+    stripes = torch.zeros(1, 3, 200, 300)
+    stripes[..., ::2] = 255
+    tiled_flow(compute, stripes, stripes, Tiling(64, 80, 16))
+    rough, *tiles = seen
+    assert rough < 20
+    assert min(tiles) > 120
 
 
 def test_a_frame_no_larger_than_a_tile_is_computed_whole() -> None:
@@ -147,6 +185,14 @@ def test_not_even_of_a_very_long_frame_more_pixels_than_a_tile_are_computed_at_a
     flow = tiled_flow(compute, *tagged_images(height, width, 0, 0), Tiling(32, 32, 8))
     assert flow.shape == (1, 2, height, width)
     assert compute.most_pixels <= 32 * 32
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 5000), (5000, 40)])
+def test_rough_flow_is_in_pixels_of_the_frame_also_where_its_sides_shrink_differently(height: int, width: int) -> None:
+    flow = _coarse_flow(ExactFlow(), *tagged_images(height, width, 3, 6), pixels=32 * 32)
+    middle = flow[:, height // 4 : -height // 4, width // 4 : -width // 4]
+    wanted = torch.tensor([3.0, 6.0]).view(2, 1, 1).expand_as(middle)
+    torch.testing.assert_close(middle, wanted, rtol=0, atol=0.1)
 
 
 def test_neighbouring_tiles_are_faded_into_each_other() -> None:
