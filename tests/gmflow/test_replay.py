@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gmflow import GMFlow, GMFlowConfig, GMFlowError
 from gmflow.execution import ExecutionConfig, prepare_model
 from gmflow.model import FlowOutput
-from gmflow.replay import KEPT, PASSES_AFTER_LACK, Recordings, _aliases, _Graph, replay_passes
+from gmflow.replay import KEPT, PASSES_AFTER_LACK, Recordings, _aliases, _Graph, _TrainingPass, replay_passes
 
 
 def tiny() -> GMFlow:
@@ -128,6 +129,62 @@ def test_what_differs_in_more_than_values_is_not_replayed(graphs: list[Again]) -
         model(wanted, image1).flow.sum().backward()
         assert wanted.grad is not None
     assert not graphs
+
+
+def test_what_was_recorded_in_evaluation_is_not_replayed_in_training_mode(graphs: list[Again]) -> None:
+    """Which gives every supervised prediction, with or without gradients."""
+    model = tiny().eval()
+    replay_passes(model)
+    with torch.no_grad():
+        assert [len(model(*images()).predictions) for _ in range(3)] == [1, 1, 1]
+        assert len(graphs) == 1
+        assert len(model.train()(*images()).predictions) == 2
+
+
+class Kept:
+    """Stands for a graph that always finds the same: replayed, it leaves its memory as it was recorded."""
+
+    def __init__(self, pool: Any, device: torch.device) -> None:
+        pass
+
+    def record(self, compute: Callable[[], Any]) -> Any:
+        return compute()
+
+    def replay(self) -> None:
+        pass
+
+
+@pytest.fixture
+def recorded(graphs: list[Again], monkeypatch: pytest.MonkeyPatch) -> list[_TrainingPass]:
+    """The training passes that were recorded."""
+    made: list[_TrainingPass] = []
+    monkeypatch.setattr("gmflow.replay._Graph", Kept)
+    monkeypatch.setattr("gmflow.replay._TrainingPass", lambda *how: made.append(_TrainingPass(*how)) or made[-1])
+    return made
+
+
+def test_a_backward_pass_after_the_next_forward_pass_is_refused(recorded: list[_TrainingPass]) -> None:
+    """Its memory holds the next pass's values by then: the gradients would be wrong."""
+    model = tiny().train()
+    replay_passes(model)
+    _, earlier, later = [model(*images()).flow.sum() for _ in range(3)]
+    assert len(recorded) == 1
+    with pytest.raises(GMFlowError, match="do each backward pass before the next forward pass"):
+        earlier.backward()
+    later.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_gradients_of_a_replayed_pass_stay_when_the_next_one_is_replayed(recorded: list[_TrainingPass]) -> None:
+    model = tiny().train()
+    replay_passes(model)
+    for _ in range(2):
+        model.zero_grad()
+        model(*images()).flow.sum().backward()
+    kept = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    recorded[0].gradients.fill_(7.0)
+    assert len(kept) == len(list(model.parameters()))
+    assert all(torch.equal(parameter.grad, one) for parameter, one in zip(model.parameters(), kept, strict=True))
 
 
 def test_away_from_a_gpu_nothing_is_recorded() -> None:
@@ -311,6 +368,8 @@ def test_a_pass_is_recorded_and_replayed_on_the_gpu_of_its_images(monkeypatch: p
     assert graph.record(lambda: "found") == "found"
     graph.replay()
     assert used == [(other, ("stream", other)), (other, None)]
+    assert not graph.record(gc.isenabled), "collecting another model's recordings would break this one"
+    assert gc.isenabled()
 
 
 def test_aliases_share_memory_and_take_the_gradients() -> None:
