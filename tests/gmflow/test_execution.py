@@ -19,6 +19,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from gmflow import (
+    GMFlowConfig,
     GMFlowError,
 )
 from gmflow.backbone import Backbone
@@ -63,6 +64,16 @@ def test_matching_is_float32_whatever_surrounds_it(radius: int) -> None:
     usual = match(feature0, feature1, radius)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(match(feature0, feature1, radius), usual)
+
+
+@pytest.mark.parametrize("radius", [-1, 1])
+def test_propagation_is_float32_whatever_surrounds_it(radius: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    feature, flow = torch.randn(1, 12, 14, 16, generator=generator), 50 * torch.randn(1, 2, 12, 14, generator=generator)
+    propagation = tiny(GMFlowConfig(feature_channels=16, num_layers=1)).propagation
+    usual = propagation(feature, flow, radius)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(propagation(feature, flow, radius), usual)
 
 
 @pytest.mark.parametrize(

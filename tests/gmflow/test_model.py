@@ -38,6 +38,14 @@ def test_model_refuses_sizes_that_do_not_divide() -> None:
         tiny()(*torch.zeros(2, 1, 3, 32, 32, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 32, 32), (1, 3, 0, 32), (1, 3, 32, 0), (1, 4, 32, 32), (3, 32, 32)])
+def test_what_is_no_batch_of_rgb_images_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(GMFlowError, match=rf"non-empty batches \[B, 3, H, W\], not \[{shape[0]}, "):
+        tiny()(torch.zeros(shape), torch.zeros(shape))
+    with pytest.raises(GMFlowError, match="both images must have one shape"):
+        tiny()(torch.zeros(shape), torch.zeros(1, 3, 32, 32))
+
+
 def test_one_feature_pixel_is_refused() -> None:
     model = GMFlow(GMFlowConfig(**TINY, attn_splits=(1,)))
     with pytest.raises(GMFlowError, match="8×8"):

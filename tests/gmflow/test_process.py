@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 
 import pytest
+import torch
+
+from gmflow.process import sum_in_order
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is set up, no other")
@@ -51,3 +56,27 @@ def test_a_prepared_model_flushes_denormals_on_every_thread_that_computes_for_it
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["0.0", "1.0", "2"]
+
+
+@pytest.fixture
+def deterministic_settings() -> Iterator[None]:
+    """Of the process, and afterwards as they were before."""
+    filled, on = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(on)
+
+
+@pytest.mark.usefixtures("deterministic_settings")
+@pytest.mark.parametrize("named", [None, ":16:8"])
+def test_sums_in_order_need_a_workspace_of_cublas_which_the_user_may_choose(
+    named: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without one, PyTorch refuses the first product on a GPU."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", named or "")  # so that it is as it was afterwards
+    if named is None:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    sum_in_order()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (named or ":4096:8")
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory

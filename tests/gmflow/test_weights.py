@@ -228,6 +228,18 @@ def test_a_file_that_could_not_be_written_whole_leaves_the_old_one(tmp_path: Pat
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_weights_are_on_the_disk_before_they_take_the_old_ones_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut may leave an empty file."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"old")
+    synced: list[tuple[int, bytes]] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.fstat(file).st_size, path.read_bytes())))
+    save_weights(tiny(), path)
+    assert synced == [(path.stat().st_size, b"old")]
+
+
 def test_weights_are_for_all_whom_other_new_files_are_for(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
