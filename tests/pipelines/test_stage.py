@@ -21,7 +21,7 @@ from gmflow.metrics import ErrorMetrics
 from pipelines.config_file import load_config
 from pipelines.errors import PipelineError
 from pipelines.scoring import evaluate
-from pipelines.training import interval, launch, stage
+from pipelines.training import group, interval, launch, stage
 from pipelines.training.config import CurriculumConfig, MachineConfig, PartConfig
 from pipelines.training.feed import Record
 from pipelines.training.plan import plan_curriculum
@@ -147,17 +147,17 @@ def test_augmentation_and_execution_are_those_of_the_config():
 def test_averaged_weights_are_what_is_validated_and_what_a_stage_ends_with(begin, tmp_path: Path):
     trained = begin("stages.chairs.ema_decay=0.5", "stages.chairs.validate_every=1", "stages.chairs.peak_lr=1e-2")
     name, mean, found = "backbone.stem.weight", None, []
-    update = trained.worker.update
+    update = trained.worker.step.update
 
     def updated(sums: Any) -> Any:
         nonlocal mean
         told = update(sums)
-        newest = trained.worker.model.state_dict()[name].clone()
+        newest = trained.worker.state.model.state_dict()[name].clone()
         mean = newest if mean is None else 0.5 * mean + 0.5 * newest
         found.append(newest)
         return told
 
-    trained.worker.update = updated
+    trained.worker.step.update = updated
     trained.run()
     path, metrics = trained.weights(tmp_path)
     model = load_model(path)
@@ -169,7 +169,7 @@ def test_averaged_weights_are_what_is_validated_and_what_a_stage_ends_with(begin
         return evaluate(scored.eval(), held_out, torch.device("cpu")).pooled["epe"]
 
     assert metrics[EPE] == pytest.approx(epe(model), rel=1e-5)
-    assert metrics[EPE] != pytest.approx(epe(trained.worker.model), rel=1e-5)
+    assert metrics[EPE] != pytest.approx(epe(trained.worker.state.model), rel=1e-5)
 
 
 def test_a_skipped_step_changes_no_weight_and_is_counted_and_the_schedule_goes_on(begin):
@@ -177,7 +177,7 @@ def test_a_skipped_step_changes_no_weight_and_is_counted_and_the_schedule_goes_o
     overrides = ("stages.chairs.steps=6", "stages.chairs.max_skipped_in_a_row=3", "stages.chairs.ema_decay=0.5")
     undisturbed = begin(*overrides).run()
     trained = begin(*overrides)
-    accumulate, update = trained.worker.accumulate, trained.worker.update
+    accumulate, update = trained.worker.step.accumulate, trained.worker.step.update
     same = []
 
     def broken(batches: Any) -> Any:
@@ -192,7 +192,7 @@ def test_a_skipped_step_changes_no_weight_and_is_counted_and_the_schedule_goes_o
         same.append(all(torch.equal(a, b) for a, b in zip(before, after, strict=True)))
         return told
 
-    trained.worker.accumulate, trained.worker.update = broken, watched
+    trained.worker.step.accumulate, trained.worker.step.update = broken, watched
     trained.run()
     assert same == [False, True, False, True, True, False]
     assert trained.history("train/skipped_steps") == [(2, 1.0), (4, 2.0), (6, 3.0)]
@@ -269,8 +269,8 @@ def test_so_many_skipped_steps_in_a_row_end_a_stage(begin):
     """One step earlier, an update that is applied begins the count anew."""
     trained = begin("stages.chairs.max_skipped_in_a_row=2", "stages.chairs.steps=9")
     bad = iter([True, False, True, False, False, True, True, False])
-    real = trained.worker.accumulate
-    trained.worker.accumulate = lambda batches: (
+    real = trained.worker.step.accumulate
+    trained.worker.step.accumulate = lambda batches: (
         real(batches)._replace(loss=math.nan) if next(bad) else real(batches)  # type: ignore[method-assign]
     )
     with pytest.raises(PipelineError, match="2 steps in a row with a non-finite loss or gradient, the last at step 6"):
@@ -285,7 +285,7 @@ def test_a_scale_that_is_still_searched_ends_no_stage(begin, monkeypatch, scale:
     worker = begin().worker
     monkeypatch.setattr(worker.state.scaler, "is_enabled", lambda: True)
     monkeypatch.setattr(worker.state.scaler, "get_scale", lambda: scale)
-    worker._skip(loss, math.inf)
+    worker.step._skip(loss, math.inf)
     assert (worker.state.skipped, worker.state.skipped_in_a_row) == (1, int(counted))
 
 
@@ -320,9 +320,9 @@ def test_a_machines_loader_processes_and_cache_are_used(begin, monkeypatch: pyte
 def test_the_longest_wait_for_data_of_all_ranks_is_told(begin, monkeypatch: pytest.MonkeyPatch, waited: float):
     """All wait for the one whose loaders are slow."""
     worker = begin().worker
-    monkeypatch.setattr(worker, "world_size", 2)
-    monkeypatch.setattr(stage.dist, "all_reduce", lambda sums: sums[-1].add_(0.7))  # what the other one adds
-    found = worker._over_ranks(torch.zeros((), dtype=torch.float64), ErrorMetrics(), waited)
+    monkeypatch.setattr(worker.group, "world_size", 2)
+    monkeypatch.setattr(group.dist, "all_reduce", lambda sums: sums[-1].add_(0.7))  # what the other one adds
+    found = worker.step._sum_over_ranks(torch.zeros((), dtype=torch.float64), ErrorMetrics(), waited)
     assert found.data_wait == pytest.approx(max(waited, 0.7))
 
 
@@ -332,6 +332,6 @@ def test_batches_are_pinned_for_gpus_alone(begin, monkeypatch: pytest.MonkeyPatc
     asked: list[bool] = []
     monkeypatch.setattr(stage, "TrainingStream", lambda *_, pinned, **how: asked.append(pinned) or ())
     worker = begin().worker
-    monkeypatch.setattr(worker, "device", torch.device(device))
+    monkeypatch.setattr(worker.group, "device", torch.device(device))
     assert list(worker.stream()) == []
     assert asked == [pinned]
