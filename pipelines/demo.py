@@ -28,7 +28,8 @@ from pipelines.curriculum import run_curriculum
 from pipelines.errors import resumable_command
 from pipelines.etl import shard_dataset
 from pipelines.frames import find_clips
-from pipelines.predict import PredictionOptions, predict_clip
+from pipelines.predict import predict_clip
+from pipelines.prediction_files import PredictionOptions
 from pipelines.references import resolve_model
 from pipelines.scoring import ScoringOptions, evaluate
 from pipelines.training.config import CurriculumConfig

@@ -27,7 +27,8 @@ from gmflow import GMFlow, GMFlowConfig, Tiling, error_to_image, flow_to_image, 
 from pipelines.errors import PipelineError
 from pipelines.flow_files import FLOW_FORMATS
 from pipelines.frames import find_clips
-from pipelines.predict import PredictionOptions, options_of, parse_arguments
+from pipelines.predict import options_of, parse_arguments
+from pipelines.prediction_files import PredictionOptions
 from tests.conftest import ROOT
 from tests.pipelines.commands import TINY, assert_one_line, write_video
 
