@@ -38,8 +38,9 @@ from pipelines.sweeping.room import check_room, told_of_drivers
 from pipelines.sweeping.settings import Setting, padded_size
 from pipelines.sweeping.table import Row, best_settings, mark_front, to_csv, to_json
 from pipelines.sweeping.tracking import SweepRun
+from pipelines.sweeping.trial_driver import TrialRecord
 from pipelines.sweeping.trials import Trial, TrialPlan, TrialResult, listed_points, retry_failed, seed_points
-from pipelines.sweeping.tuning import TrialRecord, tune_trials
+from pipelines.sweeping.tuning import tune_trials
 from pipelines.sweeping.view import SweepView, front_table
 from pipelines.training import mlflow_client, registry
 from pipelines.training.code_version import code_version

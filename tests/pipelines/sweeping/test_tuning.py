@@ -15,9 +15,10 @@ from datasets_etl.storage import open_store
 from datasets_etl.storage_retries import PATIENCE_VARIABLE
 from pipelines.errors import PipelineError
 from pipelines.sweep import _TrialBoard, plan_trials, seeds_of
-from pipelines.sweeping import tuning
+from pipelines.sweeping import search, trial_driver, tuning
 from pipelines.sweeping.accuracy import Weights
 from pipelines.sweeping.config import SweepConfig
+from pipelines.sweeping.search import DistinctOptuna
 from pipelines.sweeping.settings import Setting
 from pipelines.sweeping.table import Row
 from pipelines.sweeping.tracking import SweepRun
@@ -30,7 +31,6 @@ from pipelines.sweeping.trials import (
     announced,
     listed_points,
 )
-from pipelines.sweeping.tuning import DistinctOptuna
 from tests.pipelines.sweeping.made import MANIFESTS, METRIC, REFINE, plan_of
 
 
@@ -66,11 +66,11 @@ def test_a_trial_fails_only_by_its_own_fault(tree, load, monkeypatch, died_of, k
     def die(trial: Trial, plan: TrialPlan) -> None:
         raise died_of
 
-    monkeypatch.setattr(tuning, "_train", die)
+    monkeypatch.setattr(trial_driver, "_train", die)
     plan = plan_of(load(tree))
     point = listed_points(plan.config, [])[0]
     with pytest.raises(type(died_of)):
-        tuning.run_trial({"point": point}, plan)
+        trial_driver.run_trial({"point": point}, plan)
     assert TrialRecords.open(plan.trial(point).folder).result == kept
 
 
@@ -81,10 +81,10 @@ def test_a_trials_driver_waits_for_storage_as_its_workers_do(tree, load, monkeyp
         waits.append(os.environ[PATIENCE_VARIABLE])
         raise ActorDiedError
 
-    monkeypatch.setattr(tuning, "_train", look)
+    monkeypatch.setattr(trial_driver, "_train", look)
     plan = plan_of(load(tree, "tune.machine={storage_patience_s: 33}"))
     with pytest.raises(ActorDiedError):
-        tuning.run_trial({"point": listed_points(plan.config, [])[0]}, plan)
+        trial_driver.run_trial({"point": listed_points(plan.config, [])[0]}, plan)
     assert waits == ["33.0"]
 
 
@@ -94,7 +94,7 @@ def test_a_validation_that_storage_missed_is_made_up_for_in_its_place(tree, load
     told = {10: 3.0, 20: 2.0, 30: 1.0}
     TrialRecords.open(trial.folder).add(20, {METRIC: told[20]})
     records = [(step, {METRIC: epe, "train/loss": 1.0}) for step, epe in told.items()]
-    tuning._catch_up(trial, plan, {"records": [*records, (15, {"train/loss": 9.0})]})
+    trial_driver._catch_up(trial, plan, {"records": [*records, (15, {"train/loss": 9.0})]})
     assert TrialRecords.open(trial.folder).history == [(step, {METRIC: epe}) for step, epe in told.items()]
 
 
@@ -108,24 +108,24 @@ def test_a_trial_that_was_stopped_stays_so_whatever_its_driver_still_meets(tree,
         TrialRecords.open(trial.folder).end(stopped)
         raise PipelineError("ended without a new checkpoint")
 
-    monkeypatch.setattr(tuning, "_train", stop)
+    monkeypatch.setattr(trial_driver, "_train", stop)
     with pytest.raises(PipelineError):
-        tuning.run_trial({"point": point}, plan)
+        trial_driver.run_trial({"point": point}, plan)
     assert TrialRecords.open(plan.trial(point).folder).result == stopped
 
 
 def test_asha_stops_by_the_configs_rungs(tree, load):
-    asha = tuning._scheduler(plan_of(load(tree, "tune.reduction_factor=2", "tune.grace_steps=7")))
+    asha = search.scheduler_of(plan_of(load(tree, "tune.reduction_factor=2", "tune.grace_steps=7")))
     assert (asha._time_attr, asha._max_t, asha._reduction_factor) == ("step", 30, 2)
     assert [milestone for milestone, _ in asha._brackets[0]._rungs] == [28, 14, 7]
-    usual = tuning._scheduler(plan_of(load(tree)))
+    usual = search.scheduler_of(plan_of(load(tree)))
     assert [milestone for milestone, _ in usual._brackets[0]._rungs] == [30, 10]
 
 
 def asha_of(config: SweepConfig, *names: str) -> tuple[Any, dict[str, Any]]:
     """The sweep's scheduler, and trials that it knows."""
-    asha = tuning._scheduler(plan_of(config))
-    asha.set_search_properties(tuning.OBJECTIVE, "min")
+    asha = search.scheduler_of(plan_of(config))
+    asha.set_search_properties(search.OBJECTIVE, "min")
     trials = {name: SimpleNamespace(trial_id=name) for name in names}
     for trial in trials.values():
         asha.on_trial_add(None, trial)
@@ -137,19 +137,19 @@ def test_asha_judges_no_trial_by_what_it_tells_again(tree, load):
     plan = plan_of(load(tree))
     asha, trials = asha_of(plan.config, "late", *"abcdef")
 
-    def tells(name: str, step: int, epe: float, *, told_again: bool) -> str:
-        report = tuning._report(plan, step, {METRIC: epe}, told_again=told_again)
+    def tells(name: str, step: int, epe: float, *, replayed: bool) -> str:
+        report = trial_driver._report(plan, step, {METRIC: epe}, replayed=replayed)
         return asha.on_trial_result(None, trials[name], report)
 
-    assert [tells(name, 10, 1.0, told_again=True) for name in "abc"] == ["CONTINUE"] * 3
-    assert tells("late", 10, 5.0, told_again=True) == "CONTINUE"
-    assert tells("late", 30, 0.5, told_again=False) == "CONTINUE"
-    assert tells("d", 10, 9.0, told_again=False) == "STOP", "the others' results count"
-    assert tells("e", 10, 0.1, told_again=False) == "CONTINUE"
+    assert [tells(name, 10, 1.0, replayed=True) for name in "abc"] == ["CONTINUE"] * 3
+    assert tells("late", 10, 5.0, replayed=True) == "CONTINUE"
+    assert tells("late", 30, 0.5, replayed=False) == "CONTINUE"
+    assert tells("d", 10, 9.0, replayed=False) == "STOP", "the others' results count"
+    assert tells("e", 10, 0.1, replayed=False) == "CONTINUE"
 
 
 @pytest.mark.parametrize(
-    ("ended", "trained", "told_again"),
+    ("ended", "trained", "replayed"),
     [
         (TrialResult("finished", "", 30), 30, {10: True, 20: True, 30: True}),
         (TrialResult("stopped", "behind", 20), 20, {10: True, 20: True}),
@@ -158,25 +158,25 @@ def test_asha_judges_no_trial_by_what_it_tells_again(tree, load):
         (None, 30, {10: True, 20: True, 30: False}),  # killed before its end was stored: tells the last step at the end
     ],
 )
-def test_a_trial_tells_again_what_it_was_judged_by(tree, load, monkeypatch, ended, trained, told_again):
+def test_a_trial_tells_again_what_it_was_judged_by(tree, load, monkeypatch, ended, trained, replayed):
     plan = plan_of(load(tree))
     trial = plan.trial(listed_points(plan.config, [])[0])
     records = TrialRecords.open(trial.folder)
-    for step in told_again:
+    for step in replayed:
         records.add(step, {METRIC: 100.0 - step})
     if ended is not None:
         records.end(ended)
     reports: list[dict[str, Any]] = []
     newest = {"step": trained, "records": []}
-    monkeypatch.setattr(tuning.CheckpointStore, "newest", lambda store, warn: newest)
-    monkeypatch.setattr(tuning.tune, "report", reports.append)
-    monkeypatch.setattr(tuning, "_train", lambda trial, plan: None)
-    tuning.run_trial({"point": trial.point}, plan)
-    told = {report["step"]: report["told_again"] for report in reports}
+    monkeypatch.setattr(trial_driver.CheckpointStore, "newest", lambda store, warn: newest)
+    monkeypatch.setattr(trial_driver.tune, "report", reports.append)
+    monkeypatch.setattr(trial_driver, "_train", lambda trial, plan: None)
+    trial_driver.run_trial({"point": trial.point}, plan)
+    told = {report["step"]: report["replayed"] for report in reports}
     if ended is None:
-        assert told.pop(max(told_again)) is False  # once more at the end; here nothing was trained
-        told_again.pop(max(told_again))
-    assert told == told_again
+        assert told.pop(max(replayed)) is False  # once more at the end; here nothing was trained
+        replayed.pop(max(replayed))
+    assert told == replayed
 
 
 def test_optuna_tries_all_of_a_space_that_it_may_try_whole(tree, load):
@@ -194,7 +194,7 @@ def test_optuna_tries_all_of_a_space_that_it_may_try_whole(tree, load):
 
 
 @pytest.mark.parametrize("searcher", ["grid", "random", "optuna"])
-def test_only_a_search_whose_every_trial_ended_is_told_again(tree, load, searcher):
+def test_only_a_search_whose_every_trial_ended_is_replayed(tree, load, searcher):
     plan = plan_of(load(tree, f"tune.searcher={searcher}", "tune.trials=3"))
     for number, point in enumerate(listed_points(load(tree), [])[:4]):
         announce(plan.trial(point), number)
@@ -219,24 +219,24 @@ def test_a_validation_behind_the_newest_checkpoint_may_not_have_been_judged(tree
     for step in (5, 10, 15):
         TrialRecords.open(trial.folder).add(step, {METRIC: 1.0})
     reports: list[dict[str, Any]] = []
-    monkeypatch.setattr(tuning.CheckpointStore, "newest", lambda store, warn: {"step": 5, "records": []})
-    monkeypatch.setattr(tuning.tune, "report", reports.append)
-    monkeypatch.setattr(tuning, "_train", lambda trial, plan: None)
-    tuning.run_trial({"point": trial.point}, plan)
-    assert [(told["step"], told["told_again"]) for told in reports][:3] == [(5, True), (10, True), (15, False)]
+    monkeypatch.setattr(trial_driver.CheckpointStore, "newest", lambda store, warn: {"step": 5, "records": []})
+    monkeypatch.setattr(trial_driver.tune, "report", reports.append)
+    monkeypatch.setattr(trial_driver, "_train", lambda trial, plan: None)
+    trial_driver.run_trial({"point": trial.point}, plan)
+    assert [(told["step"], told["replayed"]) for told in reports][:3] == [(5, True), (10, True), (15, False)]
 
 
 def test_validations_are_told_once_and_the_last_one_only_when_the_end_is_stored(tree, load, monkeypatch):
     plan = plan_of(load(tree))
     trial = plan.trial(listed_points(plan.config, [])[0])
     told: list[int] = []
-    monkeypatch.setattr(tuning.TuneReportCallback, "__init__", lambda self: None)
+    monkeypatch.setattr(trial_driver.TuneReportCallback, "__init__", lambda self: None)
     monkeypatch.setattr(
-        tuning.TuneReportCallback,
+        trial_driver.TuneReportCallback,
         "after_report",
         lambda self, run, metrics, checkpoint: told.append(metrics[0]["step"]),
     )
-    passing = tuning._ReportValidations(trial, plan)
+    passing = trial_driver._ReportValidations(trial, plan)
     for step in (10, 15, 20, 20, 30):
         passing.after_report(None, [{"step": step, METRIC: 1.0}], None)
     assert told == [10, 20]
@@ -277,13 +277,13 @@ def test_the_board_takes_validations_from_tune_alone_and_nothing_after_a_stop(tr
     )
     board = _TrialBoard(SimpleNamespace(show=lambda row: None, log=lambda line: None), run)
     board.started(trial)
-    record = tuning.TrialRecord(5, {"train/loss": 1.0, METRIC: 9.0}, trial=trial.name)
-    board.show(tuning.TrialRecord(25, {}, trial=trial.name))
+    record = trial_driver.TrialRecord(5, {"train/loss": 1.0, METRIC: 9.0}, trial=trial.name)
+    board.show(trial_driver.TrialRecord(25, {}, trial=trial.name))
     board.keep(record)
     assert [one.metrics for one in logged] == [{"train/loss": 1.0}]
     board.ended(trial, TrialResult("stopped", "behind", 20))
     board.keep(record)
-    board.show(tuning.TrialRecord(28, {}, trial=trial.name))
+    board.show(trial_driver.TrialRecord(28, {}, trial=trial.name))
     assert len(logged) == 1
     assert board.rows[trial.name].step == 25
 
