@@ -7,9 +7,7 @@ config. Run the same command again to continue where it stopped.
 
 import argparse
 import hashlib
-import json
 import tempfile
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,34 +16,31 @@ from pipelines.arguments import Parser
 from pipelines.cluster import connected, nodes, own_node  # sets Ray's environment, so before Ray
 
 # isort: split
-from rich.table import Table
-
 from datasets_etl.manifest import Manifest
-from datasets_etl.objects import ObjectStore, file_sha256
+from datasets_etl.objects import ObjectStore
 from datasets_etl.storage import open_store
 from datasets_etl.storage_retries import waiting_for_storage
-from gmflow import GMFlow, load_weights, save_weights
 from pipelines.claim import CLAIM, claimed
 from pipelines.config_file import load_config
 from pipelines.errors import PipelineError, resumable_command
 from pipelines.lasting import lasting_store
-from pipelines.references import check_reference, fetch_weights, has_moved, telling
 from pipelines.sweeping import plots
 from pipelines.sweeping.accuracy import Scores, Weights, measure_accuracy, score_jobs
+from pipelines.sweeping.board import TrialBoard
 from pipelines.sweeping.config import SweepConfig
 from pipelines.sweeping.cost import measure_costs
+from pipelines.sweeping.dry_run import show_dry_run
+from pipelines.sweeping.pinned_weights import pinned_weights
 from pipelines.sweeping.room import check_room, told_of_drivers
-from pipelines.sweeping.settings import Setting, padded_size
+from pipelines.sweeping.settings import Setting
 from pipelines.sweeping.table import Row, best_settings, mark_front, to_csv, to_json
 from pipelines.sweeping.tracking import SweepRun
-from pipelines.sweeping.trial_driver import TrialRecord
-from pipelines.sweeping.trials import Trial, TrialPlan, TrialResult, listed_points, retry_failed, seed_points
+from pipelines.sweeping.trials import TrialPlan, retry_failed, seed_points
 from pipelines.sweeping.tuning import tune_trials
 from pipelines.sweeping.view import SweepView, front_table
 from pipelines.training import mlflow_client, registry
 from pipelines.training.code_version import code_version
 from pipelines.training.config import SetConfig, shown_uri
-from pipelines.training.feed import Record
 from pipelines.training.launch import beginning_of, mark_beginning
 from pipelines.training.mlflow_client import run_link
 from pipelines.training.plan import FINAL_WEIGHTS, check_measurable, learned_pairs
@@ -102,7 +97,7 @@ def _run_phases(sweep: Sweep, held: Callable[[], bool], *, retry: bool) -> list[
     config = sweep.config
     _tell_if_learned(sweep)
     begun = beginning_of_sweep(sweep.store)
-    weights = keep_weights(sweep)
+    weights = pinned_weights(config, sweep.store, sweep.view.say)
     run = SweepRun(config, weights, sweep.manifests, sweep.view.say, held, begun)
     sweep.view.say(f"MLflow: {run_link(str(run.client.tracking_uri), config.mlflow.experiment, run.run_id)}")
     # From here on storage is known to exist, so an outage is waited for.
@@ -138,56 +133,6 @@ def beginning_of_sweep(store: ObjectStore) -> str:
     if not beginning_of(store) and all(found.key == CLAIM for found in store.walk()):
         mark_beginning(store)
     return beginning_of(store)
-
-
-def keep_weights(sweep: Sweep) -> Weights | None:
-    """Keep on storage, where every node reaches them, the weights the reference stood for when the sweep began.
-
-    An alias may move, even to a trial of this sweep, and a file may be replaced, so what was found first is pinned.
-    Returns None if the config names no weights. Raises GMFlowError if they are not of the config's model.
-    """
-    config = sweep.config
-    if config.weights is None:
-        return None
-    pin = _weights_pin(config.weights)
-    model = GMFlow(config.architecture)
-    with tempfile.TemporaryDirectory(prefix="gmflow-weights-") as folder:
-        kept = Path(folder) / "kept.safetensors"
-        if sweep.store.size(pin) is not None:
-            pinned: dict[str, str] = json.loads(sweep.store.read(pin))
-            weights = _kept_weights(sweep.store, pinned)
-            kept.write_bytes(sweep.store.read(weights.url.rpartition("/")[2]))
-            with telling(config.weights, kept):
-                load_weights(model, kept)
-            _tell_if_moved(sweep, config.weights, pinned)
-            return weights
-        path, source = fetch_weights(config.weights, Path(folder), config.mlflow.tracking_uri)
-        found = {"reference": config.weights, "source": source, "version": file_sha256(path)[:16]}
-        with telling(config.weights, path):
-            load_weights(model, path)
-        save_weights(model, kept)
-        weights = _kept_weights(sweep.store, found)
-        sweep.store.upload(kept, weights.url.rpartition("/")[2])
-        sweep.store.write(pin, json.dumps(found).encode())  # written last, because it says that the weights are there
-    return weights
-
-
-def _weights_pin(reference: str) -> str:
-    """Key of the file in which a sweep keeps what a reference stood for."""
-    return f"weights-of-{hashlib.sha256(reference.encode()).hexdigest()[:16]}.json"
-
-
-def _kept_weights(store: ObjectStore, pinned: Mapping[str, str]) -> Weights:
-    return Weights(f"{store.url}/weights-{pinned['version']}.safetensors", pinned["version"], pinned["source"])
-
-
-def _tell_if_moved(sweep: Sweep, reference: str, pinned: Mapping[str, str]) -> None:
-    """Say if a reference now stands for other weights than those that the sweep keeps."""
-    if has_moved(reference, pinned["source"], sweep.config.mlflow.tracking_uri):
-        sweep.view.say(
-            f"goes on with {pinned['source']}, what {reference} was when this sweep began; another name= starts a "
-            "sweep of what it is now"
-        )
 
 
 def _tell_if_learned(sweep: Sweep) -> None:
@@ -271,67 +216,9 @@ def tune(
         sweep.view.say(f"the probe's front seeds {name}")
     if told := told_of_drivers(sweep.config, nodes(), own_node()):
         sweep.view.say(told)
-    board = _TrialBoard(sweep.view, run)
+    board = TrialBoard(sweep.view, run)
     tune_trials(plan, seeds, board)
     return list(board.rows.values())
-
-
-class _TrialBoard:
-    """A `Listener`: keeps trials as rows of the table and as runs of MLflow. Tune's and the feed's threads call it."""
-
-    def __init__(self, view: SweepView, run: SweepRun) -> None:
-        self.view = view
-        self.run = run
-        self.rows: dict[str, Row] = {}
-        self._lock = threading.Lock()
-
-    def started(self, trial: Trial) -> None:
-        with self._lock:
-            choices = {name: trial.point[name] for name in trial.point if not name.startswith(("attn", "corr", "prop"))}
-            row = Row(trial.name, "trial", trial.key, trial.model.build(), status="running", choices=choices)
-            self._keep(row)
-            self.run.describe(row, trial.stage)
-
-    def validated(self, trial: Trial, step: int, metrics: dict[str, float]) -> None:
-        with self._lock:
-            row = self.rows[trial.name]
-            self._keep(replace(row, step=max(row.step, step), metrics=metrics))
-            self.run.log(row, Record(step, metrics))
-
-    def ended(self, trial: Trial, result: TrialResult) -> None:
-        if trial.name not in self.rows:  # its driver was lost while it started
-            self.started(trial)
-        with self._lock:
-            row = self.rows[trial.name]
-            step = max(row.step, result.step)
-            self._keep(replace(row, status=result.status, reason=result.reason, step=step))
-            self.run.end(self.rows[trial.name])
-
-    def show(self, record: Record) -> None:
-        with self._lock:
-            row = self.rows.get(self._of(record))
-            if row is not None and row.status == "running":
-                self._keep(replace(row, step=max(row.step, record.step)))
-        if record.line:
-            self.view.log(f"{self._of(record)}: {record.line}")
-
-    def keep(self, record: Record) -> None:
-        """Log training metrics and pictures; validations come from Tune's loop, so all agree on where a trial ended.
-
-        Records of a stopped trial are dropped, because its workers go on for a moment.
-        """
-        row = self.rows.get(self._of(record))
-        if row is not None and row.status != "stopped":
-            metrics = {name: value for name, value in record.metrics.items() if not name.startswith("val/")}
-            self.run.log(row, replace(record, metrics=metrics))
-
-    @staticmethod
-    def _of(record: Record) -> str:
-        return record.trial if isinstance(record, TrialRecord) else ""
-
-    def _keep(self, row: Row) -> None:
-        self.rows[row.name] = row
-        self.view.show(row)
 
 
 def report(sweep: Sweep, rows: Sequence[Row], run: SweepRun) -> None:
@@ -391,47 +278,14 @@ def register_best(sweep: Sweep, rows: Sequence[Row], run: SweepRun, plan: TrialP
         print(f"registered {row.name} as models:/{version.name}/{version.version}")
 
 
-def show_plan(sweep: Sweep) -> None:
-    """Print every setting and trial in order (`--dry-run`). Raises DataError or PipelineError without weights."""
-    config = sweep.config
-    if config.weights is not None and sweep.store.size(_weights_pin(config.weights)) is None:
-        check_reference(config.weights, config.mlflow.tracking_uri)
-    _tell_if_learned(sweep)
-    console = sweep.view.console
-    if config.probe is not None:
-        table = Table(title=f"probe: {len(config.probed)} settings of {config.weights}")
-        sets = ", ".join(f"{one.name}" + (f" ({one.cut})" if one.cut else "") for one in config.probe.validation)
-        for name in ("windows", "radius", "prop", f"{config.cost.height}×{config.cost.width} padded to", ""):
-            table.add_column(name, justify="right")
-        for setting in config.probed:
-            padded = padded_size(setting.on(config.architecture), config.cost.size)
-            radii = str(setting.corr_radius[-1]), str(setting.prop_radius[-1])
-            mark = "reference" if setting == config.reference else ""
-            table.add_row(setting.splits, *radii, f"{padded[0]}×{padded[1]}", mark)
-        console.print(table)
-        console.print(f"each on {sets}", highlight=False)
-    if config.tune is not None:
-        tuned = config.tune
-        order = f", the probe's best {tuned.seeds} settings first" if config.probe and tuned.seeds else ""
-        if tuned.searcher == "optuna":
-            console.print(f"tune: {tuned.trials} trials of {tuned.stage.steps} steps, chosen by Optuna{order}")
-        else:
-            points = listed_points(config, [])
-            table = Table(title=f"tune: {len(points)} trials of {tuned.stage.steps} steps{order}")
-            for name in points[0] if points else ():
-                table.add_column(name, justify="right")
-            for point in points:
-                table.add_row(*(f"{value:g}" for value in point.values()))
-            console.print(table)
-
-
 @resumable_command
 def main() -> None:
     arguments = parse_arguments()
     config = load_config(SweepConfig, arguments.config, arguments.overrides)
     sweep = prepare(config)
     if arguments.dry_run:
-        show_plan(sweep)
+        _tell_if_learned(sweep)
+        show_dry_run(config, sweep.store, sweep.view.console)
         return
     cpus = [config.cost.cpus, config.probe.cpus if config.probe else 1]
     if config.tune is not None:

@@ -13,8 +13,9 @@ from datasets_etl.objects import ObjectStore
 from datasets_etl.storage import open_store
 from gmflow import GMFlow, GMFlowConfig, save_weights
 from pipelines.claim import CLAIM
-from pipelines.sweep import beginning_of_sweep, keep_weights, plan_trials, register_best
+from pipelines.sweep import beginning_of_sweep, plan_trials, register_best
 from pipelines.sweeping.accuracy import Weights, score_jobs
+from pipelines.sweeping.pinned_weights import pinned_weights
 from pipelines.sweeping.table import Row
 from pipelines.sweeping.tracking import SweepRun
 from pipelines.sweeping.trials import (
@@ -53,7 +54,7 @@ def test_a_sweep_goes_on_with_what_its_alias_was_when_it_began(tracked, tmp_path
     def begin(*overrides: str) -> tuple[Weights, TrialPlan, list[str], str]:
         """What a run works with: weights, trials, the files of the probe's figures, the run in MLflow."""
         sweep = tracked("weights=models:/gmflow@champion", *overrides)
-        weights = keep_weights(sweep)
+        weights = pinned_weights(sweep.config, sweep.store, sweep.view.say)
         (chosen,) = sweep.config.probe.validation
         jobs = score_jobs(weights, sweep.config.probed, chosen, MANIFESTS["chairs"], "fp32")
         scores = [job.key(setting) for job in jobs for setting in job.settings]

@@ -14,9 +14,10 @@ from datasets_etl.errors import DamagedError, DataError
 from datasets_etl.storage import open_store
 from datasets_etl.storage_retries import PATIENCE_VARIABLE
 from pipelines.errors import PipelineError
-from pipelines.sweep import _TrialBoard, plan_trials, seeds_of
+from pipelines.sweep import plan_trials, seeds_of
 from pipelines.sweeping import search, trial_driver, tuning
 from pipelines.sweeping.accuracy import Weights
+from pipelines.sweeping.board import TrialBoard
 from pipelines.sweeping.config import SweepConfig
 from pipelines.sweeping.search import DistinctOptuna
 from pipelines.sweeping.settings import Setting
@@ -262,7 +263,7 @@ def test_a_trial_whose_driver_is_lost_while_it_starts_is_one_that_failed(tracked
     """Ray Tune tells of its end without having told of its start."""
     sweep = tracked()
     plan = plan_trials(sweep, Weights("w", "v", "w.pth"))
-    board = _TrialBoard(sweep.view, SweepRun(sweep.config, plan.weights, MANIFESTS, print))
+    board = TrialBoard(sweep.view, SweepRun(sweep.config, plan.weights, MANIFESTS, print))
     book = tuning._Bookkeeping(plan, board, 0)
     book.on_trial_error(0, [], SimpleNamespace(config={"point": listed_points(plan.config, [])[0]}))
     assert [row.status for row in board.rows.values()] == ["failed"]
@@ -275,7 +276,7 @@ def test_the_board_takes_validations_from_tune_alone_and_nothing_after_a_stop(tr
     run: Any = SimpleNamespace(
         describe=lambda *_: None, end=lambda row: None, log=lambda row, record: logged.append(record)
     )
-    board = _TrialBoard(SimpleNamespace(show=lambda row: None, log=lambda line: None), run)
+    board = TrialBoard(SimpleNamespace(show=lambda row: None, log=lambda line: None), run)
     board.started(trial)
     record = trial_driver.TrialRecord(5, {"train/loss": 1.0, METRIC: 9.0}, trial=trial.name)
     board.show(trial_driver.TrialRecord(25, {}, trial=trial.name))
@@ -304,7 +305,7 @@ def test_a_sweep_without_a_finished_trial_ends_with_a_line(tracked, monkeypatch,
     rows = [*probed]
     rows += [Row("a", "trial", "k1", REFINE, "failed", reason="of this"), Row("b", "trial", "k2", REFINE, "stopped")]
     sweep = tracked()
-    for name, result in (("keep_weights", None), ("_tell_if_learned", None), ("tune", rows), ("report", None)):
+    for name, result in (("pinned_weights", None), ("_tell_if_learned", None), ("tune", rows), ("report", None)):
         monkeypatch.setattr(pipelines.sweep, name, lambda *_, result=result, **__: result)
     monkeypatch.setattr(pipelines.sweep, "with_costs", lambda sweep, rows: rows)
     monkeypatch.setattr(SweepRun, "judge", lambda *_: None)

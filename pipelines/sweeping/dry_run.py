@@ -1,0 +1,49 @@
+"""`sweep.py --dry-run`: the settings that would be probed, and the trials that would be trained."""
+
+from rich.console import Console
+from rich.table import Table
+
+from datasets_etl.objects import ObjectStore
+from pipelines.references import check_reference
+from pipelines.sweeping.config import ProbeConfig, SweepConfig, TuneConfig
+from pipelines.sweeping.pinned_weights import weights_are_pinned
+from pipelines.sweeping.settings import padded_size
+from pipelines.sweeping.trials import listed_points
+
+
+def show_dry_run(config: SweepConfig, store: ObjectStore, console: Console) -> None:
+    """Print every setting and trial in order. Raises DataError or PipelineError if the weights cannot be found."""
+    if config.weights is not None and not weights_are_pinned(store, config.weights):
+        check_reference(config.weights, config.mlflow.tracking_uri)
+    if config.probe is not None:
+        _show_probe(config, config.probe, console)
+    if config.tune is not None:
+        _show_trials(config, config.tune, console)
+
+
+def _show_probe(config: SweepConfig, probe: ProbeConfig, console: Console) -> None:
+    table = Table(title=f"probe: {len(config.probed)} settings of {config.weights}")
+    for name in ("windows", "radius", "prop", f"{config.cost.height}×{config.cost.width} padded to", ""):
+        table.add_column(name, justify="right")
+    for setting in config.probed:
+        height, width = padded_size(setting.on(config.architecture), config.cost.size)
+        radii = str(setting.corr_radius[-1]), str(setting.prop_radius[-1])
+        mark = "reference" if setting == config.reference else ""
+        table.add_row(setting.splits, *radii, f"{height}×{width}", mark)
+    console.print(table)
+    sets = ", ".join(f"{chosen.name}" + (f" ({chosen.cut})" if chosen.cut else "") for chosen in probe.validation)
+    console.print(f"each on {sets}", highlight=False)
+
+
+def _show_trials(config: SweepConfig, tuned: TuneConfig, console: Console) -> None:
+    order = f", the probe's best {tuned.seeds} settings first" if config.probe and tuned.seeds else ""
+    if tuned.searcher == "optuna":
+        console.print(f"tune: {tuned.trials} trials of {tuned.stage.steps} steps, chosen by Optuna{order}")
+        return
+    points = listed_points(config, [])
+    table = Table(title=f"tune: {len(points)} trials of {tuned.stage.steps} steps{order}")
+    for name in points[0] if points else ():
+        table.add_column(name, justify="right")
+    for point in points:
+        table.add_row(*(f"{value:g}" for value in point.values()))
+    console.print(table)
