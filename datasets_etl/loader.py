@@ -24,7 +24,7 @@ from datasets_etl.ahead import read_ahead
 from datasets_etl.augment import AugmentConfig, augment
 from datasets_etl.cache import SampleCache
 from datasets_etl.errors import DataError
-from datasets_etl.manifest import Manifest, told_patterns
+from datasets_etl.manifest import Manifest, patterns_label
 from datasets_etl.order import Order, rank_positions, sample_generator
 from datasets_etl.samples import FlowSample, decode_sample
 from datasets_etl.shards import read_sample_bytes
@@ -116,10 +116,10 @@ def _reading_threads(pid: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=_READS_AHEAD, thread_name_prefix="gmflow-read")
 
 
-def told_part(only: Sequence[str], without: Sequence[str], limit: int | None) -> str:
+def part_label(only: Sequence[str], without: Sequence[str], limit: int | None) -> str:
     """Which part of a subset is used, for people, such as "only alley_*; first 8 pairs"; empty if it is the whole."""
     first = "" if limit is None else f"first {limit} pairs"
-    return "; ".join(filter(None, [told_patterns(only, without), first]))
+    return "; ".join(filter(None, [patterns_label(only, without), first]))
 
 
 class EvaluationSet(Dataset[FlowSample]):
@@ -145,7 +145,7 @@ class EvaluationSet(Dataset[FlowSample]):
     ) -> None:
         self.manifest = manifest
         self.subset = subset
-        self.part = told_part(only, without, limit)
+        self.part = part_label(only, without, limit)
         self.indices = manifest.select(subset, only=only, without=without)[:limit]
         self._cache = cache
 
@@ -277,7 +277,7 @@ class TrainingStream:
         self._loader = DataLoader(
             _ErrorsAsValues(dataset),
             batch_sampler=self._batches,  # type: ignore[arg-type]  # it may yield whatever __getitems__ takes
-            collate_fn=_pack_or_tell,
+            collate_fn=_pack_unless_error,
             num_workers=workers,
             # A fork of a process that already runs threads (Ray's, OpenMP's) can deadlock.
             multiprocessing_context="spawn" if workers else None,
@@ -344,7 +344,7 @@ def collate(samples: Sequence[FlowBatch]) -> FlowBatch:
     return _unpack(_pack(samples))
 
 
-def _pack_or_tell(samples: Sequence[FlowBatch] | DataError) -> _Packed | DataError:
+def _pack_unless_error(samples: Sequence[FlowBatch] | DataError) -> _Packed | DataError:
     return samples if isinstance(samples, DataError) else _pack(samples)
 
 

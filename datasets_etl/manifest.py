@@ -112,7 +112,7 @@ class Manifest:
         return f'{head[:-1]}, "shards": [\n{shards}\n]}}\n'.encode()
 
     @property
-    def tells_occlusion(self) -> bool:
+    def has_occlusion(self) -> bool:
         """Whether the dataset says which pixels have no counterpart in the second image."""
         return self.dataset in ("sintel", "kitti")
 
@@ -205,10 +205,10 @@ class Manifest:
         return open_store(self.url.rpartition("/")[0])
 
 
-def told_patterns(only: Sequence[str], without: Sequence[str]) -> str:
+def patterns_label(only: Sequence[str], without: Sequence[str]) -> str:
     """The patterns of a choice among samples for people, such as "only alley_*"; empty if there are none."""
-    told = [f"{word} {', '.join(chosen)}" for word, chosen in (("only", only), ("without", without)) if chosen]
-    return "; ".join(told)
+    parts = [f"{word} {', '.join(chosen)}" for word, chosen in (("only", only), ("without", without)) if chosen]
+    return "; ".join(parts)
 
 
 def build(dataset: str, shards: Sequence[ShardEntry], quarantined: Mapping[str, str]) -> Manifest:

@@ -108,7 +108,7 @@ def write_shard(plan: ShardPlan, tree: SourceTree, store: ObjectStore, *, strict
     A damaged pair is left out; with `strict`, it raises DamagedError and nothing is written. If all pairs are damaged,
     nothing is written either. Raises DataError if storage does, or if the temporary folder is full.
     """
-    with _telling_of_temporary_folders(), _temporary_file() as path:
+    with _naming_temporary_folder(), _temporary_file() as path:
         facts, quarantined = _write_tar(plan, tree, path, strict)
         if not facts:
             return WrittenShard(None, quarantined)
@@ -135,7 +135,7 @@ def _temporary_file() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _telling_of_temporary_folders() -> Iterator[None]:
+def _naming_temporary_folder() -> Iterator[None]:
     """Turns an OSError into a DataError. Stores raise DataError, so an OSError comes from the temporary folder."""
     try:
         yield

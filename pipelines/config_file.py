@@ -153,14 +153,14 @@ def _names(elements: list[Any]) -> list[str]:
 
 def _named(tree: Any, location: Location) -> str:
     """A location in the config as an override would write it: list elements by name, if they have one."""
-    told = []
+    names = []
     for part in location:
-        if part == "[key]":  # pydantic's word for: the key itself is wrong
+        if part == "[key]":  # so pydantic marks that the key itself is wrong
             break
         inside = isinstance(tree, list) and isinstance(part, int) and part < len(tree)
-        told.append(_names(tree)[int(part)] if inside else str(part))
+        names.append(_names(tree)[int(part)] if inside else str(part))
         tree = tree[part] if inside else tree.get(part) if isinstance(tree, dict) else None
-    return ".".join(told)
+    return ".".join(names)
 
 
 def _explain(kind: type[BaseModel], tree: dict[str, Any], error: pydantic.ValidationError) -> str:
@@ -171,15 +171,15 @@ def _explain(kind: type[BaseModel], tree: dict[str, Any], error: pydantic.Valida
         *parents, name = first["loc"]
         known = sorted(_keys_at(kind, parents))
         near = difflib.get_close_matches(str(name), known, n=1)
-        told = f"unknown key {where}; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
+        problem = f"unknown key {where}; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
     elif first["type"] == "missing":
-        told = f"{where} is missing"
+        problem = f"{where} is missing"
     else:
         message = first["msg"].removeprefix("Value error, ")
-        told = f"{where}: {message}" if where else message
+        problem = f"{where}: {message}" if where else message
         if first["type"] != "value_error":
-            told += f", not {first['input']!r}"
-    return told + (f" (and {len(more)} more)" if more else "")
+            problem += f", not {first['input']!r}"
+    return problem + (f" (and {len(more)} more)" if more else "")
 
 
 def _keys_at(kind: Any, path: Sequence[int | str]) -> set[str]:

@@ -39,7 +39,7 @@ def claim_output(
     wanted = json.loads(json.dumps(job))
     there = {found.key: found.stamp for found in output.walk() if found.key != _NOTE}
     noted = _noted(output) if there else {}  # the note of a run that wrote nothing else blocks nobody
-    told, stale = dict(noted.pop(_INPUTS, {})), dict(noted.pop(_STALE, {}))
+    noted_inputs, stale = dict(noted.pop(_INPUTS, {})), dict(noted.pop(_STALE, {}))
     if noted and noted != wanted and not overwrite:
         differing = sorted(name for name in {*noted, *wanted} if noted.get(name) != wanted.get(name))
         listed = ", ".join(f"{name} {noted.get(name)!r}, not {wanted.get(name)!r}" for name in differing)
@@ -54,13 +54,13 @@ def claim_output(
         kept = set()
         stale = {key: stamp for key, stamp in there.items() if not inputs or _of_key(key, inputs)}
     elif inputs:
-        kept = _made_of(inputs, told, there, output.url)
+        kept = _made_of(inputs, noted_inputs, there, output.url)
     else:
         kept = set(there)
     stale = {key: stamp for key, stamp in stale.items() if there.get(key) == stamp}
     content = dict(wanted)
     if inputs:
-        content[_INPUTS] = inputs if overwrite else {**told, **inputs}
+        content[_INPUTS] = inputs if overwrite else {**noted_inputs, **inputs}
     if stale:
         content[_STALE] = stale
     output.write(_NOTE, json.dumps(content, indent=1, sort_keys=True).encode())
@@ -78,14 +78,14 @@ def _noted(output: ObjectStore) -> dict[str, Any]:
     return noted if all(isinstance(section, dict) for section in sections) else {}
 
 
-def _made_of(inputs: Mapping[str, str], told: Mapping[str, str], there: Iterable[str], url: str) -> set[str]:
+def _made_of(inputs: Mapping[str, str], noted_inputs: Mapping[str, str], there: Iterable[str], url: str) -> set[str]:
     """The keys of files made from these inputs. Raises PipelineError if such a file was made from something else."""
     kept = set()
     for key in sorted(there):
         wanted = _of_key(key, inputs)
         if wanted is None:
             continue
-        if wanted != _of_key(key, told):
+        if wanted != _of_key(key, noted_inputs):
             raise PipelineError(
                 f"{url}/{key} is there already, of other input or not by this command; give another folder or "
                 "--overwrite"

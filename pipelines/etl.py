@@ -36,7 +36,7 @@ from pipelines.lasting import lasting_object, lasting_store
 # Progress and reports go to stderr, because stdout is for output that scripts read.
 console = Console(stderr=True)
 
-_TOLD_EVERY_S = 30.0
+_PRINT_EVERY_S = 30.0
 
 _REPORTED = 20  # damaged pairs listed; the manifest has them all
 
@@ -118,21 +118,22 @@ def _progress(dataset: str, doing: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task(f"{dataset}: indexing", total=None, pace="")
         pace = Pace()
-        told = -math.inf
+        printed_at = -math.inf
 
         def show(done: int, total: int) -> None:
-            nonlocal told
+            nonlocal printed_at
             now = time.monotonic()
             said = pace.say(done, total, now)
-            if not console.is_terminal and now - told >= _TOLD_EVERY_S:  # in a log, a bar shows only once it is full
-                told = now
-                _tell(f"{dataset}: {doing}: {done:,} of {total:,} pairs {said}".rstrip())
+            # A bar that is not on a terminal is written only once it is full.
+            if not console.is_terminal and now - printed_at >= _PRINT_EVERY_S:
+                printed_at = now
+                _print_line(f"{dataset}: {doing}: {done:,} of {total:,} pairs {said}".rstrip())
             progress.update(bar, description=f"{dataset}: {doing}", completed=done, total=total, pace=said)
 
         yield show
 
 
-def _tell(line: str) -> None:
+def _print_line(line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -165,7 +166,7 @@ def shard_dataset(
 ) -> EtlResult:
     """`run_etl` with a progress bar, or with lines of text if stderr is no terminal. Needs a connected Ray."""
     if not console.is_terminal:
-        _tell(f"{dataset}: listing {source} and reading the files' sizes")
+        _print_line(f"{dataset}: listing {source} and reading the files' sizes")
     with _progress(dataset, "writing shards") as show:
         return run_etl(
             dataset,

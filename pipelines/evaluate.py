@@ -192,7 +192,7 @@ def show(scores: Scores) -> None:
 
 
 def summarised(reference: str, stands_for: str, precision: Precision, scores: Scores) -> dict[str, Any]:
-    """The JSON object that is printed as the last line. An alias moves, so what it stands for is told too."""
+    """The JSON object that is printed as the last line. An alias moves, so what it stands for now is given too."""
     sets = {
         title: {
             "data": chosen.manifest.url,
@@ -255,7 +255,7 @@ def track(client: MlflowClient, experiment: str, scores: Scores, content: dict[s
 
 def _log(client: MlflowClient, experiment: str, scores: Scores, content: dict[str, Any], page: str) -> None:
     how = {name: content[name] for name in ("model", "stands_for", "precision")}
-    how |= {f"data.{title.replace('@', '_')}": _told(chosen) for title, (chosen, _) in scores.items()}
+    how |= {f"data.{title.replace('@', '_')}": _data_label(chosen) for title, (chosen, _) in scores.items()}
     run = tracking.start_run(client, experiment, f"evaluate {content['model']}", how)
     with tracking.run_status(client, run.info.run_id):
         for title, (_, evaluation) in scores.items():
@@ -267,7 +267,7 @@ def _log(client: MlflowClient, experiment: str, scores: Scores, content: dict[st
     console.print(f"MLflow: {place_of(client)}, experiment {experiment}, run {run.info.run_id}", markup=False)
 
 
-def _told(chosen: EvaluationSet) -> str:
+def _data_label(chosen: EvaluationSet) -> str:
     """A set's manifest, and which part of it was scored if that was not all."""
     return f"{chosen.manifest.url} ({chosen.part})" if chosen.part else chosen.manifest.url
 
@@ -287,7 +287,7 @@ def keep_results(
         ("weights", weights_digest(model)),
         ("configuration", ", ".join(f"{name} {value}" for name, value in model.config.to_dict().items())),
         ("precision", arguments.precision),
-        *((f"data {name}", _told(chosen)) for name, (chosen, _) in scores.items()),
+        *((f"data {name}", _data_label(chosen)) for name, (chosen, _) in scores.items()),
         ("code", code_version()),
     ]
     pairs = sum(len(chosen) for chosen, _ in scores.values())

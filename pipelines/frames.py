@@ -58,22 +58,22 @@ class Clip:
     @property
     def rate(self) -> float:
         """Frames per second; `DEFAULT_RATE` if the files do not tell."""
-        told = float(_opened(self.files[0]).get(cv2.CAP_PROP_FPS)) if self.is_video else 0.0
-        return told if 0 < told < 1000 else DEFAULT_RATE
+        rate = float(_opened(self.files[0]).get(cv2.CAP_PROP_FPS)) if self.is_video else 0.0
+        return rate if 0 < rate < 1000 else DEFAULT_RATE
 
     def count(self) -> int | None:
         """Number of pairs; None if a video does not tell."""
         if not self.is_video:
             return len(self.files) - 1
-        told = int(_opened(self.files[0]).get(cv2.CAP_PROP_FRAME_COUNT))
-        return told - 1 if told > 1 else None
+        frames = int(_opened(self.files[0]).get(cv2.CAP_PROP_FRAME_COUNT))
+        return frames - 1 if frames > 1 else None
 
     def digests(self) -> dict[str, str]:
         """Pair name → hashes of the pair's two files; for a video, the prefix of its frames' names → its hash.
 
         Raises PipelineError if a file cannot be read.
         """
-        with telling_which_file():
+        with naming_unreadable_file():
             found = [file_sha256(file)[:16] for file in self.files]
         if self.is_video:
             return {self.names[0]: found[0]}
@@ -94,7 +94,7 @@ class Clip:
         """
         if self.is_video:
             return {}
-        found = {name: told_size(path) for name, path in zip(self.names, self.files, strict=True)}
+        found = {name: header_size(path) for name, path in zip(self.names, self.files, strict=True)}
         for (name, size), (other, other_size) in itertools.pairwise(found.items()):
             _check_sizes(name, size, other, other_size)
         return found
@@ -123,10 +123,13 @@ class Clip:
             raise PipelineError(
                 f"{self.files[0]}: {number} frames could be read; not a video, or its codec is unknown here"
             )
-        told = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        if number < told and self.files[0].suffix.lower() in _COUNTED_SUFFIXES:
+        total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        if number < total and self.files[0].suffix.lower() in _COUNTED_SUFFIXES:
             log.warning(
-                "%s: %d of %d frames could be read; copy it again unless it was trimmed", self.files[0], number, told
+                "%s: %d of %d frames could be read; copy it again unless it was trimmed",
+                self.files[0],
+                number,
+                total,
             )
 
 
@@ -135,7 +138,7 @@ def _opened(video: Path) -> cv2.VideoCapture:
 
 
 @contextlib.contextmanager
-def telling_which_file() -> Iterator[None]:
+def naming_unreadable_file() -> Iterator[None]:
     """Turns an OSError into a PipelineError that names the file or folder which cannot be read."""
     try:
         yield
@@ -143,12 +146,12 @@ def telling_which_file() -> Iterator[None]:
         raise PipelineError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
 
-def told_size(path: Path) -> tuple[int, int]:
+def header_size(path: Path) -> tuple[int, int]:
     """(height, width) from the header of a frame or flow file.
 
     Raises PipelineError if the file cannot be read, DamagedError if it has no such header.
     """
-    with telling_which_file(), path.open("rb") as file:
+    with naming_unreadable_file(), path.open("rb") as file:
         head = file.read(formats.HEAD_BYTES)
         return formats.image_size(head + file.read() if head.startswith(_JPEG_MAGIC) else head, str(path))
 
@@ -171,7 +174,7 @@ def find_clips(paths: Sequence[str]) -> list[Clip]:
     Raises:
         PipelineError: a path does not exist or cannot be read, or a clip has fewer than two frames.
     """
-    with telling_which_file():
+    with naming_unreadable_file():
         return _clips_of([Path(path) for path in paths])
 
 

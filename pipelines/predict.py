@@ -50,7 +50,7 @@ from pipelines.prediction_files import (
 )
 from pipelines.references import resolve_model
 from pipelines.side_by_side import SideBySideVideo
-from pipelines.training.memory import telling_memory_lack
+from pipelines.training.memory import explaining_out_of_memory
 
 console = Console(stderr=True)
 
@@ -149,7 +149,7 @@ def _results(
 
 
 def _predict(model: GMFlow, pairs: Sequence[Pair], options: PredictionOptions) -> list[Prediction]:
-    with telling_memory_lack(f"frame {pairs[0].name}", "--tile, a smaller --batch or --precision bf16"):
+    with explaining_out_of_memory(f"frame {pairs[0].name}", "--tile, a smaller --batch or --precision bf16"):
         return predict_batch(
             model,
             [(pair.frame0, pair.frame1) for pair in pairs],

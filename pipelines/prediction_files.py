@@ -16,7 +16,7 @@ from gmflow.weights import weights_digest
 from pipelines.continuation import ANY_FRAME, any_frame
 from pipelines.errors import PipelineError
 from pipelines.flow_files import FLOW_FORMATS, TRUTH_SUFFIXES, no_truth, truth_file
-from pipelines.frames import FRAME_SUFFIXES, Clip, telling_which_file, told_size
+from pipelines.frames import FRAME_SUFFIXES, Clip, header_size, naming_unreadable_file
 
 VIDEO = "video"
 """The format that is one file per clip; all others, `FLOW_FORMATS`, are one file per pair."""
@@ -109,7 +109,7 @@ def _truth_digest(clip: Clip, name: str, folder: Path | None) -> str:
     """Names and digests of the truth files of a pair, or of all pairs of a video; "" if there are none."""
     if folder is None:
         return ""
-    with telling_which_file():
+    with naming_unreadable_file():
         if clip.is_video:
             stem = folder / name
             found = stem.parent.glob(f"{glob.escape(stem.name)}_*")
@@ -195,4 +195,4 @@ def _check_truth(clip: Clip, sizes: Mapping[str, tuple[int, int]], folder: Path,
         if path is None and needed:
             raise no_truth(pair)
         if path is not None and name in sizes:
-            check_size(f"frame {name}", sizes[name], f"its truth in {folder}", told_size(path))
+            check_size(f"frame {name}", sizes[name], f"its truth in {folder}", header_size(path))

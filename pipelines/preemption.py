@@ -67,7 +67,7 @@ def watch() -> None:
     If the metadata service or Ray does not answer, it is asked again. Raises PipelineError if no metadata service
     answers in the first `_STARTING_S` seconds.
     """
-    started, reached, told = time.monotonic(), False, ""
+    started, reached, warned = time.monotonic(), False, ""
     while True:
         try:
             taken_at = notice()
@@ -77,12 +77,12 @@ def watch() -> None:
                 drain(seconds, f"EC2 takes this spot instance at {taken_at:%H:%M:%S} UTC")
                 print(f"told Ray that this machine is taken in {seconds} s", flush=True)
                 return
-            told = ""
+            warned = ""
         except PipelineError as error:
             if not reached and time.monotonic() - started > _STARTING_S:
                 raise PipelineError(f"{error}; is this an EC2 machine?") from error
-            if str(error) != told:  # log an error once, not every few seconds while it lasts
-                told = str(error)
+            if str(error) != warned:  # log an error once, not every few seconds while it lasts
+                warned = str(error)
                 logger.warning("%s", error)
         time.sleep(_POLL_S)
 

@@ -27,12 +27,12 @@ def resolve_named(reference: str, tracking_uri: str | None = None) -> tuple[GMFl
     """`resolve_model`, and what the reference stands for now, see `fetch_weights`."""
     with tempfile.TemporaryDirectory(prefix="gmflow-model-") as folder:
         path, found = fetch_weights(reference, Path(folder), tracking_uri)
-        with telling(reference, path):
+        with naming_reference(reference, path):
             return load_model(path), found
 
 
 @contextlib.contextmanager
-def telling(reference: str, path: Path) -> Iterator[None]:
+def naming_reference(reference: str, path: Path) -> Iterator[None]:
     """Errors about weights fetched to `path` name the reference instead, because the user knows only that."""
     try:
         yield

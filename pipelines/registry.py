@@ -126,18 +126,18 @@ def compare(client: MlflowClient, first: ModelVersion, second: ModelVersion) -> 
 
 def promote(client: MlflowClient, version: ModelVersion, alias: str) -> str | None:
     """Move an alias. Returns the version it was on. Raises PipelineError if MLflow does not accept the alias."""
-    with _telling(alias):
+    with _naming_alias(alias):
         return registry.move_alias(client, version.name, alias, version.version)
 
 
 def roll_back(client: MlflowClient, name: str, alias: str) -> tuple[str, str]:
     """`registry.roll_back`. Raises PipelineError if MLflow does not move the alias, too."""
-    with _telling(alias):
+    with _naming_alias(alias):
         return registry.roll_back(client, name, alias)
 
 
 @contextlib.contextmanager
-def _telling(alias: str) -> Iterator[None]:
+def _naming_alias(alias: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:

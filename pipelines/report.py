@@ -258,9 +258,9 @@ def _lineage(client: MlflowClient, found: TrackedCurriculum) -> list[tuple[str, 
     for stage in found.stages:
         if stage.version is not None:
             tags = stage.version.tags
-            told = [f"{name} {tags[name]}" for name in ("parent", "config_hash", "code_version") if name in tags]
+            lineage = [f"{name} {tags[name]}" for name in ("parent", "config_hash", "code_version") if name in tags]
             facts.append(
-                (f"stage {stage.name}", f"models:/{stage.version.name}/{stage.version.version}: {', '.join(told)}")
+                (f"stage {stage.name}", f"models:/{stage.version.name}/{stage.version.version}: {', '.join(lineage)}")
             )
     return facts + [(f"data {name}", str(url)) for name, url in found.config.data.items() if url is not None]
 

@@ -111,14 +111,14 @@ def figures_table(config: GMFlowConfig, sets: Sets) -> Table:
     """One row per set, with the paper's figures beside ours if it has some."""
     names = [name for name in FIGURES if any(name in evaluation.pooled for _, evaluation in sets.values())]
     rows: list[list[Cell]] = []
-    told = False
+    any_published = False
     for title, (scored, evaluation) in sets.items():
         theirs = published_figures(config, scored.manifest.dataset, scored.subset) if scored.is_whole else {}
-        told = told or bool(theirs)
+        any_published = any_published or bool(theirs)
         cells = [figure_cell(evaluation.pooled.get(name), theirs.get(name)) for name in names]
         rows.append([title, len(scored), *cells])
     columns = ["set", "pairs", *(FIGURES[name] for name in names)]
-    return Table("Pooled over every valid pixel", columns, rows, NOTE if told else "")
+    return Table("Pooled over every valid pixel", columns, rows, NOTE if any_published else "")
 
 
 def figure_cell(value: float | None, published: float | None) -> Cell:

@@ -23,7 +23,7 @@ from gmflow.weights import decode_weights, encode_weights
 from pipelines.behind import Behind
 from pipelines.gallery import Card, Gallery
 from pipelines.task_results import fetched
-from pipelines.training.memory import peak_bytes, telling_memory_lack
+from pipelines.training.memory import explaining_out_of_memory, peak_bytes
 from pipelines.training.pictures import comparison_png
 from pipelines.training.validation import Scored, score
 
@@ -208,7 +208,7 @@ def _score(
         on_scored(scored.sample.key, comparison_png(scored) if options.pictures else None)
 
     found = score(model, read_ahead(samples), device, bidirectional=options.bidirectional)
-    lack = telling_memory_lack(f"set {options.name}", options.remedy)
+    lack = explaining_out_of_memory(f"set {options.name}", options.remedy)
     with lack, Behind() as behind:
         for number, scored in zip(numbers, found, strict=True):
             sample, state = scored.sample, tuple(scored.metrics.state().tolist())

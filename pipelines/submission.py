@@ -36,7 +36,7 @@ from pipelines.errors import PipelineError, resumable_command
 from pipelines.flow_files import encode_kitti, require_finite
 from pipelines.lasting import lasting_store
 from pipelines.references import resolve_model
-from pipelines.training.memory import telling_memory_lack
+from pipelines.training.memory import explaining_out_of_memory
 
 console = Console(stderr=True)
 
@@ -137,7 +137,7 @@ def predict_submission(
             paths.append(path)
             if path not in kept:
                 frames = [(sample.image0, sample.image1)]
-                with telling_memory_lack(f"pair {sample.key}", "--precision bf16 or --device cpu"):
+                with explaining_out_of_memory(f"pair {sample.key}", "--precision bf16 or --device cpu"):
                     (found,) = predict_batch(model, frames, padding=benchmark.padding, precision=precision)
                 require_finite(sample.key, found.flow)
                 behind.do(write, path, found)

@@ -31,7 +31,7 @@ from pipelines.sweeping.config import SweepConfig
 from pipelines.sweeping.cost import measure_costs
 from pipelines.sweeping.dry_run import show_dry_run
 from pipelines.sweeping.pinned_weights import pinned_weights
-from pipelines.sweeping.room import check_room, told_of_drivers
+from pipelines.sweeping.room import check_room, driver_memory_lack
 from pipelines.sweeping.settings import Setting
 from pipelines.sweeping.table import Row, best_settings, mark_front, to_csv, to_json
 from pipelines.sweeping.tracking import SweepRun
@@ -95,7 +95,7 @@ def run_sweep(sweep: Sweep, *, retry: bool = False) -> list[Row]:
 
 def _run_phases(sweep: Sweep, held: Callable[[], bool], *, retry: bool) -> list[Row]:
     config = sweep.config
-    _tell_if_learned(sweep)
+    _say_overlap(sweep)
     begun = beginning_of_sweep(sweep.store)
     weights = pinned_weights(config, sweep.store, sweep.view.say)
     run = SweepRun(config, weights, sweep.manifests, sweep.view.say, held, begun)
@@ -135,8 +135,8 @@ def beginning_of_sweep(store: ObjectStore) -> str:
     return beginning_of(store)
 
 
-def _tell_if_learned(sweep: Sweep) -> None:
-    """Say if trials are compared by pairs that they are trained on."""
+def _say_overlap(sweep: Sweep) -> None:
+    """Say if training and validation overlap: trials are then compared by pairs that they are trained on."""
     tuned = sweep.config.tune
     if tuned is None:
         return
@@ -214,8 +214,8 @@ def tune(
         sweep.view.say(f"{retry_failed(plan)} failed trial(s) will be tried again")
     for name in (setting.name for setting in seeds):
         sweep.view.say(f"the probe's front seeds {name}")
-    if told := told_of_drivers(sweep.config, nodes(), own_node()):
-        sweep.view.say(told)
+    if lack := driver_memory_lack(sweep.config, nodes(), own_node()):
+        sweep.view.say(lack)
     board = TrialBoard(sweep.view, run)
     tune_trials(plan, seeds, board)
     return list(board.rows.values())
@@ -284,7 +284,7 @@ def main() -> None:
     config = load_config(SweepConfig, arguments.config, arguments.overrides)
     sweep = prepare(config)
     if arguments.dry_run:
-        _tell_if_learned(sweep)
+        _say_overlap(sweep)
         show_dry_run(config, sweep.store, sweep.view.console)
         return
     cpus = [config.cost.cpus, config.probe.cpus if config.probe else 1]

@@ -30,7 +30,7 @@ from pipelines.sweeping.config import ProbeConfig
 from pipelines.sweeping.settings import Setting
 from pipelines.task_results import fetched
 from pipelines.training.config import SetConfig
-from pipelines.training.memory import telling_memory_lack
+from pipelines.training.memory import explaining_out_of_memory
 from pipelines.training.validation import score
 
 
@@ -78,7 +78,7 @@ def measure_accuracy(
 ) -> None:
     """Score what storage does not hold yet; `on_scored` is called for every setting and set, stored or new.
 
-    Tasks wait for storage as long as told here: they do not inherit the driver's environment.
+    Tasks take from here how long to wait for storage: they do not inherit the driver's environment.
     """
     waiting: dict[Any, ScoreJob] = {}
     task = score_settings.options(num_cpus=probe.cpus, num_gpus=1 if probe.use_gpu else 0)
@@ -129,7 +129,7 @@ def score_settings(job: ScoreJob, probe: ProbeConfig, storage_patience_s: float)
     Raises PipelineError if a GPU's memory does not suffice.
     """
     torch.set_num_threads(probe.cpus)
-    lack = telling_memory_lack(f"probe on {job.chosen.name}", "precision=bf16, or probe.use_gpu=false")
+    lack = explaining_out_of_memory(f"probe on {job.chosen.name}", "precision=bf16, or probe.use_gpu=false")
     with waiting_for_storage(storage_patience_s), lack:
         return _scores(job, torch.device("cuda" if probe.use_gpu else "cpu"))
 

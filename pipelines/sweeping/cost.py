@@ -29,7 +29,7 @@ from pipelines.entry import last_line
 from pipelines.errors import OutageError
 from pipelines.sweeping.config import CostConfig
 from pipelines.task_results import fetched
-from pipelines.training.memory import telling_memory_lack
+from pipelines.training.memory import explaining_out_of_memory
 
 _METERS = 4  # at most this many processes, each started because the one before was lost
 
@@ -168,7 +168,7 @@ class _Meter:
         Raises PipelineError if a GPU's memory does not suffice.
         """
         place = f"cost at {self.config.height}×{self.config.width}"
-        with telling_memory_lack(place, "precision=bf16, or smaller cost.height and cost.width"):
+        with explaining_out_of_memory(place, "precision=bf16, or smaller cost.height and cost.width"):
             return self._measured(model)
 
     def _measured(self, model: GMFlowConfig) -> tuple[int, float]:

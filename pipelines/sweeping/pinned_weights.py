@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datasets_etl.objects import ObjectStore, file_sha256
 from gmflow import GMFlow, load_weights, save_weights
-from pipelines.references import fetch_weights, has_moved, telling
+from pipelines.references import fetch_weights, has_moved, naming_reference
 from pipelines.sweeping.accuracy import Weights
 from pipelines.sweeping.config import SweepConfig
 
@@ -36,7 +36,7 @@ def pinned_weights(config: SweepConfig, store: ObjectStore, say: Callable[[str],
     with tempfile.TemporaryDirectory(prefix="gmflow-weights-") as folder:
         kept = Path(folder) / "kept.safetensors"
         kept.write_bytes(store.read(weights.url.rpartition("/")[2]))
-        with telling(config.weights, kept):
+        with naming_reference(config.weights, kept):
             load_weights(GMFlow(config.architecture), kept)
     if has_moved(config.weights, noted["source"], config.mlflow.tracking_uri):
         say(
@@ -56,7 +56,7 @@ def _pin(config: SweepConfig, reference: str, store: ObjectStore) -> Weights:
     with tempfile.TemporaryDirectory(prefix="gmflow-weights-") as folder:
         path, source = fetch_weights(reference, Path(folder), config.mlflow.tracking_uri)
         note = {"reference": reference, "source": source, "version": file_sha256(path)[:16]}
-        with telling(reference, path):
+        with naming_reference(reference, path):
             load_weights(model, path)
         kept = Path(folder) / "kept.safetensors"
         save_weights(model, kept)

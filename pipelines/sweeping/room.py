@@ -35,7 +35,7 @@ def drivers_at_once(node: Mapping[str, float]) -> int:
     return max(1, int((node.get("memory", 0) - _ONCE_BYTES) // _DRIVER_BYTES))
 
 
-def told_of_drivers(config: SweepConfig, nodes: Nodes, own: Mapping[str, float]) -> str:
+def driver_memory_lack(config: SweepConfig, nodes: Nodes, own: Mapping[str, float]) -> str:
     """A line if fewer trials run at once than the cluster has room for, or `tune.max_concurrent` says; else empty."""
     wanted, fitting = concurrent_trials(config, nodes), drivers_at_once(own)
     if fitting >= wanted:

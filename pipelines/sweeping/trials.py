@@ -235,7 +235,7 @@ class TrialRecords:
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
         """Store a validation."""
-        self.history = sorted([*self.history, (step, metrics)], key=lambda told: told[0])
+        self.history = sorted([*self.history, (step, metrics)], key=lambda entry: entry[0])
         self.store.write(_HISTORY, json.dumps(self.history).encode())
 
     @property

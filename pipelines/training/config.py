@@ -14,8 +14,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from datasets_etl.augment import AugmentConfig
 from datasets_etl.cache import SampleCache
-from datasets_etl.loader import EvaluationSet, MixturePart, told_part
-from datasets_etl.manifest import Manifest, told_patterns
+from datasets_etl.loader import EvaluationSet, MixturePart, part_label
+from datasets_etl.manifest import Manifest, patterns_label
 from gmflow import GMFlowConfig
 from gmflow.execution import ExecutionConfig, Precision
 from pipelines.config_file import Frozen, RunName, Seed, spelt
@@ -77,7 +77,7 @@ class SubsetConfig(Frozen):
     @property
     def patterns(self) -> str:
         """Which part of the subset the patterns choose, such as "only alley_*"; empty if there are none."""
-        return told_patterns(self.only, self.without)
+        return patterns_label(self.only, self.without)
 
     def indices(self, manifest: Manifest) -> npt.NDArray[np.int64]:
         """Numbers of its samples in the dataset's manifest. Raises DataError if there are none."""
@@ -141,7 +141,7 @@ class SetConfig(SubsetConfig):
     @property
     def cut(self) -> str:
         """Which part of the subset this is, such as "only alley_*; first 8 pairs"; empty if it is the whole."""
-        return told_part(self.only, self.without, self.limit)
+        return part_label(self.only, self.without, self.limit)
 
     def indices(self, manifest: Manifest) -> npt.NDArray[np.int64]:
         return self.build(manifest).indices

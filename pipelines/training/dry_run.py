@@ -54,8 +54,8 @@ def show_dry_run(config: CurriculumConfig) -> None:
         "computing: steps × the time of one, measured just now on one worker of this Ray, without reading, validation "
         "and the workers' meeting; empty where this Ray has no room for a worker, or measuring took too long"
     )
-    for told in (*_beginnings(config, plans), *_learned(config, plans)):
-        print(told)
+    for line in (*_beginnings(config, plans), *_learned(config, plans)):
+        print(line)
     for name, claim in standing_claims({f"stage {plan.stage.name}": plan.folder for plan in plans}).items():
         print(f"{name}: claimed by {claim}; the same command is refused as long as that lives")
 

@@ -29,7 +29,7 @@ from gmflow import GMFlow, load_weights, save_weights
 from pipelines.cluster import Nodes, listed, nodes, slots
 from pipelines.entry import last_line
 from pipelines.errors import LASTING_ERRORS, USER_ERRORS, OutageError
-from pipelines.references import fetch_weights, has_moved, telling
+from pipelines.references import fetch_weights, has_moved, naming_reference
 from pipelines.training import state
 from pipelines.training.checkpoints import INITIAL_WEIGHTS, CheckpointStore
 from pipelines.training.config import MachineConfig, ModelConfig
@@ -96,7 +96,7 @@ def provide_initial_weights(
     with tempfile.TemporaryDirectory(prefix="gmflow-init-") as scratch:
         if reference is not None:
             fetched, source = fetch_weights(reference, Path(scratch), tracking_uri)
-            with telling(reference, fetched):
+            with naming_reference(reference, fetched):
                 load_weights(initial, fetched)
         path = Path(scratch) / f"pinned-{INITIAL_WEIGHTS}"
         save_weights(initial, path)
@@ -134,7 +134,7 @@ def fit_stage(job: StageJob, name: str, callbacks: Sequence[UserCallback] = ()) 
 
     All workers end early after a preemption notice for a machine of theirs; they are restarted elsewhere, even if they
     had made no progress. Workers that fail are restarted, until `machine.max_failures` + 1 failures bring no new
-    checkpoint. While no workers come up, the feed is told why.
+    checkpoint. While no workers come up, the feed gets a line that says why.
 
     Args:
         job: everything the workers need to know.
@@ -180,13 +180,13 @@ def _failed_too_often(job: StageJob, failure: TrainingFailedError) -> OutageErro
     allowed = job.machine.max_failures
     if isinstance(failure, ControllerError):
         times = f" {allowed + 1} times, the last" if allowed else ""
-        told = f"the workers could not be started, or not be connected{times}: {reason}"
+        problem = f"the workers could not be started, or not be connected{times}: {reason}"
     elif allowed:
-        told = f"workers failed {allowed + 1} times without a new checkpoint, the last: {reason}"
+        problem = f"workers failed {allowed + 1} times without a new checkpoint, the last: {reason}"
     else:
-        told = f"a worker failed: {reason}"
+        problem = f"a worker failed: {reason}"
     return OutageError(
-        f"stage {job.stage.name}: {told} (machine.max_failures {allowed}); the same command goes on from the newest "
+        f"stage {job.stage.name}: {problem} (machine.max_failures {allowed}); the same command goes on from the newest "
         "checkpoint"
     )
 
@@ -242,13 +242,13 @@ class _Wait:
 
     def __init__(self, job: StageJob, feed: FeedWriter) -> None:
         self._job, self._feed = job, feed
-        self._told = ""
+        self._reported = ""
 
     def look(self) -> None:
         news = room_lacking(self._job.machine) or self._slow_start()
-        if news and news != self._told:
+        if news and news != self._reported:
             self._feed.send(Record(0, line=f"stage={self._job.stage.name} {news}", waiting=True))
-        self._told = news
+        self._reported = news
 
     def _slow_start(self) -> str:
         """A line if no worker is there: Ray retries workers that die while starting; only its logs say so."""

@@ -17,7 +17,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def telling_memory_lack(what: str, remedy: str) -> Iterator[None]:
+def explaining_out_of_memory(what: str, remedy: str) -> Iterator[None]:
     """Raises PipelineError if a GPU's memory does not suffice for `what` within the block; it names the remedy."""
     try:
         yield

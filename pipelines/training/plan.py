@@ -102,7 +102,7 @@ class StagePlan:
 
     @property
     def job(self) -> StageJob:
-        """What its workers are told."""
+        """The job that its workers get."""
         return StageJob(
             stage=self.stage,
             machine=self.config.machine,
@@ -178,7 +178,7 @@ def learned_pairs(mixtures: Iterable[PartConfig], chosen: SetConfig, manifests: 
 
 def check_measurable(purpose: str, metric: MetricConfig, manifest: Manifest) -> None:
     """Raises PipelineError if a dataset cannot give the metric that a decision is based on."""
-    if metric.metric in ("matched", "unmatched") and not manifest.tells_occlusion:
+    if metric.metric in ("matched", "unmatched") and not manifest.has_occlusion:
         raise PipelineError(
             f"{purpose}: {metric.name} will have no value: {manifest.dataset} does not tell which pixels are occluded; "
             "choose another metric"

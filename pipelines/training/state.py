@@ -74,7 +74,7 @@ class TrainingState:
         return self.model if self.average is None else self.average.module
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """Remember what is told of a step; the oldest is forgotten."""
+        """Remember the metrics of a step; the oldest are forgotten."""
         self.records = [*self.records, (step, metrics)][-_REMEMBERED_RECORDS:]
 
     def snapshot(self) -> dict[str, Any]:
@@ -173,5 +173,5 @@ def _cosine(start: float, end: float, share: float) -> float:
 def newest_metrics(records: Sequence[tuple[int, Mapping[str, float]]], step: int) -> dict[str, float]:
     """The newest value of every metric; of validation metrics only those of `step`: older ones are of other weights."""
     newest = {name: value for _, metrics in records for name, value in metrics.items()}
-    measured = {name for told, metrics in records if told == step for name in metrics}
+    measured = {name for recorded, metrics in records if recorded == step for name in metrics}
     return {name: value for name, value in newest.items() if name in measured or not name.startswith("val/")}

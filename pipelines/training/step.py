@@ -44,7 +44,7 @@ class TrainingStep:
         state: what a step changes: weights, optimiser, schedule, counts of skipped steps.
         model: the model of `state` as it is run, perhaps wrapped by DDP.
         group: the ranks.
-        log: is told what the worker does, and of skipped steps.
+        log: gets a line for each skipped step, and knows what the worker is doing.
     """
 
     def __init__(

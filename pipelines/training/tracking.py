@@ -44,7 +44,7 @@ class TrackedRun:
         self.run_id: str = run.info.run_id
         self._patience = patience
         self._held = held
-        self._told: dict[str, int] | None = None  # metric → newest step MLflow has; None: not asked yet
+        self._logged: dict[str, int] | None = None  # metric → newest step MLflow has; None: not asked yet
 
     def log(self, record: Record) -> None:
         """Log metrics against the step. Those an earlier attempt already logged are left out: a replay is exact.
@@ -63,19 +63,19 @@ class TrackedRun:
                 self._patience.tell(f"{name} is not kept: {error}")
 
     def _log_metrics(self, step: int, metrics: Mapping[str, float], time_ms: int) -> None:
-        if self._told is None:
-            self._told = self._ask_what_was_told()
-        told = self._told
-        news = {name: value for name, value in metrics.items() if step > told.get(name, -1)}
+        if self._logged is None:
+            self._logged = self._ask_what_was_logged()
+        logged = self._logged
+        news = {name: value for name, value in metrics.items() if step > logged.get(name, -1)}
         if not news:
             return
         entries = [Metric(name, value, time_ms, step) for name, value in news.items()]
         try:
             self.client.log_batch(self.run_id, entries)
         except Exception:
-            self._told = None  # it may have arrived: ask before a retry
+            self._logged = None  # it may have arrived: ask before a retry
             raise
-        told |= dict.fromkeys(news, step)
+        logged |= dict.fromkeys(news, step)
 
     def _log_picture(self, name: str, png: bytes) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +83,7 @@ class TrackedRun:
             path.write_bytes(png)
             self.client.log_artifact(self.run_id, str(path), "pictures")
 
-    def _ask_what_was_told(self) -> dict[str, int]:
+    def _ask_what_was_logged(self) -> dict[str, int]:
         known = self.client.get_run(self.run_id).data.metrics
         return {name: max(entry.step for entry in self.client.get_metric_history(self.run_id, name)) for name in known}
 

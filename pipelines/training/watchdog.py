@@ -51,7 +51,7 @@ class Watchdog:
 
     def _watch(self, ended: threading.Event) -> None:
         slow_s = min(_SLOW_S, self._limit_s / 4)
-        told, lived = 0.0, -math.inf
+        reported, lived = 0.0, -math.inf
         while not ended.wait(min(1.0, self._limit_s / 8)):
             if time.monotonic() - lived > _LIFE_S:
                 lived = time.monotonic()
@@ -61,8 +61,8 @@ class Watchdog:
             idle = time.monotonic() - since
             if idle > self._limit_s:
                 self._end(doing, step)
-            if idle > slow_s and told != since:
-                told = since
+            if idle > slow_s and reported != since:
+                reported = since
                 with contextlib.suppress(Exception):  # this thread has to go on, even if nobody can be told
                     self._tell(step, f"no progress for {idle:.0f} s while {doing}; is ended at {self._limit_s:.0f} s")
 

@@ -127,7 +127,7 @@ def test_what_is_asked_for_of_asha_and_of_weights_is_not_asked_for_without_them(
 
 def test_a_trials_best_checkpoint_is_by_what_its_data_can_tell(tree, load, monkeypatch):
     config = load(tree, "tune.stage.keep_best={data: chairs, subset: val, metric: matched}")
-    manifest = SimpleNamespace(tells_occlusion=False, dataset="chairs")
+    manifest = SimpleNamespace(has_occlusion=False, dataset="chairs")
     monkeypatch.setattr(pipelines.sweep.Manifest, "load", lambda url: manifest)
     monkeypatch.setattr(SubsetConfig, "indices", lambda *_: [])
     monkeypatch.setattr(SetConfig, "indices", lambda *_: [])

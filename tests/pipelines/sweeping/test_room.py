@@ -3,7 +3,7 @@
 import pytest
 
 from pipelines.errors import PipelineError
-from pipelines.sweeping.room import check_room, concurrent_trials, drivers_at_once, told_of_drivers
+from pipelines.sweeping.room import check_room, concurrent_trials, driver_memory_lack, drivers_at_once
 
 
 def test_no_more_trials_run_at_once_than_the_cluster_holds(tree, load):
@@ -59,6 +59,6 @@ def test_as_many_trials_run_as_their_drivers_fit_beside_the_sweeps():
 def test_fewer_trials_at_once_than_asked_for_are_told(tree, load):
     config = load(tree, "tune.max_concurrent=4")
     cluster = [{"CPU": 8.0}]
-    assert told_of_drivers(config, cluster, {"memory": 6.0 * 2**30}) == ""
-    told = told_of_drivers(config, cluster, {"memory": 5.9 * 2**30})
+    assert driver_memory_lack(config, cluster, {"memory": 6.0 * 2**30}) == ""
+    told = driver_memory_lack(config, cluster, {"memory": 5.9 * 2**30})
     assert told.startswith("runs 3 trial(s) at once, not 4: their drivers run on this node, which has 5.9 GiB")

@@ -305,7 +305,7 @@ def test_a_sweep_without_a_finished_trial_ends_with_a_line(tracked, monkeypatch,
     rows = [*probed]
     rows += [Row("a", "trial", "k1", REFINE, "failed", reason="of this"), Row("b", "trial", "k2", REFINE, "stopped")]
     sweep = tracked()
-    for name, result in (("pinned_weights", None), ("_tell_if_learned", None), ("tune", rows), ("report", None)):
+    for name, result in (("pinned_weights", None), ("_say_overlap", None), ("tune", rows), ("report", None)):
         monkeypatch.setattr(pipelines.sweep, name, lambda *_, result=result, **__: result)
     monkeypatch.setattr(pipelines.sweep, "with_costs", lambda sweep, rows: rows)
     monkeypatch.setattr(SweepRun, "judge", lambda *_: None)
