@@ -34,7 +34,8 @@ from datasets_etl.storage import open_store
 from gmflow import GMFlow
 from pipelines.arguments import positive
 from pipelines.config_file import load_config
-from pipelines.training.config import CurriculumConfig, SetConfig, StageConfig
+from pipelines.training.config import CurriculumConfig, StageConfig
+from pipelines.training.data_config import SetConfig
 from pipelines.training.state import TrainingState, to_bytes
 
 console = Console(width=140)

@@ -44,7 +44,8 @@ from pipelines.report_page import (
 )
 from pipelines.scoring import Evaluation, ScoringOptions, evaluate_on_ray
 from pipelines.training import mlflow_client, mlflow_patience, tracking
-from pipelines.training.config import CurriculumConfig, SetConfig
+from pipelines.training.config import CurriculumConfig
+from pipelines.training.data_config import SetConfig
 from pipelines.training.mlflow_client import place_of
 
 FILE_NAME = "report.html"

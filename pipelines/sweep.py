@@ -40,7 +40,8 @@ from pipelines.sweeping.tuning import tune_trials
 from pipelines.sweeping.view import SweepView, front_table
 from pipelines.training import mlflow_client, registry
 from pipelines.training.code_version import code_version
-from pipelines.training.config import SetConfig, shown_uri
+from pipelines.training.config import shown_uri
+from pipelines.training.data_config import SetConfig
 from pipelines.training.launch import beginning_of, mark_beginning
 from pipelines.training.mlflow_client import run_link
 from pipelines.training.plan import FINAL_WEIGHTS, check_measurable, learned_pairs

@@ -29,7 +29,7 @@ from gmflow.metrics import FlowMetrics
 from pipelines.sweeping.config import ProbeConfig
 from pipelines.sweeping.settings import Setting
 from pipelines.task_results import fetched
-from pipelines.training.config import SetConfig
+from pipelines.training.data_config import SetConfig
 from pipelines.training.memory import explaining_out_of_memory
 from pipelines.training.validation import score
 

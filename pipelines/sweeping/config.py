@@ -13,18 +13,9 @@ from gmflow.config import GLOBAL
 from pipelines.config_file import Frozen, RunName, Seed
 from pipelines.errors import PipelineError
 from pipelines.sweeping.settings import Setting, check_crop, check_size, grid_settings
-from pipelines.training.config import (
-    DataName,
-    MachineConfig,
-    MetricConfig,
-    MlflowConfig,
-    ModelConfig,
-    PartConfig,
-    SetConfig,
-    StageConfig,
-    check_named_once,
-    no_alias_of_the_registry,
-)
+from pipelines.training.config import MlflowConfig, ModelConfig, StageConfig, no_alias_of_the_registry
+from pipelines.training.data_config import DataName, MetricConfig, PartConfig, SetConfig, check_named_once
+from pipelines.training.machine_config import MachineConfig
 
 
 class GridConfig(Frozen):

@@ -3,25 +3,17 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-import numpy as np
-import numpy.typing as npt
 import pydantic
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
-from datasets_etl.augment import AugmentConfig
-from datasets_etl.cache import SampleCache
-from datasets_etl.loader import EvaluationSet, MixturePart, part_label
-from datasets_etl.manifest import Manifest, patterns_label
 from gmflow import GMFlowConfig
-from gmflow.execution import ExecutionConfig, Precision
+from gmflow.execution import Precision
 from pipelines.config_file import Frozen, RunName, Seed, spelt
-
-DataName = Annotated[str, spelt(r"[\w.-]+", "letters, digits, _, . and -")]
-"""What a config calls a dataset; metrics are named by it."""
+from pipelines.training.data_config import DataName, GateConfig, MetricConfig, PartConfig, SetConfig, check_named_once
+from pipelines.training.machine_config import MachineConfig
 
 
 class ModelConfig(Frozen):
@@ -53,148 +45,11 @@ class ModelConfig(Frozen):
         return GMFlowConfig.from_dict(variant.to_dict() | self.model_dump(exclude={"variant"}, exclude_none=True))
 
 
-class SubsetConfig(Frozen):
-    """Samples of a dataset.
-
-    Attributes:
-        data: name of the dataset in the config.
-        subset: one of its subsets.
-        only: patterns of samples' names, such as "alley_*"; samples that match none of them are left out.
-        without: patterns of the names of samples that are left out, to validate on them.
-    """
-
-    data: str
-    subset: str
-    only: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-
-    @pydantic.model_serializer(mode="wrap")
-    def _patterns_if_any(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without patterns, this is what versions wrote that had none: hashes of their stages stay the same."""
-        content: dict[str, Any] = dump(self)
-        return {name: value for name, value in content.items() if value or name not in ("only", "without")}
-
-    @property
-    def patterns(self) -> str:
-        """Which part of the subset the patterns choose, such as "only alley_*"; empty if there are none."""
-        return patterns_label(self.only, self.without)
-
-    def indices(self, manifest: Manifest) -> npt.NDArray[np.int64]:
-        """Numbers of its samples in the dataset's manifest. Raises DataError if there are none."""
-        return manifest.select(self.subset, only=self.only, without=self.without)
-
-
-class PartConfig(SubsetConfig):
-    """A part of a stage's mixture: a subset of a dataset, how often an epoch repeats it, and how it is augmented.
-
-    Attributes:
-        repeats: how often an epoch contains each sample.
-        min_log2_scale, max_log2_scale: images are scaled by 2 to the power of a uniform draw between them.
-        hflip, vflip: probabilities of mirroring left-right and upside down.
-    """
-
-    repeats: PositiveInt = 1
-    min_log2_scale: float = 0.0
-    max_log2_scale: float = 0.0
-    hflip: float = Field(default=0.0, ge=0, le=1)
-    vflip: float = Field(default=0.0, ge=0, le=1)
-
-    @pydantic.model_validator(mode="after")
-    def _scales_in_order(self) -> Self:
-        if self.min_log2_scale > self.max_log2_scale:
-            raise ValueError(f"min_log2_scale {self.min_log2_scale} is above max_log2_scale {self.max_log2_scale}")
-        return self
-
-    def build(self, manifest: Manifest, crop: tuple[int, int]) -> MixturePart:
-        """The part, its samples cut to `crop` (height, width)."""
-        augmentation = AugmentConfig(
-            crop=crop,
-            min_log2_scale=self.min_log2_scale,
-            max_log2_scale=self.max_log2_scale,
-            hflip=self.hflip,
-            vflip=self.vflip,
-        )
-        return MixturePart(manifest, self.subset, self.repeats, augmentation, self.only, self.without)
-
-
 def no_alias_of_the_registry(name: str) -> str:
     """Refuses names that the registry reserves: that of a stage or sweep becomes an alias of its model."""
     if name in ("champion", "latest") or re.fullmatch(r"v\d+", name):
         raise ValueError(f"{name!r} means something else in the model registry; give another name")
     return name
-
-
-class SetConfig(SubsetConfig):
-    """A validation set.
-
-    Attributes:
-        limit: only its first samples; None: all.
-    """
-
-    limit: PositiveInt | None = None
-
-    @property
-    def name(self) -> str:
-        """The name of the set in metrics, such as "sintel/training-clean"."""
-        return f"{self.data}/{self.subset}"
-
-    @property
-    def cut(self) -> str:
-        """Which part of the subset this is, such as "only alley_*; first 8 pairs"; empty if it is the whole."""
-        return part_label(self.only, self.without, self.limit)
-
-    def indices(self, manifest: Manifest) -> npt.NDArray[np.int64]:
-        return self.build(manifest).indices
-
-    def build(
-        self, manifest: Manifest, *, at_most: int | None = None, cache: SampleCache | None = None
-    ) -> EvaluationSet:
-        """Its samples, or the first `at_most` of them."""
-        limits = [limit for limit in (self.limit, at_most) if limit is not None]
-        return EvaluationSet(
-            manifest, self.subset, min(limits, default=None), cache, only=self.only, without=self.without
-        )
-
-
-def check_named_once(sets: Sequence[SetConfig], whose: str) -> None:
-    """Raises ValueError if a validation names a set twice, even with another limit: metric names would be the same."""
-    names = [chosen.name for chosen in sets]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{whose}: validation names {twice[0]} twice; its figures would be of one of them")
-
-
-class MetricConfig(Frozen):
-    """A metric of a validation set; lower is better.
-
-    Attributes:
-        data, subset: the set, which the stage must validate on.
-        metric: EPE (px) of all pixels ("epe"), by speed ("s0_10", "s10_40", "s40_plus"), or of pixels that both frames
-            show and the others ("matched", "unmatched": Sintel and KITTI alone); percent of pixels with an error above
-            1, 3 or 5 px ("px1", "px3", "px5"), or of KITTI's outliers ("f1_all").
-    """
-
-    data: str
-    subset: str
-    metric: Literal["epe", "px1", "px3", "px5", "s0_10", "s10_40", "s40_plus", "matched", "unmatched", "f1_all"] = "epe"
-
-    @property
-    def set_name(self) -> str:
-        return f"{self.data}/{self.subset}"
-
-    @property
-    def name(self) -> str:
-        """The name it is tracked under, such as "val/sintel/training-clean/epe"."""
-        return f"val/{self.set_name}/{self.metric}"
-
-
-class GateConfig(MetricConfig):
-    """A value that a finished stage must stay below before anything is built on it.
-
-    Attributes:
-        below: the stage's last figure must be lower; else the curriculum stops, and says so.
-    """
-
-    below: PositiveFloat
 
 
 class StageConfig(Frozen):
@@ -284,100 +139,6 @@ class StageConfig(Frozen):
         watched = {"validation", "validate_every", "checkpoint_every", "keep_last", "keep_best", "log_every", "gates"}
         watched.add("max_skipped_in_a_row")  # it may end a stage, but changes no weight
         return self.model_dump(mode="json", exclude=watched)
-
-
-class CacheConfig(Frozen):
-    """A folder on each machine's own disk that keeps samples read from storage.
-
-    It takes no more samples once a twentieth of the disk or less is free, or 2 GiB or less if that is smaller.
-
-    Attributes:
-        folder: an absolute path, or one that begins with ~.
-        gib: it holds at most so many GiB.
-    """
-
-    folder: str
-    gib: PositiveFloat
-
-    @pydantic.field_validator("folder")
-    @classmethod
-    def _is_the_same_for_all(cls, folder: str) -> str:
-        """Refuses a relative path: each worker has its own working folder, which disappears with Ray."""
-        if not Path(folder).expanduser().is_absolute():
-            raise ValueError(f"{folder}: give an absolute path, such as /scratch/gmflow")
-        return folder
-
-    def build(self) -> SampleCache:
-        return SampleCache(Path(self.folder).expanduser(), int(self.gib * 2**30))
-
-
-class MachineConfig(Frozen):
-    """How the machine is used: this changes speed and memory, never the recipe. What differs is rounding
-    (docs/fault-tolerance.md).
-
-    Attributes:
-        num_workers: number of data-parallel workers.
-        min_workers: continue with as few workers as this while machines are missing; None: wait for all of them.
-        grow_interval_s: how often (s) to check whether more workers fit, while training runs with fewer; Ray itself
-            notices a new machine within 20 s.
-        cpus_per_worker, use_gpu: the resources that each worker takes from the cluster.
-        placement: "pack": workers on as few nodes as possible; "spread": on as many nodes as possible; "strict_spread":
-            each worker must have its own node.
-        micro_batch: samples that a worker computes at a time; gradients are accumulated up to the recipe's batch.
-        loader_workers: processes of each worker that read and augment samples; 0: the worker does it itself.
-        cache: keeps samples on the machines' own disks; None: each sample is read from storage every time.
-        checkpointing: which activations are recomputed in the backward pass instead of kept.
-        compile: run the model through torch.compile; the machine must have a compiler (the image has one).
-        replay: on GPUs, record a step's operations once and replay them, unless the model is compiled. The bits are the
-            same. Small micro-batches take less time, but the recordings hold memory that validation cannot use.
-        max_failures: how often a stage is restarted after a worker failed, without a new checkpoint in between; 0:
-            never.
-        hang_timeout_s: a worker without progress for this long is ended, so that the stage resumes.
-        storage_patience_s: how long workers and driver wait for storage that is unreachable.
-    """
-
-    num_workers: PositiveInt = 1
-    min_workers: PositiveInt | None = None
-    grow_interval_s: PositiveFloat = 60.0
-    use_gpu: bool = False
-    cpus_per_worker: PositiveInt = 1
-    placement: Literal["pack", "spread", "strict_spread"] = "pack"
-    micro_batch: PositiveInt = 1
-    loader_workers: NonNegativeInt = 0
-    cache: CacheConfig | None = None
-    checkpointing: Literal["none", "selective", "full"] = "none"
-    compile: bool = False
-    replay: bool = True
-    max_failures: NonNegativeInt = 3
-    hang_timeout_s: PositiveFloat = 900.0
-    storage_patience_s: PositiveFloat = 120.0
-
-    @pydantic.model_validator(mode="after")
-    def _limits_fit_together(self) -> Self:
-        if self.min_workers is not None and self.min_workers > self.num_workers:
-            raise ValueError(f"min_workers {self.min_workers} is above num_workers {self.num_workers}")
-        if self.min_workers is not None and self.placement == "strict_spread":
-            raise ValueError(
-                "min_workers goes with placement pack or spread: how many fit meanwhile is counted by what nodes hold, "
-                "not by nodes"
-            )
-        if self.hang_timeout_s <= 2 * self.storage_patience_s:
-            raise ValueError(
-                f"hang_timeout_s {self.hang_timeout_s:g} must be above twice storage_patience_s "
-                f"{self.storage_patience_s:g}: a worker whose last two checkpoints wait for storage does not hang"
-            )
-        return self
-
-    def execution(self, precision: Precision, *, ddp: bool = False) -> ExecutionConfig:
-        """How a model is run for training on this machine."""
-        return ExecutionConfig(
-            precision=precision,
-            checkpointing=self.checkpointing,
-            compile=self.compile,
-            ddp=ddp,
-            replay=self.replay and not self.compile,
-            same_bits=True,
-        )
 
 
 def shown_uri(uri: str) -> str:

@@ -32,8 +32,9 @@ from pipelines.errors import LASTING_ERRORS, USER_ERRORS, OutageError
 from pipelines.references import fetch_weights, has_moved, naming_reference
 from pipelines.training import state
 from pipelines.training.checkpoints import INITIAL_WEIGHTS, CheckpointStore
-from pipelines.training.config import MachineConfig, ModelConfig
+from pipelines.training.config import ModelConfig
 from pipelines.training.feed import FeedWriter, Record
+from pipelines.training.machine_config import MachineConfig
 from pipelines.training.stage import StageJob, train_stage
 from pipelines.training.state import result_weights
 

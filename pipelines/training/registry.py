@@ -28,7 +28,7 @@ from datasets_etl.objects import file_sha256
 from pipelines.entry import first_line
 from pipelines.errors import OutageError, PipelineError
 from pipelines.training import mlflow_client, mlflow_patience
-from pipelines.training.config import MetricConfig, SetConfig
+from pipelines.training.data_config import MetricConfig, SetConfig
 from pipelines.training.mlflow_client import place_of
 
 log = logging.getLogger(__name__)

@@ -21,10 +21,11 @@ from gmflow import GMFlow
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from pipelines.errors import LASTING_ERRORS, PipelineError
 from pipelines.training.checkpoints import CheckpointStore, CheckpointWriter, KeepPolicy, initial_model
-from pipelines.training.config import MachineConfig, StageConfig
+from pipelines.training.config import StageConfig
 from pipelines.training.feed import FeedWriter, Record
 from pipelines.training.group import WorkerGroup
 from pipelines.training.interval import StepTotals
+from pipelines.training.machine_config import MachineConfig
 from pipelines.training.memory import peak_bytes
 from pipelines.training.pictures import comparison_png
 from pipelines.training.state import TrainingState, newest_metrics

@@ -34,10 +34,11 @@ from pipelines.curriculum import run_curriculum
 from pipelines.errors import OutageError, PipelineError
 from pipelines.references import resolve_model
 from pipelines.training import launch, mlflow_client
-from pipelines.training.config import CurriculumConfig, MachineConfig, ModelConfig
+from pipelines.training.config import CurriculumConfig, ModelConfig
 from pipelines.training.dry_run import show_dry_run
 from pipelines.training.feed import Record
 from pipelines.training.launch import provide_initial_weights
+from pipelines.training.machine_config import MachineConfig
 from pipelines.training.plan import StagePlan, plan_curriculum
 from pipelines.training.stage import StageJob
 from tests.pipelines.conftest import Call, Workplace, workplace_in

@@ -19,7 +19,7 @@ from gmflow import GMFlow, GMFlowError, load_model, save_weights
 from pipelines import references
 from pipelines.errors import PipelineError
 from pipelines.training import mlflow_client, registry, tracking
-from pipelines.training.config import MetricConfig
+from pipelines.training.data_config import MetricConfig
 from tests.pipelines.commands import TINY
 
 

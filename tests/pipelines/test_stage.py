@@ -22,8 +22,10 @@ from pipelines.config_file import load_config
 from pipelines.errors import PipelineError
 from pipelines.scoring import evaluate
 from pipelines.training import group, interval, launch, stage
-from pipelines.training.config import CurriculumConfig, MachineConfig, PartConfig
+from pipelines.training.config import CurriculumConfig
+from pipelines.training.data_config import PartConfig
 from pipelines.training.feed import Record
+from pipelines.training.machine_config import MachineConfig
 from pipelines.training.plan import plan_curriculum
 from pipelines.training.watchdog import Watchdog
 from tests.pipelines.conftest import Workplace

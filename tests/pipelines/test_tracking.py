@@ -26,7 +26,8 @@ from gmflow import GMFlow, predict_flow, save_weights
 from pipelines import references
 from pipelines.errors import OutageError, PipelineError
 from pipelines.training import feed, mlflow_client, mlflow_patience, registry, tracking
-from pipelines.training.config import MetricConfig, MlflowConfig, SetConfig, shown_uri
+from pipelines.training.config import MlflowConfig, shown_uri
+from pipelines.training.data_config import MetricConfig, SetConfig
 from pipelines.training.feed import FeedWriter, Record, listening
 from tests.faulty_proxy import faulty_proxy
 from tests.mlflow_server import MlflowServer, mlflow_running

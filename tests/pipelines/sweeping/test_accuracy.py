@@ -16,7 +16,7 @@ from pipelines.errors import PipelineError
 from pipelines.sweeping import accuracy
 from pipelines.sweeping.accuracy import SharedFeatures, Weights, score_jobs
 from pipelines.sweeping.settings import Setting
-from pipelines.training.config import SetConfig
+from pipelines.training.data_config import SetConfig
 from tests.pipelines.sweeping.made import MANIFESTS, REFINE
 
 

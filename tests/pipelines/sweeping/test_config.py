@@ -10,7 +10,7 @@ from pipelines.errors import PipelineError
 from pipelines.sweep import prepare
 from pipelines.sweeping.config import SweepConfig
 from pipelines.sweeping.settings import Setting, grid_settings
-from pipelines.training.config import SetConfig, SubsetConfig
+from pipelines.training.data_config import SetConfig, SubsetConfig
 from tests.conftest import ROOT
 from tests.pipelines.sweeping.made import REFINE
 
