@@ -245,7 +245,7 @@ def _require_within_reach(store: ObjectStore, shards: Iterable[WrittenShard]) ->
     for shard in shards:
         if shard.entry is not None and store.size(shard.entry.name) != shard.entry.bytes:
             raise DataError(
-                f"{store.url}/{shard.entry.name}: written by another node, and not to be seen from here: "
+                f"{store.url}/{shard.entry.name}: written by another node, and not visible from here: "
                 "--target must be storage that all nodes share, such as s3://BUCKET/PREFIX"
             )
 

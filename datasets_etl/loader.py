@@ -35,9 +35,9 @@ _PIXEL_BYTES = 3 + 3 + 8 + 1
 # Number of samples that a process reads ahead of the one it decodes: enough to hide a bucket's latency.
 _READS_AHEAD = 4
 
-# Number of batches that a thread fetches ahead of time from the loader processes: each fetch is a handshake, and a step
-# draws two batches before it computes.
-_TAKEN_OVER = 2
+# Number of batches that a thread fetches ahead from the loader processes. Each fetch is a handshake, and a step draws
+# two batches before it computes.
+_BATCHES_AHEAD = 2
 
 
 class FlowBatch(NamedTuple):
@@ -294,10 +294,10 @@ class TrainingStream:
         """
         batches: Iterator[_Packed | DataError] = iter(self._loader)
         if self._loader.num_workers and not self._loader.pin_memory:  # pinning has its own thread that fetches ahead
-            batches = read_ahead(batches, _TAKEN_OVER)
+            batches = read_ahead(batches, _BATCHES_AHEAD)
         for step in self.steps:
             count = len(self._batches.of_step(step))
-            yield step, (_unpack(_sound(next(batches))) for _ in range(count))
+            yield step, (_unpack(_without_error(next(batches))) for _ in range(count))
 
 
 class _ErrorsAsValues(Dataset[FlowBatch]):
@@ -313,7 +313,7 @@ class _ErrorsAsValues(Dataset[FlowBatch]):
             return error
 
 
-def _sound(batch: _Packed | DataError) -> _Packed:
+def _without_error(batch: _Packed | DataError) -> _Packed:
     if isinstance(batch, DataError):
         raise batch
     return batch
@@ -351,8 +351,8 @@ def _pack_unless_error(samples: Sequence[FlowBatch] | DataError) -> _Packed | Da
 def _pack(samples: Sequence[FlowBatch]) -> _Packed:
     shape = (len(samples), *samples[0].valid.shape)
     packed = _Packed(torch.empty(prod(shape) * _PIXEL_BYTES, dtype=torch.uint8), shape)
-    for tensors, together in zip(zip(*samples, strict=True), _unpack(packed), strict=True):
-        torch.stack(tensors, out=together)
+    for tensors, batch in zip(zip(*samples, strict=True), _unpack(packed), strict=True):
+        torch.stack(tensors, out=batch)
     return packed
 
 

@@ -44,8 +44,8 @@ class Claim:
 
     Attributes:
         token: unique name of the claim.
-        host, pid, since: what messages to people name.
-        machine, started: together with `pid` they identify its process; empty if the system does not tell them.
+        host, pid, since: for messages to people.
+        machine, started: with `pid` they identify its process; empty where the system does not give them.
         renewed: how often the claim was renewed.
     """
 
@@ -152,7 +152,7 @@ class _Keeper:
         self._ended = threading.Event()
         self._asked, self._looked = threading.Event(), threading.Event()
         self._silent = False  # storage did not answer somebody who asked, and has not since
-        self._renewed = _awake_or_asleep_s()
+        self._renewed = _seconds_since_boot()
         try:
             for folder in folders.values():
                 self._write(folder)
@@ -168,7 +168,7 @@ class _Keeper:
         If it was not renewed lately, it is now, in a moment. While storage is down, nobody takes it over; then only the
         first who asks waits for that moment.
         """
-        if self.lost is None and not self._silent and _awake_or_asleep_s() - self._renewed > _SURE_S:
+        if self.lost is None and not self._silent and _seconds_since_boot() - self._renewed > _SURE_S:
             self._looked.clear()
             self._asked.set()
             self._silent = not self._looked.wait(_ANSWERED_S)
@@ -202,7 +202,7 @@ class _Keeper:
                     folder.delete(CLAIM)
 
     def _renew_all(self) -> None:
-        begun = _awake_or_asleep_s()
+        begun = _seconds_since_boot()
         failed = False
         for name, folder in self._folders.items():
             try:
@@ -233,8 +233,8 @@ class _Keeper:
         folder.write(CLAIM, json.dumps(asdict(self._claim)).encode())
 
 
-def _awake_or_asleep_s() -> float:
-    """Seconds that pass also while the machine is suspended, as those of `time.monotonic` do not."""
+def _seconds_since_boot() -> float:
+    """A monotonic clock in seconds that goes on while the machine is suspended; `time.monotonic` stands still then."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 

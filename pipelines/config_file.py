@@ -22,11 +22,11 @@ class Frozen(BaseModel):
 
 
 def spelt(pattern: str, allowed: str) -> pydantic.AfterValidator:
-    """For a name in a config: all of it must match `pattern`, or the error says what is `allowed`."""
+    """A validator for names: the whole name must match `pattern`; the error says in words what is `allowed`."""
 
     def check(name: str) -> str:
         if re.fullmatch(pattern, name) is None:
-            raise ValueError(f"{name!r} is no name here; allowed are {allowed}")
+            raise ValueError(f"{name!r} is not a valid name; allowed are {allowed}")
         return name
 
     return pydantic.AfterValidator(check)

@@ -32,11 +32,11 @@ from pipelines.training.display import WAITING, Display, output
 from pipelines.training.dry_run import show_dry_run
 from pipelines.training.feed import Record, listening
 from pipelines.training.launch import (
-    beginning_of,
     final_weights,
     fit_stage,
     moved_start,
     provide_initial_weights,
+    training_mark,
     weights_are_pinned,
 )
 from pipelines.training.mlflow_client import place_of, run_link
@@ -76,17 +76,18 @@ def run_curriculum(config: CurriculumConfig, *, goes_on: bool = False) -> list[S
     with claimed({f"stage {plan.stage.name}": plan.folder for plan in unfinished}, display.say) as held:
         # A selection of stages gets its own run, so that the config and the report of the whole curriculum stay.
         selected = [stage.name for stage in config.selected_stages]
-        identity = [config.name, *_place_of(plans[0].folder), [plan.hash for plan in plans], selected]
+        identity = [config.name, *_storage_identity(plans[0].folder), [plan.hash for plan in plans], selected]
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
         run = tracking.CurriculumRun(client, config.mlflow, config.name, key, display.say, held)
         return _run_stages(config, plans, run, display)
 
 
-def _place_of(folder: ObjectStore) -> list[str]:
-    """What tells a curriculum from the same one on other storage. Earlier versions, which wrote no `beginning_of`, did
-    not: what they began is gone on with in the run that it has.
+def _storage_identity(folder: ObjectStore) -> list[str]:
+    """The part of a curriculum's identity that names its storage: the same config elsewhere gets a run of its own.
+
+    It is empty for a curriculum that an earlier version began, without a `training_mark`: its run in MLflow is kept.
     """
-    return [] if weights_are_pinned(folder) and not beginning_of(folder) else [folder.url]
+    return [] if weights_are_pinned(folder) and not training_mark(folder) else [folder.url]
 
 
 def _run_stages(
@@ -161,7 +162,7 @@ def _run_stage(
     start = parent.weights if parent else config.init_from
     source = provide_initial_weights(plan.folder, config.model, config.seed, start, config.mlflow.tracking_uri)
     # The stage's recipe decides the folder's name, so the run stays the same if later stages change.
-    key = hashlib.sha256(f"{plan.folder.url}{beginning_of(plan.folder)}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{plan.folder.url}{training_mark(plan.folder)}".encode()).hexdigest()[:16]
     stage_run = run.child(stage.name, key=f"stage/{key}")
     stage_run.log_json(stage.model_dump(mode="json"), "stage.json")
     link = run_link(str(run.client.tracking_uri), config.mlflow.experiment, stage_run.run_id)
@@ -207,8 +208,8 @@ def _check_gates(stage: StageConfig, metrics: Mapping[str, float]) -> None:
         value = metrics.get(gate.name)
         if value is None:
             raise PipelineError(
-                f"stage {stage.name}: its gate {gate.name} has no value: the flow is no number somewhere, or it was "
-                f"not measured; for that remove the gate, or validate on {gate.set_name} in a run of another name"
+                f"stage {stage.name}: its gate {gate.name} has no value: the predicted flow is not finite, or it was "
+                f"not measured; then remove the gate, or validate on {gate.set_name} under another name="
             )
         if not value < gate.below:
             raise PipelineError(

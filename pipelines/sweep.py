@@ -42,7 +42,7 @@ from pipelines.training import mlflow_client, registry
 from pipelines.training.code_version import code_version
 from pipelines.training.config import shown_uri
 from pipelines.training.data_config import SetConfig
-from pipelines.training.launch import beginning_of, mark_beginning
+from pipelines.training.launch import training_mark, write_training_mark
 from pipelines.training.mlflow_client import run_link
 from pipelines.training.plan import FINAL_WEIGHTS, check_measurable, learned_pairs
 
@@ -97,7 +97,7 @@ def run_sweep(sweep: Sweep, *, retry: bool = False) -> list[Row]:
 def _run_phases(sweep: Sweep, held: Callable[[], bool], *, retry: bool) -> list[Row]:
     config = sweep.config
     _say_overlap(sweep)
-    begun = beginning_of_sweep(sweep.store)
+    begun = sweep_mark(sweep.store)
     weights = pinned_weights(config, sweep.store, sweep.view.say)
     run = SweepRun(config, weights, sweep.manifests, sweep.view.say, held, begun)
     sweep.view.say(f"MLflow: {run_link(str(run.client.tracking_uri), config.mlflow.experiment, run.run_id)}")
@@ -129,11 +129,11 @@ def seeds_of(config: SweepConfig, rows: Sequence[Row]) -> list[Setting]:
     return [setting for setting in front if seed_points(config, [setting])][:count]
 
 
-def beginning_of_sweep(store: ObjectStore) -> str:
-    """The mark of a sweep's folder, made once; empty for a sweep that an earlier version began, without one."""
-    if not beginning_of(store) and all(found.key == CLAIM for found in store.walk()):
-        mark_beginning(store)
-    return beginning_of(store)
+def sweep_mark(store: ObjectStore) -> str:
+    """The `training_mark` of a sweep's folder, written first of all; empty for a sweep of an earlier version."""
+    if not training_mark(store) and all(found.key == CLAIM for found in store.walk()):
+        write_training_mark(store)
+    return training_mark(store)
 
 
 def _say_overlap(sweep: Sweep) -> None:

@@ -19,7 +19,7 @@ def jpeg_size(data: bytes, name: str) -> tuple[int, int]:
         if marker in _FRAMES and body + 7 <= len(data):
             height, width = struct.unpack_from(">HH", data, body + 3)
             return height, width
-    raise damaged(name, f"is a JPEG that does not tell its size in its first {len(data)} bytes", COPY_AGAIN)
+    raise damaged(name, f"is a JPEG without a size in its first {len(data)} bytes", COPY_AGAIN)
 
 
 def jpeg_ends(data: bytes) -> bool:

@@ -13,7 +13,7 @@ from gmflow.config import GLOBAL
 from pipelines.config_file import Frozen, RunName, Seed
 from pipelines.errors import PipelineError
 from pipelines.sweeping.settings import Setting, check_crop, check_size, grid_settings
-from pipelines.training.config import MlflowConfig, ModelConfig, StageConfig, no_alias_of_the_registry
+from pipelines.training.config import MlflowConfig, ModelConfig, StageConfig, not_reserved_alias
 from pipelines.training.data_config import DataName, MetricConfig, PartConfig, SetConfig, check_named_once
 from pipelines.training.machine_config import MachineConfig
 
@@ -259,7 +259,7 @@ class SweepConfig(Frozen):
                 f"({' / '.join(cut or 'all' for cut in cuts)}), so their figures cannot be compared; give both the same"
             )
         if self.registration is not None:
-            no_alias_of_the_registry(self.name)  # it becomes one
+            not_reserved_alias(self.name)  # it becomes one
         self._check_space()
         return self
 

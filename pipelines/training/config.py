@@ -45,7 +45,7 @@ class ModelConfig(Frozen):
         return GMFlowConfig.from_dict(variant.to_dict() | self.model_dump(exclude={"variant"}, exclude_none=True))
 
 
-def no_alias_of_the_registry(name: str) -> str:
+def not_reserved_alias(name: str) -> str:
     """Refuses names that the registry reserves: that of a stage or sweep becomes an alias of its model."""
     if name in ("champion", "latest") or re.fullmatch(r"v\d+", name):
         raise ValueError(f"{name!r} means something else in the model registry; give another name")
@@ -67,22 +67,22 @@ class StageConfig(Frozen):
         clip_norm: gradients of a larger norm are scaled down to it.
         gamma: weight of a prediction in the loss, relative to that of the next, finer one.
         max_flow: pixels whose true flow is this long (px) or longer do not count in the loss.
-        ema_decay: keep averaged weights: at each step so much of the average stays. They are validated and registered
-            instead of the last ones. None: no average.
-        max_skipped_in_a_row: so many steps in a row with a loss or gradient that is not finite end the stage.
+        ema_decay: decay of an exponential moving average of the weights, which is validated and registered instead of
+            the last weights. None: no average.
+        max_skipped_in_a_row: the stage ends after this many steps in a row with a loss or gradient that is not finite.
         validation: the sets it is validated on, and from which `gates`, `keep_best` and the promotion take figures.
         validate_every: steps from one validation to the next; None: only after the last.
-        checkpoint_every: steps from one checkpoint to the next: what is lost at most when a worker is killed.
-        keep_last: so many of the newest checkpoints stay.
+        checkpoint_every: steps from one checkpoint to the next; at most so many are lost when a worker is killed.
+        keep_last: number of newest checkpoints to keep.
         keep_best: also keep the checkpoint whose validation was best by this metric.
         log_every: steps from one record of the metrics to the next.
-        gates: what it must have reached before anything is built on it.
+        gates: what it must reach for the curriculum to go on.
     """
 
     name: Annotated[
         str,
         spelt(r"[a-z][a-z0-9_-]*", "lower-case letters, digits, - and _, a letter first"),
-        pydantic.AfterValidator(no_alias_of_the_registry),
+        pydantic.AfterValidator(not_reserved_alias),
     ]
     steps: PositiveInt
     global_batch: PositiveInt
@@ -213,8 +213,8 @@ class CurriculumConfig(Frozen):
             for used in stage.mixture:
                 if stage not in self.selected_stages and self.data.get(used.data) is None:
                     raise ValueError(
-                        f"only: {self.selected_stages[0].name} starts from what {stage.name} ended with, "
-                        f"and that is found by its data: set data.{used.data}, or give init_from"
+                        f"only: {self.selected_stages[0].name} starts from what {stage.name} ended with, whose folder "
+                        f"is named by its data: set data.{used.data}, or give init_from"
                     )
         return self
 

@@ -15,7 +15,7 @@ from datasets_etl.manifest import Manifest, patterns_label
 from pipelines.config_file import Frozen, spelt
 
 DataName = Annotated[str, spelt(r"[\w.-]+", "letters, digits, _, . and -")]
-"""What a config calls a dataset; metrics are named by it."""
+"""The name of a dataset within a config. Metric names contain it."""
 
 
 class SubsetConfig(Frozen):
@@ -35,7 +35,7 @@ class SubsetConfig(Frozen):
 
     @pydantic.model_serializer(mode="wrap")
     def _patterns_if_any(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without patterns, this is what versions wrote that had none: hashes of their stages stay the same."""
+        """Leaves out empty patterns: earlier versions had none, and the hashes of their stages must stay the same."""
         content: dict[str, Any] = dump(self)
         return {name: value for name, value in content.items() if value or name not in ("only", "without")}
 
@@ -115,10 +115,10 @@ class SetConfig(SubsetConfig):
 
 
 def check_named_once(sets: Sequence[SetConfig], whose: str) -> None:
-    """Raises ValueError if a validation names a set twice, even with another limit: metric names would be the same."""
+    """Raises ValueError if a validation names a set twice, even with another limit: metrics are named by the set."""
     names = [chosen.name for chosen in sets]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{whose}: validation names {twice[0]} twice; its figures would be of one of them")
+        raise ValueError(f"{whose}: validation names {twice[0]} twice; metrics are named by the set")
 
 
 class MetricConfig(Frozen):
@@ -146,10 +146,10 @@ class MetricConfig(Frozen):
 
 
 class GateConfig(MetricConfig):
-    """A value that a finished stage must stay below before anything is built on it.
+    """An accuracy that a stage must reach, or the curriculum stops there.
 
     Attributes:
-        below: the stage's last figure must be lower; else the curriculum stops, and says so.
+        below: the metric at the stage's end must be lower than this.
     """
 
     below: PositiveFloat

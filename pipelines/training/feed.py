@@ -16,8 +16,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _POLL_SECONDS = 0.5
-# After an error or Ctrl-C, the records sent before it get this long to be kept. More is not needed: the server may be
-# unreachable, and checkpoints hold the newest records.
+# After an error or Ctrl-C, `keep` gets this long for the records that are left. Its server may be unreachable, and the
+# checkpoints hold the newest records anyway.
 _KEPT_AFTER_AN_ERROR_S = 10.0
 
 
@@ -30,9 +30,9 @@ class Record:
         metrics: name → value, tracked against the step.
         line: text to show to people; empty if there is nothing to show.
         pictures: file name → PNG.
-        earlier: the metrics sent just before, by step: if the queue's process was killed, it may have lost them.
+        earlier: the metrics sent just before, as (step, metrics), because a queue that was killed may have lost them.
         time_ms: when it was made, in milliseconds since 1970; a retried write to MLflow is then the same entry.
-        waiting: whether it comes from the driver that waits for workers, not from a worker.
+        waiting: whether the driver made it, because it waits for workers.
     """
 
     step: int

@@ -42,9 +42,9 @@ log = logging.getLogger(__name__)
 
 _INITIAL_SOURCE = "init.txt"
 _BEGINNING = "begun.txt"
-# Collectives time out this many seconds after our watchdog: it reports what the worker was doing; PyTorch would not.
-_WATCHDOG_FIRST_S = 300
-_LOOK_S = 20.0
+# Collectives time out this long after our watchdog, which reports what the worker was doing; PyTorch would not.
+_AFTER_WATCHDOG_S = 300
+_CHECK_INTERVAL_S = 20.0
 _SLOW_START_S = 180.0
 
 
@@ -63,13 +63,16 @@ def moved_start(folder: ObjectStore, reference: str | None, tracking_uri: str | 
     return f"starts from {pinned}, what {reference} was when it began; another name= starts from what it is now"
 
 
-def beginning_of(folder: ObjectStore) -> str:
-    """What tells this training in a stage's folder from one that was deleted there, whose curves are another run's."""
+def training_mark(folder: ObjectStore) -> str:
+    """The random mark of the training in a stage's folder; empty if it has none.
+
+    A training that was deleted there had another mark, so the new one does not continue its curves in MLflow.
+    """
     return folder.read(_BEGINNING).decode() if folder.size(_BEGINNING) is not None else ""
 
 
-def mark_beginning(folder: ObjectStore) -> None:
-    """Write the mark that `beginning_of` reads."""
+def write_training_mark(folder: ObjectStore) -> None:
+    """Give the training in a stage's folder its mark."""
     folder.write(_BEGINNING, uuid.uuid4().hex.encode())
 
 
@@ -102,7 +105,7 @@ def provide_initial_weights(
         path = Path(scratch) / f"pinned-{INITIAL_WEIGHTS}"
         save_weights(initial, path)
         folder.upload(path, INITIAL_WEIGHTS)
-    mark_beginning(folder)
+    write_training_mark(folder)
     folder.write(_INITIAL_SOURCE, source.encode())  # last: it says that the weights are there
     return source
 
@@ -125,7 +128,7 @@ def room_lacking(machine: MachineConfig) -> str:
         return ""
     placed = ", machine.placement" if machine.placement == "strict_spread" else ""
     return (
-        f"waits for room: {fewest} worker(s) need {each}, the cluster holds {fitting} such; add machines, or change "
+        f"waits for room: {fewest} worker(s) need {each}, the cluster has room for {fitting}; add machines, or change "
         f"machine.num_workers, machine.cpus_per_worker{placed} or machine.use_gpu"
     )
 
@@ -221,7 +224,7 @@ def _trainer(job: StageJob, name: str, callbacks: Sequence[UserCallback], scratc
     return TorchTrainer(
         train_stage,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(timeout_s=int(machine.hang_timeout_s) + _WATCHDOG_FIRST_S),
+        torch_config=TorchConfig(timeout_s=int(machine.hang_timeout_s) + _AFTER_WATCHDOG_S),
         scaling_config=ScalingConfig(
             num_workers=machine.num_workers if fewest == machine.num_workers else (fewest, machine.num_workers),
             use_gpu=machine.use_gpu,
@@ -239,7 +242,7 @@ def _trainer(job: StageJob, name: str, callbacks: Sequence[UserCallback], scratc
 
 
 class _Wait:
-    """Reports what workers wait for while they do not come up, each time that changes."""
+    """Reports why no workers have come up yet, each time the reason changes."""
 
     def __init__(self, job: StageJob, feed: FeedWriter) -> None:
         self._job, self._feed = job, feed
@@ -252,17 +255,17 @@ class _Wait:
         self._reported = news
 
     def _slow_start(self) -> str:
-        """A line if no worker is there: Ray retries workers that die while starting; only its logs say so."""
+        """A line if no worker has come up for long. Ray keeps starting workers that die; only its logs say so."""
         if self._feed.silent_s() < _SLOW_START_S:
             return ""
         return (
-            f"waits for workers: the cluster could hold them, but none is there for {_SLOW_START_S:.0f} s; others use "
-            "the room, or they die while they start: Ray's logs on their nodes say why (session_latest/logs)"
+            f"waits for workers: the cluster could hold them, but none has come up for {_SLOW_START_S:.0f} s; others "
+            "use the room, or they die while they start: Ray's logs on their nodes say why (session_latest/logs)"
         )
 
 
 def _train_interruptibly(trainer: TorchTrainer, look: Callable[[], None]) -> None:
-    """Run `trainer.fit()` so that Ctrl-C raises KeyboardInterrupt at once; call `look` every `_LOOK_S` seconds.
+    """Run `trainer.fit()` so that Ctrl-C raises KeyboardInterrupt at once; meanwhile call `look` from time to time.
 
     In the main thread Ray Train would handle Ctrl-C itself: it ignores it while workers wait for room, and exits
     without a message once they have ended. So it runs in another thread here, and the code that connected to Ray ends
@@ -281,7 +284,7 @@ def _train_interruptibly(trainer: TorchTrainer, look: Callable[[], None]) -> Non
     threading.Thread(target=train, name="ray-train", daemon=True).start()
     while not ended.done():
         look()
-        wait([ended], timeout=_LOOK_S)
+        wait([ended], timeout=_CHECK_INTERVAL_S)
     ended.result()
 
 

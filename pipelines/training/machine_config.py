@@ -14,11 +14,11 @@ from pipelines.config_file import Frozen
 class CacheConfig(Frozen):
     """A folder on each machine's own disk that keeps samples read from storage.
 
-    It takes no more samples once a twentieth of the disk or less is free, or 2 GiB or less if that is smaller.
+    It takes no more samples when little of the disk is free: 5 % of it or 2 GiB, whichever is less.
 
     Attributes:
         folder: an absolute path, or one that begins with ~.
-        gib: it holds at most so many GiB.
+        gib: its largest size, in GiB.
     """
 
     folder: str
@@ -83,8 +83,8 @@ class MachineConfig(Frozen):
             raise ValueError(f"min_workers {self.min_workers} is above num_workers {self.num_workers}")
         if self.min_workers is not None and self.placement == "strict_spread":
             raise ValueError(
-                "min_workers goes with placement pack or spread: how many fit meanwhile is counted by what nodes hold, "
-                "not by nodes"
+                "min_workers needs placement pack or spread: Ray counts how many workers fit by the nodes' resources, "
+                "not by the number of nodes"
             )
         if self.hang_timeout_s <= 2 * self.storage_patience_s:
             raise ValueError(

@@ -38,7 +38,7 @@ class TrainingState:
         step: the next step to run; the position in the data stream is step · global batch.
         validated: the step of the newest validation.
         skipped: number of steps whose update was left out because a loss or gradient was not finite.
-        skipped_in_a_row: how many of them came since the last update, without those that only lowered the fp16 scale.
+        skipped_in_a_row: those of them since the last update, without the ones that only lowered the fp16 scale.
         interval: sums over the steps since the newest record.
         records: newest tracked metrics as (step, metrics).
     """

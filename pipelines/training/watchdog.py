@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 
 _EXIT_CODE = 70
-# A worker that waits for this long says what for: somebody who looks at a table that stands still may know better.
+# After this long without progress a worker says what it waits for, because all that a person sees is a table at rest.
 _SLOW_S = 60.0
-# How often the driver hears that a worker is there: one that is computing may have nothing to tell for long.
+# How often a worker gives a sign of life: while it computes, it may send no record for long.
 _LIFE_S = 30.0
 
 

@@ -220,15 +220,15 @@ def test_an_end_gives_the_claim_up_at_once(folder: ObjectStore, monkeypatch):
 
 def test_the_clock_counts_while_the_machine_is_suspended(monkeypatch):
     monkeypatch.setattr(time, "clock_gettime", {time.CLOCK_BOOTTIME: 7.0}.__getitem__)
-    assert claim._awake_or_asleep_s() == 7.0
+    assert claim._seconds_since_boot() == 7.0
 
 
 def test_the_time_of_a_suspended_machine_passes_for_a_claim(folder: ObjectStore, monkeypatch):
     """`time.monotonic` stands still meanwhile, and the driver would think that it has just renewed its claim."""
     passed = 0.0
-    clock = claim._awake_or_asleep_s
+    clock = claim._seconds_since_boot
     monkeypatch.setattr(claim, "_FIRST_RENEWAL_S", 1000.0)
-    monkeypatch.setattr(claim, "_awake_or_asleep_s", lambda: clock() + passed)
+    monkeypatch.setattr(claim, "_seconds_since_boot", lambda: clock() + passed)
     with claimed({"stage chairs": folder}, pytest.fail) as held:
         before = read(folder).renewed
         assert held()

@@ -238,7 +238,7 @@ def test_what_a_worker_imports_at_its_start_leaves_torch_alone():
         ("stages.chairs.name=v1", "'v1' means something else in the model registry"),
         ("only=[]", "only: .*at least 1"),
         ("mlflow.registered_model=team/gmflow", r"mlflow\.registered_model: .* all characters but / and :$"),
-        ("name=Base 2", r"name: 'Base 2' is no name here; allowed are lower-case letters, digits"),
+        ("name=Base 2", r"name: 'Base 2' is not a valid name; allowed are lower-case letters, digits"),
         ("mlflow.experiment=''", r"mlflow\.experiment: .*not ''"),
         ("data={chairs: URL, 'sintel+hd1k': URL}", r"data\.sintel\+hd1k: 'sintel\+hd1k' .* letters, digits"),
         ("machine.cache={folder: cache, gib: 1}", r"machine\.cache\.folder: cache: give an absolute path"),

@@ -307,9 +307,9 @@ def test_workers_that_do_not_fit_are_told_of():
     """Ray itself would wait without a word."""
     assert launch.room_lacking(MachineConfig(num_workers=2)) == ""
     told = launch.room_lacking(MachineConfig(num_workers=2, min_workers=1, cpus_per_worker=999, use_gpu=True))
-    assert "1 worker(s) need 999 CPU(s) and a GPU each, the cluster holds 0 such" in told
+    assert "1 worker(s) need 999 CPU(s) and a GPU each, the cluster has room for 0" in told
     told = launch.room_lacking(MachineConfig(num_workers=2, placement="strict_spread"))
-    assert "2 worker(s) need 1 CPU(s) each on a node of its own, the cluster holds 1 such" in told
+    assert "2 worker(s) need 1 CPU(s) each on a node of its own, the cluster has room for 1" in told
     assert "machine.placement" in told
 
 
@@ -453,7 +453,7 @@ def test_what_workers_wait_for_is_told_each_time_it_changes(workplace, tmp_path,
     first, second, third, fourth = [record.line for record in queue.records]
     assert first == third == "stage=chairs waits for room"
     assert second == fourth
-    assert "the cluster could hold them, but none is there for 180 s" in second
+    assert "the cluster could hold them, but none has come up for 180 s" in second
 
 
 class _Queue:

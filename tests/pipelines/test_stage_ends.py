@@ -94,11 +94,11 @@ def test_what_is_trained_anew_has_runs_of_its_own(driver: Driver):
 def test_what_an_earlier_version_began_goes_on_in_the_run_it_has(tmp_path: Path):
     """It wrote no mark into the folder, and its curriculum's run does not tell one storage from another."""
     folder = open_store(str(tmp_path))
-    assert pipelines.curriculum._place_of(folder) == [folder.url]
+    assert pipelines.curriculum._storage_identity(folder) == [folder.url]
     folder.write("init.txt", b"random")
-    assert pipelines.curriculum._place_of(folder) == []
+    assert pipelines.curriculum._storage_identity(folder) == []
     folder.write("begun.txt", b"1")
-    assert pipelines.curriculum._place_of(folder) == [folder.url]
+    assert pipelines.curriculum._storage_identity(folder) == [folder.url]
 
 
 def test_a_driver_that_was_taken_over_registers_nothing(driver: Driver, monkeypatch):

@@ -13,7 +13,7 @@ from datasets_etl.objects import ObjectStore
 from datasets_etl.storage import open_store
 from gmflow import GMFlow, GMFlowConfig, save_weights
 from pipelines.claim import CLAIM
-from pipelines.sweep import beginning_of_sweep, plan_trials, register_best
+from pipelines.sweep import plan_trials, register_best, sweep_mark
 from pipelines.sweeping.accuracy import Weights, score_jobs
 from pipelines.sweeping.pinned_weights import pinned_weights
 from pipelines.sweeping.table import Row
@@ -124,7 +124,7 @@ def test_a_sweep_whose_folder_was_deleted_is_another_in_mlflow(tracked, tmp_path
 
     def runs(store: ObjectStore) -> tuple[str, str]:
         config = tracked().config
-        run = SweepRun(config, None, MANIFESTS, print, begun=beginning_of_sweep(store))
+        run = SweepRun(config, None, MANIFESTS, print, begun=sweep_mark(store))
         return run.run_id, run.child(row("2x8-r4-p1", 1.0, 1.0, 1.0)).run_id
 
     folder, earlier = open_store(str(tmp_path / "a")), open_store(str(tmp_path / "b"))
@@ -135,7 +135,7 @@ def test_a_sweep_whose_folder_was_deleted_is_another_in_mlflow(tracked, tmp_path
     anew = runs(folder)
     assert not set(anew) & set(first)
     earlier.write("trials/x/trial.json", b"{}")
-    assert beginning_of_sweep(earlier) == ""
+    assert sweep_mark(earlier) == ""
     assert not set(runs(earlier)) & {*anew, *first}
 
 
