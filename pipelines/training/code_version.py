@@ -11,14 +11,16 @@ _PACKAGES = ("gmflow", "datasets_etl", "pipelines")
 
 @functools.cache
 def code_version() -> str:
-    """`git:COMMIT sources:HASH`; without the commit if the code runs outside a checkout (a submitted job)."""
+    """`git:COMMIT sources:HASH`; without the commit outside a checkout (a submitted job), or where git is missing."""
     hashed = f"sources:{_source_hash()}"
     # Without this check, git would name the commit of any repository the installed package happens to lie in.
     if not (_ROOT / ".git").exists():
         return hashed
-    git = subprocess.run(
-        ["git", "-C", str(_ROOT), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
-    )
+    asking = ["git", "-C", str(_ROOT), "rev-parse", "--short=12", "HEAD"]
+    try:
+        git = subprocess.run(asking, capture_output=True, text=True, check=False)
+    except OSError:  # a container with the checkout mounted, but without git
+        return hashed
     return f"git:{git.stdout.strip()} {hashed}" if git.returncode == 0 else hashed
 
 
