@@ -13,7 +13,7 @@ from datasets_etl.file_store import FileStore
 from datasets_etl.objects import ObjectStore
 from datasets_etl.storage import open_store
 from datasets_etl.storage_retries import PATIENCE_VARIABLE
-from gmflow import GMFlow, GMFlowConfig, save_weights
+from gmflow import GMFlow, GMFlowConfig, GMFlowError, save_weights
 from pipelines import references
 from pipelines.errors import PipelineError
 from pipelines.training.checkpoints import CheckpointStore, CheckpointWriter, KeepPolicy, OtherFormatError
@@ -287,6 +287,10 @@ def test_a_checkpoint_is_a_model_by_reference(tmp_path: Path, averaged: bool):
     references.check_reference(reference.as_uri())
     assert references.stands_for(reference.as_uri()).startswith(f"{reference.as_uri()} (sha256 ")
 
+    initial_file = tmp_path / "init.safetensors"
+    initial_file.write_bytes(initial_file.read_bytes()[:-1])
+    with pytest.raises(GMFlowError, match=f"^file://{initial_file}: damaged"):
+        references.resolve_model(str(reference))
     reference.write_bytes(reference.read_bytes()[:-1] + b"x")
     with pytest.raises(PipelineError, match=r"step_00000007-\w+\.pt: damaged checkpoint: its content is not what"):
         references.resolve_model(str(reference))
