@@ -158,14 +158,20 @@ def read_curriculum(client: MlflowClient, run_id: str) -> TrackedCurriculum:
     for stage in config.selected_stages:
         if (stage_run := parent.data.tags.get(f"{tracking.STAGE_RUN_TAG}{stage.name}")) is not None:
             run = client.get_run(stage_run)
-            versions = client.search_model_versions(f"run_id = '{run.info.run_id}'")
-            stages.append(_Stage(stage.name, run, versions[0] if versions else None, begins, stage.validation))
+            version = _own_version(client, run.info.run_id, config.mlflow.registered_model)
+            stages.append(_Stage(stage.name, run, version, begins, stage.validation))
             begins += stage.steps
     if not stages:
         raise PipelineError(f"run {run_id}: has no stage; the report is made of a curriculum's parent run")
     used = {chosen.data for stage in stages for chosen in stage.validation}
     datasets = {name: Manifest.load(str(config.data[name])).dataset for name in sorted(used)}
     return TrackedCurriculum(parent, config, datasets, stages, begins)
+
+
+def _own_version(client: MlflowClient, run_id: str, model_name: str) -> ModelVersion | None:
+    """The version registered of a stage's run: under the curriculum's name, if people gave it others too."""
+    versions = client.search_model_versions(f"run_id = '{run_id}'")
+    return max(versions, key=lambda found: (found.name == model_name, int(found.version)), default=None)
 
 
 def _score_validation_sets(client: MlflowClient, found: TrackedCurriculum, pairs: int) -> Sets:

@@ -18,6 +18,7 @@ from safetensors.torch import load, load_file
 import pipelines.curriculum
 from datasets_etl.storage import open_store
 from gmflow import GMFlow, save_weights
+from pipelines import report
 from pipelines.config_file import load_config
 from pipelines.curriculum import run_curriculum
 from pipelines.errors import PipelineError
@@ -68,6 +69,27 @@ def driver(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(pipelines.curriculum.registry, "register", driver.register)
     monkeypatch.setattr(pipelines.curriculum.report, "log_curriculum_report", lambda client, run_id: None)
     return driver
+
+
+def test_a_report_draws_each_stage_behind_the_one_before(driver: Driver):
+    results = driver.run()
+    client = MlflowClient(driver.workplace.tracking_uri)
+    page = report.curriculum_report(client, report.read_curriculum(client, results[0].mlflow_run), pairs=0)
+    curves = {curve.title: curve for curve in page.curves}
+    assert curves["Training loss"].series == {"chairs": [(2, 3.0), (40, 2.0)], "mix": [(42, 3.0), (80, 2.0)]}
+    assert curves["Validation EPE, px"].series == {"chairs/val": [(40, 5.0), (80, 5.0)]}
+    assert [curve.boundaries for curve in page.curves] == [[40.0]] * len(page.curves)
+
+
+def test_a_report_names_a_stages_own_model_though_somebody_gave_it_another_name_since(driver: Driver):
+    """The other one has no lineage."""
+    (result,) = driver.run("only=[chairs]")
+    client = MlflowClient(driver.workplace.tracking_uri)
+    for name, tags in (("gmflow", {"parent": "random"}), ("production", {})):
+        client.create_registered_model(name)
+        client.create_model_version(name, "file:///w", result.mlflow_run, tags)
+    page = report.curriculum_report(client, report.read_curriculum(client, result.mlflow_run), pairs=0)
+    assert ("stage chairs", "models:/gmflow/1: parent random") in page.facts
 
 
 def test_what_is_trained_anew_has_runs_of_its_own(driver: Driver):
