@@ -328,6 +328,50 @@ def test_the_longest_wait_for_data_of_all_ranks_is_told(begin, monkeypatch: pyte
     assert found.data_wait == pytest.approx(max(waited, 0.7))
 
 
+def test_a_stage_that_resumes_tells_again_what_its_driver_may_have_lost(begin):
+    told = begin("stages.chairs.log_every=1").run()
+    again = Trained(told.config).run()
+    assert [(one.step, one.metrics) for one in again.told if one.metrics] == [
+        (one.step, one.metrics) for one in told.told if one.metrics
+    ]
+
+
+def test_a_record_carries_those_before_it_which_a_killed_queue_may_have_lost(begin, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stage, "_SENT_AGAIN", 2)
+    told = [one for one in begin("stages.chairs.log_every=1").run().told if one.metrics]
+    assert [one.step for one in told] == [1, 2, 3, 3]  # the last is the validation's
+    metrics = [(one.step, one.metrics) for one in told]
+    assert [one.earlier for one in told] == [(), tuple(metrics[:1]), tuple(metrics[:2]), tuple(metrics[1:3])]
+
+
+@pytest.mark.parametrize("validating", [False, True])
+def test_workers_with_a_notice_store_the_step_they_are_at_and_say_that_they_leave(begin, monkeypatch, validating: bool):
+    """No checkpoint is due: what is not stored now is trained again. The driver must not take it for an end."""
+    trained = begin("stages.chairs.validate_every=1" if validating else "stages.chairs.validate_every=2")
+    left: list[int] = []
+    trained.worker.feed.depart = lambda: left.append(trained.worker.state.step)
+    trained.worker.looked_out = -math.inf  # long ago
+    notice = SimpleNamespace(preempted_ranks=[0])
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: notice)
+    trained.run()
+    assert left == [1]
+    assert any("leaves: the machine of worker 0" in one.line for one in trained.told)
+    saved = trained.worker.checkpoints.newest(pytest.fail)
+    assert saved is not None
+    assert (saved["step"], saved["validated"]) == (1, 0)
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None)
+    again = Trained(trained.config).run()
+    assert [step for step, _ in again.history(EPE)] == ([1, 2, 3] if validating else [2, 3])
+
+
+def test_a_metric_of_no_pixel_is_told_as_no_value(begin, monkeypatch: pytest.MonkeyPatch):
+    """MLflow and the registry would hold a figure that is none, and a decision compare with it."""
+    monkeypatch.setattr(stage, "validate", lambda *_: ({"epe": 1.0, "s40_plus": math.nan}, None))
+    trained = begin().run()
+    assert trained.history(EPE) == [(STEPS, 1.0)]
+    assert trained.history("val/chairs/val/s40_plus") == []
+
+
 @pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda:1", True)])
 def test_batches_are_pinned_for_gpus_alone(begin, monkeypatch: pytest.MonkeyPatch, device: str, pinned: bool):
     """A copy to a GPU goes on beside the pass before it only from memory that is pinned."""
