@@ -15,6 +15,7 @@ from mlflow.tracking import MlflowClient
 
 import pipelines.export
 import pipelines.registry
+from datasets_etl.objects import file_sha256
 from gmflow import GMFlow, GMFlowError, load_model, save_weights
 from pipelines import references
 from pipelines.errors import PipelineError
@@ -368,6 +369,18 @@ def test_a_champion_is_no_better_by_what_tags_do_not_hold(tmp_path):
         run = tracking.start_run(client, "r", "chairs", {}).info.run_id
         registry.register(client, "gmflow", run, tmp_path / "w.safetensors", lineage, rule)
     assert str(client.get_model_version_by_alias("gmflow", "champion").version) == "1"
+
+
+def test_a_model_whose_upload_was_cut_off_is_logged_again(tmp_path):
+    """It has a record and the weights' tag already, and no files: its version could not be loaded."""
+    client = mlflow_client.connect(f"sqlite:///{tmp_path}/mlflow.db")
+    save_weights(GMFlow(TINY), tmp_path / "w.safetensors")
+    run = tracking.start_run(client, "r", "chairs", {}).info
+    tags = {"weights_sha256": file_sha256(tmp_path / "w.safetensors")}
+    client.create_logged_model(run.experiment_id, source_run_id=run.run_id, tags=tags)  # which is not READY
+    lineage = registry.Lineage("chairs", "random", {}, "h", "sources:x", {})
+    version = registry.register(client, "gmflow", run.run_id, tmp_path / "w.safetensors", lineage, None)
+    assert registry.version_weights(client, version) == (tmp_path / "w.safetensors").read_bytes()
 
 
 def test_a_runs_weights_under_two_names_are_a_version_of_each(tmp_path):

@@ -1,5 +1,6 @@
 """Runs and registered models on a real MLflow server whose artifacts lie on S3."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -464,11 +465,21 @@ def test_an_error_does_not_wait_for_a_server_that_is_away(monkeypatch):
     assert kept == [2], "the next would be told behind the back of whoever goes on"
 
 
-def test_a_run_that_fails_is_marked_so(server, stage_run):
-    run = curriculum_run(server, "failing")
-    with pytest.raises(MlflowException), run.running(run.run_id):
-        raise MlflowException("no")
-    assert stage_run.client.get_run(run.run_id).info.status == "FAILED"
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, "FINISHED"), (MlflowException("no"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
+)
+def test_a_run_is_marked_as_running_and_then_by_how_it_ended(server, error: BaseException | None, status: str):
+    run = curriculum_run(server, f"ends {status}")
+
+    def marked() -> str:
+        return str(run.client.get_run(run.run_id).info.status)
+
+    run.client.set_terminated(run.run_id, "FAILED")  # an earlier attempt
+    with contextlib.suppress(MlflowException, KeyboardInterrupt), run.running(run.run_id):
+        assert marked() == "RUNNING"
+        if error is not None:
+            raise error
+    assert marked() == status
 
 
 def test_a_server_that_is_away_is_said_in_a_line(monkeypatch):
