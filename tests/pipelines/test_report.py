@@ -17,12 +17,23 @@ import pytest
 import torch
 
 import pipelines.report
+from datasets_etl.loader import EvaluationSet
+from datasets_etl.manifest import Manifest
 from datasets_etl.synthetic import synthetic_pair
 from gmflow import GMFlowConfig
 from gmflow.metrics import FlowMetrics
 from pipelines.gallery import Gallery, card_pictures
 from pipelines.published import published_figures
-from pipelines.report_page import Curve, Report, Table, figure_cell, scene_tables, without_nan, worst_pairs
+from pipelines.report_page import (
+    Curve,
+    Report,
+    Table,
+    figure_cell,
+    figures_table,
+    scene_tables,
+    without_nan,
+    worst_pairs,
+)
 from pipelines.training import mlflow_client, tracking
 from pipelines.training.validation import Scored
 
@@ -279,6 +290,17 @@ def test_published_figures_are_for_the_published_variants_only():
     assert published_figures(GMFlowConfig.base(), "sintel", "training-clean")["s40_plus"] == 8.257
     assert published_figures(GMFlowConfig(attn_splits=(4,)), "sintel", "training-clean") == {}
     assert published_figures(GMFlowConfig.base(), "kitti", "training") == {}
+
+
+def test_published_figures_stand_beside_those_of_whole_sets_alone(manifests):
+    """The paper's figure is of every pair: beside the first two of them it would be a comparison of nothing."""
+    whole = EvaluationSet(Manifest.load(manifests["sintel"]), "training-clean")
+    part = EvaluationSet(whole.manifest, "training-clean", limit=2)
+    found: Any = SimpleNamespace(pooled={"epe": 1.5})
+    table = figures_table(GMFlowConfig.refine(), {"whole": (whole, found), "part": (part, found)})
+    assert table.rows == [["whole", 6, {"value": 1.5, "published": 1.084}], ["part", 2, 1.5]]
+    assert table.note
+    assert not figures_table(GMFlowConfig.refine(), {"part": (part, found)}).note
 
 
 def evaluation_of(epe: dict[str, float | None], scenes: dict[str, float | None]) -> Any:
