@@ -249,14 +249,23 @@ def test_the_last_steps_are_told_though_log_every_does_not_divide_them(begin):
 
 
 class _Clock:
-    """A second a look."""
+    """So many seconds a look."""
 
-    def __init__(self) -> None:
+    def __init__(self, look_s: float = 1.0) -> None:
         self.now = 0.0
+        self.look_s = look_s
 
     def perf_counter(self) -> float:
-        self.now += 1
+        self.now += self.look_s
         return self.now
+
+
+def test_a_line_tells_the_time_of_the_steps_that_are_left(begin, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(interval, "time", _Clock(look_s=5000.0))
+    told = begin("stages.chairs.log_every=1", "stages.chairs.steps=4").run().told
+    lines = {one.step: one.line for one in told if "train/loss" in one.metrics}
+    assert " eta=" not in lines[1], "in the first step loaders start"
+    assert [lines[step].partition(" eta=")[2] for step in (2, 3, 4)] == ["2:46:40", "1:23:20", "0:00:00"]
 
 
 def test_a_record_tells_the_waits_of_all_its_steps(monkeypatch: pytest.MonkeyPatch):
