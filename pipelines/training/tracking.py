@@ -67,7 +67,7 @@ class TrackedRun:
             self._logged = self._ask_what_was_logged()
         logged = self._logged
         news = {name: value for name, value in metrics.items() if step > logged.get(name, -1)}
-        if not news:
+        if not news or not self._held():  # asked at every attempt: what waited may have been taken over meanwhile
             return
         entries = [Metric(name, value, time_ms, step) for name, value in news.items()]
         try:

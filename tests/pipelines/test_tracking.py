@@ -140,6 +140,24 @@ def test_a_driver_that_was_taken_over_writes_no_more_to_mlflow(server, stage_run
     assert stage_run.client.get_run(old.run_id).info.status == "RUNNING"
 
 
+def test_a_driver_that_was_taken_over_while_it_waited_for_mlflow_writes_no_more(server, request, monkeypatch):
+    """Its machine was suspended meanwhile: the other driver may be at an earlier step, or has told the same."""
+    held = True
+    client, config = mlflow_client.connect(server), MlflowConfig(tracking_uri=server)
+    run = tracking.CurriculumRun(client, config, "test", request.node.name, lambda line: None, lambda: held)
+
+    def is_away(*_: object) -> None:
+        nonlocal held
+        held = False
+        monkeypatch.setattr(client, "log_batch", real)
+        raise MlflowException("away", TEMPORARILY_UNAVAILABLE)
+
+    real = client.log_batch
+    monkeypatch.setattr(client, "log_batch", is_away)
+    run.own.log(Record(2, {"train/loss": 1.0}))
+    assert history(run.own, "train/loss") == []
+
+
 def test_an_end_waits_only_a_moment_for_an_mlflow_that_is_silent(stage_run, monkeypatch):
     monkeypatch.setattr(tracking, "_MOMENT_S", 0.1)
     silence = threading.Event()
