@@ -21,7 +21,7 @@ from gmflow.metrics import ErrorMetrics
 from pipelines.config_file import load_config
 from pipelines.errors import PipelineError
 from pipelines.scoring import evaluate
-from pipelines.training import group, interval, launch, stage
+from pipelines.training import group, interval, launch, stage, worker_log
 from pipelines.training.config import CurriculumConfig
 from pipelines.training.data_config import PartConfig
 from pipelines.training.feed import Record
@@ -346,7 +346,7 @@ def test_a_stage_that_resumes_tells_again_what_its_driver_may_have_lost(begin):
 
 
 def test_a_record_carries_those_before_it_which_a_killed_queue_may_have_lost(begin, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stage, "_SENT_AGAIN", 2)
+    monkeypatch.setattr(worker_log, "_SENT_AGAIN", 2)
     told = [one for one in begin("stages.chairs.log_every=1").run().told if one.metrics]
     assert [one.step for one in told] == [1, 2, 3, 3]  # the last is the validation's
     metrics = [(one.step, one.metrics) for one in told]
@@ -359,7 +359,7 @@ def test_workers_with_a_notice_store_the_step_they_are_at_and_say_that_they_leav
     trained = begin("stages.chairs.validate_every=1" if validating else "stages.chairs.validate_every=2")
     left: list[int] = []
     trained.worker.feed.depart = lambda: left.append(trained.worker.state.step)
-    trained.worker.looked_out = -math.inf  # long ago
+    trained.worker.group._asked = -math.inf  # long ago
     notice = SimpleNamespace(preempted_ranks=[0])
     monkeypatch.setattr(ray.train, "get_preemption_info", lambda: notice)
     trained.run()
