@@ -47,7 +47,7 @@ def fetch_weights(reference: str, folder: Path, tracking_uri: str | None = None)
         reference: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or path or URL of a published `.pth`, our
             `.safetensors`, or a checkpoint of a stage.
         folder: the folder for the copy.
-        tracking_uri: MLflow of the registry; for None see `tracking.tracking_uri`.
+        tracking_uri: MLflow of the registry; for None see `mlflow_client.tracking_uri`.
 
     Returns:
         The file; and what the reference stands for now: "models:/NAME/N", or the file with the start of its SHA-256.

@@ -157,8 +157,12 @@ def read_curriculum(client: MlflowClient, run_id: str) -> TrackedCurriculum:
     stages, begins = [], 0
     for stage in config.selected_stages:
         if (stage_run := parent.data.tags.get(f"{tracking.STAGE_RUN_TAG}{stage.name}")) is not None:
-            run = client.get_run(stage_run)
-            version = _own_version(client, run.info.run_id, config.mlflow.registered_model)
+            try:
+                run = client.get_run(stage_run)
+                version = _own_version(client, stage_run, config.mlflow.registered_model)
+            except MlflowException as error:
+                text = f"stage {stage.name}: its run {stage_run} cannot be had from {place_of(client)}: {error.message}"
+                raise mlflow_patience.as_error(error, text) from error
             stages.append(_Stage(stage.name, run, version, begins, stage.validation))
             begins += stage.steps
     if not stages:

@@ -22,7 +22,7 @@ from pipelines import report
 from pipelines.config_file import load_config
 from pipelines.curriculum import run_curriculum
 from pipelines.errors import PipelineError
-from pipelines.training import registry
+from pipelines.training import registry, tracking
 from pipelines.training.config import CurriculumConfig, ModelConfig
 from pipelines.training.launch import final_weights, provide_initial_weights
 from pipelines.training.plan import StageResult
@@ -90,6 +90,16 @@ def test_a_report_names_a_stages_own_model_though_somebody_gave_it_another_name_
         client.create_model_version(name, "file:///w", result.mlflow_run, tags)
     page = report.curriculum_report(client, report.read_curriculum(client, result.mlflow_run), pairs=0)
     assert ("stage chairs", "models:/gmflow/1: parent random") in page.facts
+
+
+def test_a_report_says_in_a_line_that_a_stages_run_is_gone(driver: Driver):
+    """`mlflow gc` was told to clear up."""
+    (result,) = driver.run("only=[chairs]")
+    client = MlflowClient(driver.workplace.tracking_uri)
+    parent = client.get_run(result.mlflow_run).data.tags[tracking.PARENT_TAG]
+    client.set_tag(parent, f"{tracking.STAGE_RUN_TAG}chairs", "0" * 32)
+    with pytest.raises(PipelineError, match=rf"stage chairs: its run {'0' * 32} cannot be had from sqlite:"):
+        report.read_curriculum(client, parent)
 
 
 def test_what_is_trained_anew_has_runs_of_its_own(driver: Driver):
