@@ -22,7 +22,9 @@ def test_variants_have_the_published_parameter_counts() -> None:
 
 def test_config_survives_json() -> None:
     for config in (GMFlowConfig.base(), GMFlowConfig.refine(), REFINE):
-        assert GMFlowConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        told = json.loads(json.dumps(config.to_dict()))
+        assert told == config.to_dict(), "plain lists, which YAML holds as well"
+        assert GMFlowConfig.from_dict(told) == config
 
 
 @pytest.mark.parametrize(

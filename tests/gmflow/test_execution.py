@@ -66,6 +66,16 @@ def test_matching_is_float32_whatever_surrounds_it(radius: int) -> None:
         assert torch.equal(match(feature0, feature1, radius), usual)
 
 
+def test_images_are_float32_until_they_are_normalised_features_whatever_surrounds_them() -> None:
+    """With the 8 bits of bfloat16, neighbouring shades would become one."""
+    backbone, types = tiny(BASE).backbone, []
+    for part in (backbone.stem, backbone.projection):
+        part.register_forward_hook(lambda _, __, out: types.append(out.dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        backbone(torch.rand(1, 3, 32, 32) * 255)
+    assert types == [torch.float32, torch.bfloat16]
+
+
 @pytest.mark.parametrize("radius", [-1, 1])
 def test_propagation_is_float32_whatever_surrounds_it(radius: int) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -233,10 +233,22 @@ def test_a_figure_without_pixels_is_nan() -> None:
     assert all(math.isnan(figure) for figure in FlowMetrics().compute().values())
 
 
-def test_masks_of_another_shape_are_refused() -> None:
-    flow, target, valid = fields()
-    with pytest.raises(GMFlowError, match=r"masks \[B, H, W\]"):
-        FlowMetrics().update(flow, target, valid[:1])
+@pytest.mark.parametrize(
+    ("flow", "target", "valid", "occluded"),
+    [
+        ((3, 2, 6, 8), (3, 2, 6, 8), (1, 6, 8), None),
+        ((3, 2, 6, 8), (3, 2, 6, 8), (3, 6, 8), (1, 6, 8)),
+        ((3, 2, 6, 8), (1, 2, 6, 8), (3, 6, 8), None),
+        ((3, 3, 6, 8), (3, 3, 6, 8), (3, 6, 8), None),
+        ((3, 2, 8), (3, 2, 8), (3, 8), None),
+    ],
+)
+def test_metrics_of_shapes_that_do_not_fit_are_refused(
+    flow: tuple[int, ...], target: tuple[int, ...], valid: tuple[int, ...], occluded: tuple[int, ...] | None
+) -> None:
+    masks = [torch.ones(shape, dtype=torch.bool) for shape in (valid, occluded) if shape is not None]
+    with pytest.raises(GMFlowError, match=r"flow and target \[B, 2, H, W\] and masks \[B, H, W\]"):
+        FlowMetrics().update(torch.zeros(flow), torch.zeros(target), *masks)
 
 
 def test_wauc_is_that_of_its_definition() -> None:
@@ -313,6 +325,10 @@ def test_a_state_is_a_copy() -> None:
     before = metrics.state().tolist()
     metrics.state().fill_(7.0)
     assert metrics.state().tolist() == before
+    state = metrics.state()
+    copied = FlowMetrics.from_state(state)
+    state.fill_(7.0)
+    assert copied.state().tolist() == before
 
 
 def figures_of(errors: list[float], speed: float = 0.0) -> dict[str, float]:
@@ -332,7 +348,7 @@ def test_an_error_of_just_the_limit_is_no_outlier() -> None:
 
 
 def test_f1_takes_a_twentieth_of_the_speed() -> None:
-    assert figures_of([4.9, 5.5], speed=100.0)["f1_all"] == 50
+    assert figures_of([4.99, 5.01], speed=100.0)["f1_all"] == 50
 
 
 def test_a_target_that_is_not_finite_in_y_alone_counts_nowhere() -> None:

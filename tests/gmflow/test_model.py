@@ -32,10 +32,13 @@ def test_a_model_whose_parameters_are_not_float32_says_what_to_do(dtype: torch.d
 
 
 def test_model_refuses_sizes_that_do_not_divide() -> None:
-    with pytest.raises(GMFlowError, match="divisible by 32"):
-        tiny()(torch.zeros(1, 3, 48, 64), torch.zeros(1, 3, 48, 64))
-    with pytest.raises(GMFlowError, match="floating point"):
-        tiny()(*torch.zeros(2, 1, 3, 32, 32, dtype=torch.uint8))
+    for height, width in ((48, 64), (64, 48)):
+        with pytest.raises(GMFlowError, match=f"divisible by 32 .* not {height}×{width}"):
+            tiny()(torch.zeros(1, 3, height, width), torch.zeros(1, 3, height, width))
+    image = torch.zeros(1, 3, 32, 32)
+    for pair in ((image.byte(), image), (image, image.byte())):
+        with pytest.raises(GMFlowError, match="floating point"):
+            tiny()(*pair)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 32, 32), (1, 3, 0, 32), (1, 3, 32, 0), (1, 4, 32, 32), (3, 32, 32)])

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from gmflow import (
     GMFlow,
@@ -113,6 +114,24 @@ def test_missing_and_damaged_files(suffix: str, tmp_path: Path) -> None:
         with pytest.raises(GMFlowError, match="damaged") as error:
             load_model(path)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "told"),
+    [
+        (None, "not written by gmflow.save_weights"),
+        ({"gmflow_config": "{"}, "its gmflow_config is no model configuration"),
+        ({"gmflow_config": "[1]"}, "its gmflow_config is no model configuration"),
+        ({"gmflow_config": '{"num_scales": 3}'}, "no model configuration .num_scales must be 1 or 2, not 3"),
+    ],
+)
+def test_safetensors_without_a_models_configuration_are_refused(
+    metadata: dict[str, str] | None, told: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(tiny().state_dict(), path, metadata)
+    with pytest.raises(GMFlowError, match=f"^{path}: .*{told}"):
+        load_model(path)
 
 
 @pytest.mark.parametrize("content", [{0: torch.zeros(1)}, {"model": {0: torch.zeros(1)}}, {"a": 1}, [torch.zeros(1)]])
