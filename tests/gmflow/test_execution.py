@@ -57,6 +57,20 @@ def test_an_autocast_that_is_on_by_the_time_of_the_backward_pass_may_be_of_anoth
     assert (found - usual).norm() < 0.02 * usual.norm()
 
 
+@pytest.mark.parametrize(("dtype", "alike"), [(torch.bfloat16, 0.9), (torch.float16, 0.99)])
+def test_a_model_that_was_not_prepared_learns_within_the_callers_autocast(dtype: torch.dtype, alike: float) -> None:
+    """In whose type the backbone is as well: random weights magnify what that rounds."""
+    images = torch.rand(2, 1, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 255
+    gradients = []
+    for on in (False, True):
+        model = tiny(BASE).train()
+        with torch.autocast("cpu", dtype, enabled=on):
+            model(*images).flow.abs().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    exact, rounded = gradients
+    assert torch.cosine_similarity(rounded, exact, dim=0) > alike
+
+
 @pytest.mark.parametrize("radius", [-1, 4])
 def test_matching_is_float32_whatever_surrounds_it(radius: int) -> None:
     """Rounded to 16 bits, the position of the best match is off by parts of a pixel, times the upsampling."""
