@@ -105,7 +105,8 @@ def predict_flow(
     """Flow between two frames, on the model's device.
 
     Args:
-        model: in training or evaluation mode; it runs in evaluation mode and is then set back.
+        model: in training or evaluation mode; it runs in evaluation mode and is then set back. Set it to evaluation
+            mode beforehand where several threads use it: one might set it back while another computes.
         frame0: RGB, uint8 `[H, W, 3]`, of any size.
         frame1: RGB, uint8 `[H, W, 3]`, the same size.
         padding: "sintel" or "kitti", see `Padding`.
