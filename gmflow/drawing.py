@@ -113,7 +113,10 @@ def warp_animation(
 
 
 def encode_animation(pictures: Sequence[npt.NDArray[np.uint8]]) -> bytes:
-    """RGB pictures, uint8 `[H, W, 3]` of one size, as an animated WebP that runs for ever."""
+    """RGB pictures, uint8 `[H, W, 3]` of one size, as an animated WebP that runs for ever.
+
+    Raises GMFlowError if they are larger than a WebP may be.
+    """
     if max(pictures[0].shape) > _LONGEST_SIDE:
         height, width = pictures[0].shape[:2]
         raise GMFlowError(f"WebP holds pictures of at most {_LONGEST_SIDE} pixels a side, not {width}x{height}")

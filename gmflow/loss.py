@@ -13,6 +13,9 @@ from gmflow.geometry import vector_length
 LARGEST_COMPONENT = 1000.0
 """Dense ground truth marks unknown pixels with components of at least this (FlyingChairs, Sintel, FlyingThings3D)."""
 
+MAX_FLOW = 400.0
+"""Faster ground truth, in pixels a frame, is left out, as in the reference implementation."""
+
 
 def sequence_loss(
     predictions: Sequence[Tensor],
@@ -20,7 +23,7 @@ def sequence_loss(
     valid: Tensor,
     *,
     gamma: float = 0.9,
-    max_flow: float = 400.0,
+    max_flow: float = MAX_FLOW,
     normalizer: float | None = None,
 ) -> Tensor:
     """Σ_i γ^(N-1-i) · mean over all B·2·H·W entries of valid · |prediction_i - flow|.
@@ -62,7 +65,7 @@ def _check_shapes(predictions: Sequence[Tensor], flow: Tensor, valid: Tensor) ->
         raise GMFlowError(f"a loss needs predictions and flow [B, 2, H, W] and valid [B, H, W], not {shapes}")
 
 
-def valid_pixels(flow: Tensor, valid: Tensor, *, max_flow: float = 400.0) -> Tensor:
+def valid_pixels(flow: Tensor, valid: Tensor, *, max_flow: float = MAX_FLOW) -> Tensor:
     """Where ground truth `[B, 2, H, W]` can be learned from: bool `[B, H, W]`, never where it is NaN or inf."""
     known = (flow.abs() < LARGEST_COMPONENT).all(dim=1)  # false for NaN and inf
     slow = vector_length(flow.float()) < max_flow  # squares of 16 bits overflow beyond 255 px

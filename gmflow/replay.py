@@ -26,8 +26,6 @@ from gmflow.model import FlowOutput, GMFlow
 KEPT = 4
 """Recordings that a model keeps at most: each holds the memory of its pass."""
 
-_log = logging.getLogger(__name__)
-
 PASSES_AFTER_LACK = 50
 """How often a pass runs normally after its recording was dropped for lack of memory.
 
@@ -37,6 +35,8 @@ so recordings are made again, but not so often that making them takes the time t
 
 WARM_UPS = 2
 """Passes of a shape that take longer than later ones: one that runs normally, and one that is recorded."""
+
+_log = logging.getLogger(__name__)
 
 Forward = Callable[..., FlowOutput]
 

@@ -154,7 +154,7 @@ class FeedForward(nn.Module):
         _xavier(self)
 
     def forward(self, source: Tensor, message: Tensor) -> Tensor:
-        """Tokens and the messages to them, `[B, L, C]` each → tokens `[B, L, C]`."""
+        """Tokens and the messages to them, `[T, C]` each → tokens `[T, C]`."""
         weights = self.expand.weight, self.contract.weight, self.norm.weight, self.norm.bias
         return feed_forward(source, message, *weights, any_order=self.summation.is_free(source.device))
 

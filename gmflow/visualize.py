@@ -36,7 +36,8 @@ def color_wheel() -> npt.NDArray[np.float64]:
 
 def known_flow(flow: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
     """Where flow `[H, W, 2]` is known: bool `[H, W]`, false where a component is NaN or beyond `UNKNOWN`."""
-    known: npt.NDArray[np.bool_] = (np.abs(flow) <= UNKNOWN).all(axis=2)
+    # As float32: among 16 bits the limit itself would be infinite.
+    known: npt.NDArray[np.bool_] = (np.abs(flow) <= np.float32(UNKNOWN)).all(axis=2)
     return known
 
 
@@ -116,7 +117,8 @@ def error_to_image(
     Args:
         flow: prediction `[H, W, 2]`, pixels.
         target: ground truth `[H, W, 2]`, pixels.
-        valid: bool `[H, W]`; where it is false, or the target not finite, the picture is black. All valid if left out.
+        valid: bool `[H, W]`; where it is false, or the target unknown (`known_flow`), the picture is black. All valid
+            if left out.
 
     Returns:
         RGB, uint8 `[H, W, 3]`.
@@ -125,12 +127,12 @@ def error_to_image(
         GMFlowError: the shapes do not fit together.
     """
     flow, target = np.asarray(flow), np.asarray(target)
-    known = np.isfinite(target).all(axis=-1)
-    if flow.ndim != 3 or flow.shape[2] != 2 or target.shape != flow.shape or not _fits(valid, known):
+    if flow.ndim != 3 or flow.shape[2] != 2 or target.shape != flow.shape or not _fits(valid, target):
         shapes = [list(array.shape) for array in (flow, target, valid) if array is not None]
         raise GMFlowError(f"an error map needs flow and target [H, W, 2] and valid [H, W], not {shapes}")
+    known = known_flow(target)
     if valid is not None:
-        known = known & valid
+        known &= valid
     target = np.where(known[..., None], target, 0.0).astype(np.float64)  # squares of 16 bits overflow beyond 255 px
     error = np.linalg.norm(flow.astype(np.float64) - target, axis=2)
     speed = np.linalg.norm(target, axis=2)
@@ -143,5 +145,5 @@ def error_to_image(
     return image
 
 
-def _fits(mask: npt.NDArray[np.bool_] | None, known: npt.NDArray[np.bool_]) -> bool:
-    return mask is None or (mask.shape == known.shape and mask.dtype == np.bool_)
+def _fits(mask: npt.NDArray[np.bool_] | None, flow: npt.NDArray[np.floating]) -> bool:
+    return mask is None or (mask.shape == flow.shape[:2] and mask.dtype == np.bool_)

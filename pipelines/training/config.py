@@ -11,6 +11,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from gmflow import GMFlowConfig
 from gmflow.execution import Precision
+from gmflow.loss import MAX_FLOW
 from pipelines.config_file import Frozen, RunName, Seed, spelt
 from pipelines.training.data_config import DataName, GateConfig, MetricConfig, PartConfig, SetConfig, check_named_once
 from pipelines.training.machine_config import MachineConfig
@@ -93,7 +94,7 @@ class StageConfig(Frozen):
     warmup: float = Field(default=0.05, gt=0, lt=1)
     clip_norm: PositiveFloat = 1.0
     gamma: float = Field(default=0.9, gt=0, le=1)
-    max_flow: PositiveFloat = 400.0
+    max_flow: PositiveFloat = MAX_FLOW
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     max_skipped_in_a_row: PositiveInt = 10
 

@@ -63,7 +63,7 @@ def score(
         occluded = None if sample.occluded is None else torch.from_numpy(sample.occluded)[None]
         target, valid = batch.flow[None], batch.valid[None]  # [1, 2, H, W], [1, H, W]
         if sample.dataset == "things":
-            valid = valid_pixels(target, valid, max_flow=400.0)
+            valid = valid_pixels(target, valid)  # as the published figures on FlyingThings3D
         metrics.update(flow, target, valid, occluded)
         yield Scored(sample, flow[0], hidden, metrics, seconds)
 

@@ -37,10 +37,11 @@ def test_errors_have_kittis_colours(error: float, speed: float, band: int) -> No
     assert colour_of(error, speed) == list(KITTI_BANDS[band][1])
 
 
-def test_unknown_truth_is_black_and_shapes_must_fit() -> None:
+@pytest.mark.parametrize("unknown", [np.nan, np.inf, 1e10])
+def test_unknown_truth_is_black_and_shapes_must_fit(unknown: float) -> None:
     flow = np.zeros((2, 2, 2), np.float32)
     target = flow.copy()
-    target[0, 0, 0] = np.nan
+    target[0, 0, 0] = unknown
     valid = np.array([[True, False], [True, True]])
     image = error_to_image(flow, target, valid)
     assert image[0].tolist() == [[0, 0, 0], [0, 0, 0]]
@@ -137,8 +138,8 @@ def test_an_error_map_of_16_bits_is_that_of_32() -> None:
 
 def test_flow_marked_as_unknown_moves_nothing_and_gets_no_arrow() -> None:
     frame = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    for unknown in (1e10, -1e10, np.inf, -np.inf, np.nan):
-        flow = np.full((30, 40, 2), unknown, np.float32)
+    for unknown in (np.float32(1e10), np.float32(-1e10), np.float16(np.inf), np.float32(-np.inf), np.float16(np.nan)):
+        flow = np.full((30, 40, 2), unknown)
         np.testing.assert_array_equal(warp_frame(frame, flow), frame)
         np.testing.assert_array_equal(draw_arrows(frame, flow, spacing=8), frame)
 

@@ -46,8 +46,10 @@ def test_colors_are_those_of_middlebury() -> None:
     assert (image == expected).mean() > 0.99
 
 
-def test_unknown_flow_is_black_and_no_flow_white() -> None:
-    flow = np.zeros((1, 5, 2), np.float32)
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bits", [np.float32, np.float64])
+def test_unknown_flow_is_black_and_no_flow_white(bits: type[np.floating]) -> None:
+    flow = np.zeros((1, 5, 2), bits)
     flow[0, 0, 0], flow[0, 1, 1], flow[0, 2], flow[0, 3, 0] = np.nan, np.inf, 1e10, -1e10
     assert flow_to_image(flow).tolist() == [[[0, 0, 0]] * 4 + [[255, 255, 255]]]
 
@@ -59,6 +61,7 @@ def test_what_is_no_flow_is_refused() -> None:
         flow_to_image(np.zeros((4, 4, 2)), max_flow=0)
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_picture_in_strips_is_that_of_each_pixel_and_16_bits_know_what_is_unknown() -> None:
     flow = np.random.default_rng(0).normal(0, 30, (300, 200, 2)).astype(np.float16)
     flow[7, 9] = np.inf
