@@ -306,8 +306,9 @@ def test_who_was_taken_over_ends_and_leaves_the_other_ones_claim(folder: ObjectS
 
     def work() -> None:
         with claimed({"stage chairs": folder, "stage things": other}, pytest.fail):
-            write(folder, ELSEWHERE)
-            threading.Event().wait(WAIT_SECONDS)
+            for _ in range(100):  # a renewal that is under way while the first is written would replace it
+                write(folder, ELSEWHERE)
+                threading.Event().wait(0.2)
 
     before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
     try:
