@@ -277,4 +277,6 @@ def _fill(model: GMFlow, path: Path, config: GMFlowConfig, tensors: Mapping[str,
                 f"{path}: weights of another architecture: {theirs} has shape {list(tensor.shape)}, "
                 f"the model's {list(state[ours].shape)}"
             )
+        if not tensor.isfinite().all():  # a .pth has no checksum that PyTorch looks at
+            raise GMFlowError(f"{path}: damaged, or of a training that diverged: {theirs} is not finite")
     model.load_state_dict({ours: tensors[theirs] for theirs, ours in expected.items()})

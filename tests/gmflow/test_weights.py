@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import resource
 import signal
@@ -166,6 +167,18 @@ def test_a_tensor_that_cannot_be_a_models_is_named_with_its_file_in_one_line(
         load_model(path)
     assert str(error.value).startswith(f"{path}: ")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(suffix: str, value: float, tmp_path: Path) -> None:
+    """A flipped bit of a .pth is not noticed otherwise, and all flow would be no number."""
+    model, path = tiny(BASE), tmp_path / f"model{suffix}"
+    with torch.no_grad():
+        model.backbone.projection.weight[0, 0] = value
+    (save_published if suffix == ".pth" else save_weights)(model, path)
+    with pytest.raises(GMFlowError, match=r"damaged, or of a training that diverged: backbone\.conv2\.weight is not"):
+        load_model(path)
 
 
 def test_missing_tensor_is_named(tmp_path: Path) -> None:
