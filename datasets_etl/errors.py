@@ -5,6 +5,10 @@ class DataError(Exception):
     """Something is wrong with the data or its storage. The message is one line: what, where, and what to do."""
 
 
+class NotFoundError(DataError):
+    """Storage holds no object of this name."""
+
+
 class StorageOutageError(DataError):
     """Storage does not answer, or not as it should. The same request may succeed later."""
 

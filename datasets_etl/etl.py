@@ -81,13 +81,14 @@ def run_etl(
             subset are damaged; one pair is damaged and the run is strict; or not all nodes can see the target. Then no
             manifest is written, but finished shards stay, and the same call continues from them.
     """
+    store = open_store(f"{target.rstrip('/')}/{dataset}")
+    next(store.walk("manifest"), None)  # a bucket that is not there is found before anything is read
     tree, objects = _open_source(source)
     refs = (index or SOURCES[dataset])(tree)
     pixels, quarantined = _check_sizes(refs, source, objects, strict)
     _require_some_of_each(refs, quarantined, source)
     # Damaged pairs are planned too: once they are repaired, only their own shards are written again.
     plans = plan_shards(refs, pixels, {key: info.stamp for key, info in objects.items()}, shard_bytes)
-    store = open_store(f"{target.rstrip('/')}/{dataset}")
     store.remove_leftovers()
 
     def report() -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from datasets_etl.errors import DataError
+from datasets_etl.errors import DataError, NotFoundError
 from datasets_etl.objects import ObjectInfo, require_size, whole
 
 _LEFT_BEHIND_S = 24 * 3600
@@ -119,7 +119,7 @@ class FileStore:
         try:
             yield
         except FileNotFoundError as error:
-            raise DataError(f"{error.filename or self.root / key}: no such file") from None
+            raise NotFoundError(f"{error.filename or self.root / key}: no such file") from None
         except OSError as error:
             raise DataError(f"{self.root / key}: {error.strerror or error}") from error
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from datasets_etl.errors import DataError, StorageOutageError
+from datasets_etl.errors import DataError, NotFoundError
 from datasets_etl.objects import ObjectStore
 from datasets_etl.storage import open_store, split_url
 
@@ -84,10 +84,8 @@ class Manifest:
         store, name = split_url(url)
         try:
             data = store.read(name)
-        except StorageOutageError:
-            raise
-        except DataError as error:
-            raise DataError(f"no manifest: {error}; pipelines/etl.py prints the URL of the one it wrote") from error
+        except NotFoundError as error:
+            raise NotFoundError(f"no manifest: {error}; pipelines/etl.py prints the URL of the one it wrote") from error
         named = _NAME.fullmatch(name)
         if named and named[1] != hashlib.sha256(data).hexdigest()[:16]:
             raise DataError(f"{url}: damaged: its content is not what its name promises; run pipelines/etl.py again")

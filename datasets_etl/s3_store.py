@@ -9,10 +9,18 @@ import boto3
 import botocore.exceptions as s3_errors
 from urllib3.exceptions import HTTPError
 
-from datasets_etl.errors import DamagedError, DataError, StorageOutageError
+from datasets_etl.errors import DamagedError, DataError, NotFoundError, StorageOutageError
 from datasets_etl.objects import ObjectInfo, ShortAnswerError, require_size, too_short, whole
 from datasets_etl.s3_client import read_range_quickly, s3_client
 from datasets_etl.storage_retries import may_pass, retry
+
+_FAILURES = (
+    s3_errors.ClientError,
+    s3_errors.BotoCoreError,
+    boto3.exceptions.Boto3Error,
+    HTTPError,
+    ConnectionError,
+)
 
 
 class S3Store:
@@ -110,20 +118,22 @@ class S3Store:
             raise DataError(f"{url}: {error}; correct AWS_PROFILE or AWS_ACCESS_KEY_ID and its secret") from None
         except s3_errors.FlexibleChecksumError as error:
             raise DamagedError(f"{url}: damaged: its checksum is not the one stored with it") from error
-        except s3_errors.ClientError as error:
-            kind = StorageOutageError if may_pass(error) else DataError
-            raise kind(f"{url}: {_explain(error, self.bucket)}") from error
-        except (s3_errors.BotoCoreError, boto3.exceptions.Boto3Error, HTTPError, ConnectionError) as error:
-            kind = StorageOutageError if may_pass(error) else DataError
-            raise kind(f"{url}: {error}; is the object store up, is AWS_ENDPOINT_URL right?") from error
+        except _FAILURES as error:
+            raise _explained(error, url, self.bucket) from error
 
 
-def _explain(error: s3_errors.ClientError, bucket: str) -> str:
-    code = error.response["Error"]["Code"]
+def _explained(error: BaseException, url: str, bucket: str) -> DataError:
+    """What a failed request says to the user."""
+    if isinstance(error, boto3.exceptions.S3UploadFailedError):
+        error = error.__cause__ or error.__context__ or error
+    if may_pass(error):
+        return StorageOutageError(f"{url}: {error}; is the object store up, is AWS_ENDPOINT_URL right?")
+    code = error.response["Error"]["Code"] if isinstance(error, s3_errors.ClientError) else ""
     if code in ("NoSuchKey", "404"):
-        return "no such object"
+        return NotFoundError(f"{url}: no such object")
     if code == "NoSuchBucket":
-        return f"no bucket {bucket}; create it or correct the URL"
+        return DataError(f"{url}: no bucket {bucket}; create it or correct the URL")
     if code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
-        return "access denied; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy"
-    return str(error)
+        credentials = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy"
+        return DataError(f"{url}: access denied; check {credentials}")
+    return DataError(f"{url}: {error}")

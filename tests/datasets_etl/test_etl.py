@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from datasets_etl import etl, formats, shards
-from datasets_etl.errors import DamagedError, DataError
+from datasets_etl.errors import DamagedError, DataError, NotFoundError
 from datasets_etl.etl import EtlResult, run_etl, run_tasks
 from datasets_etl.file_store import FileStore
 from datasets_etl.inspection import MOTION_EDGES, Damage, _problems, motion_histogram, spread, verify_manifest
@@ -493,8 +493,20 @@ def test_a_manifest_that_was_tampered_with_is_refused(sharded_chairs: EtlResult,
 
 
 def test_a_missing_manifest_says_how_to_get_one(tmp_path):
-    with pytest.raises(DataError, match=r"no manifest: .*nothing\.json.*pipelines/etl\.py"):
+    with pytest.raises(NotFoundError, match=r"no manifest: .*nothing\.json.*pipelines/etl\.py"):
         Manifest.load(str(tmp_path / "nothing.json"))
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_bucket_that_is_missing_is_said_before_the_source_is_read(raw_chairs: Path, s3, monkeypatch):
+    """Listing a large dataset takes minutes, and encoding its first shard, too."""
+    monkeypatch.setattr(etl, "_open_source", lambda source: pytest.fail("read"))
+    with pytest.raises(DataError, match="no bucket nothing-here; create it"):
+        run_etl("chairs", str(raw_chairs), "s3://nothing-here/flow")
+    with pytest.raises(DataError) as caught:
+        Manifest.load("s3://nothing-here/manifest.json")
+    assert "no bucket nothing-here" in str(caught.value)
+    assert "etl.py" not in str(caught.value), "which prints the URLs of manifests, not the names of buckets"
 
 
 def test_a_missing_subset_names_those_there_are(sharded_chairs: EtlResult):

@@ -177,9 +177,14 @@ def test_wrong_credentials_are_said_in_a_line(s3, fresh_client, monkeypatch):
         open_store("s3://data").read("ready")
 
 
-def test_a_missing_bucket_is_said_in_a_line(s3):
-    with pytest.raises(DataError, match="no bucket nothing-here"):
-        open_store("s3://nothing-here/prefix").write("x", b"")
+def test_a_missing_bucket_is_said_in_a_line(s3, tmp_path):
+    store, file = open_store("s3://nothing-here/prefix"), tmp_path / "file"
+    file.write_bytes(b"x")
+    for use in (lambda: store.write("x", b""), lambda: store.upload(file, "x"), lambda: next(store.walk())):
+        with pytest.raises(
+            DataError, match=r"^s3://nothing-here/prefix/x?: no bucket nothing-here; create it or correct"
+        ):
+            use()
 
 
 def test_a_server_that_is_away_is_said_in_a_line(s3, fresh_client, monkeypatch):
