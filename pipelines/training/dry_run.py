@@ -12,8 +12,10 @@ from pipelines.training.checkpoints import CheckpointStore
 from pipelines.training.config import CurriculumConfig, StageConfig
 from pipelines.training.display import output
 from pipelines.training.estimate import TooLargeError, estimate
-from pipelines.training.launch import moved_start, weights_are_pinned
+from pipelines.training.launch import moved_start, room_lacking, weights_are_pinned
 from pipelines.training.plan import StagePlan, learned_pairs, new_beside, plan_curriculum
+
+_FINISHED = "finished"
 
 
 def show_dry_run(config: CurriculumConfig) -> None:
@@ -22,6 +24,7 @@ def show_dry_run(config: CurriculumConfig) -> None:
     Raises DataError or PipelineError if data or weights are missing.
     """
     plans = plan_curriculum(config)
+    states = [_standing(plan) for plan in plans]  # now: an error of storage is told before anything is measured
     if config.init_from is not None and not weights_are_pinned(plans[0].folder):
         check_reference(config.init_from, config.mlflow.tracking_uri)
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -31,14 +34,16 @@ def show_dry_run(config: CurriculumConfig) -> None:
     for column in ("steps", "batch", "crop", "samples an epoch", "epochs", "computing", "memory a worker"):
         table.add_column(column, justify="right")
     start = config.init_from or "random weights"
-    for plan in plans:
+    for plan, standing in zip(plans, states, strict=True):
         stage = plan.stage
         samples = sum(len(part.indices(plan.manifests[part.data])) * part.repeats for part in stage.mixture)
-        print(f"stage={stage.name} measuring a step on one worker", flush=True)
-        time, memory = _cost(config, stage)
+        time = memory = ""
+        if standing != _FINISHED:
+            print(f"stage={stage.name} measuring a step on one worker", flush=True)
+            time, memory = _cost(config, stage)
         table.add_row(
             stage.name,
-            _standing(plan),
+            standing,
             start,
             f"{stage.steps:,}",
             f"{stage.global_batch}",
@@ -52,10 +57,12 @@ def show_dry_run(config: CurriculumConfig) -> None:
     output().print(table)
     print(
         "computing: steps × the time of one, measured just now on one worker of this Ray, without reading, validation "
-        "and the workers' meeting; empty where this Ray has no room for a worker, or measuring took too long"
+        "and the workers' meeting; empty where a stage is finished, this Ray has no room for a worker, or measuring "
+        "took too long"
     )
-    for line in (*_beginnings(config, plans), *_learned(config, plans)):
-        print(line)
+    for line in (*_beginnings(config, plans), *_learned(config, plans), room_lacking(config.machine)):
+        if line:
+            print(line)
     for name, claim in standing_claims({f"stage {plan.stage.name}": plan.folder for plan in plans}).items():
         print(f"{name}: claimed by {claim}; the same command is refused as long as that lives")
 
@@ -102,6 +109,6 @@ def _standing(plan: StagePlan) -> str:
     if plan.stage not in plan.config.selected_stages:
         return "before" if plan.result() else "before, missing"
     if plan.result():
-        return "finished"
+        return _FINISHED
     steps = CheckpointStore(plan.folder).steps()
     return f"at step {steps[0]:,}" if steps else "new"

@@ -587,11 +587,13 @@ def test_a_dry_run_tells_where_each_stage_stands_and_writes_nothing(
     ]
     assert [cell.strip() for cell in mix.split("│")[2:9]] == ["new", "chairs", "400", "4", "32x48", "24", "66.7"]
     assert re.search(r"\d:\d\d:\d\d │ +\d\.\d GiB", mix)
+    assert "GiB" not in chairs, "what is finished takes no more time"
 
     show_dry_run(resolved(workplace, "machine.use_gpu=true"))
     told = capsys.readouterr().out
     (chairs,) = [line for line in told.splitlines() if line.startswith("│ chairs")]
     assert "GiB" not in chairs, "no estimate where Ray has no room for a worker"
+    assert "waits for room: 2 worker(s) need 1 CPU(s) and a GPU each" in told
     assert "claimed" not in out + told
     assert not (workplace.folder / "storage").exists()
     assert not (workplace.folder / "mlflow.db").exists()
