@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from pipelines.errors import PipelineError
+from pipelines.lasting import is_uploaded
 
 
 class Frozen(BaseModel):
@@ -79,7 +80,8 @@ def _read_yaml(path: Path, over: tuple[Path, ...]) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise PipelineError(f"{path}: no such config file") from None
+        hint = "; what git ignores, such as runs/, is not uploaded with a job" if is_uploaded(str(Path.cwd())) else ""
+        raise PipelineError(f"{path}: no such config file{hint}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise PipelineError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(tree, dict):

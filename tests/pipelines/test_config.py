@@ -201,9 +201,16 @@ def test_what_is_wrong_is_laid_to_what_said_it(small, load):
     assert "config.yaml: stages.chairs.steps: " in told("seed=1")
 
 
-def test_a_missing_file_and_a_file_without_yaml_are_named(tmp_path):
-    with pytest.raises(PipelineError, match=r"nothing\.yaml: no such config file"):
+def test_a_missing_file_and_a_file_without_yaml_are_named(tmp_path, monkeypatch):
+    with pytest.raises(PipelineError, match=r"nothing\.yaml: no such config file$"):
         load_config(CurriculumConfig, str(tmp_path / "nothing.yaml"), [])
+    uploaded = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
+    uploaded.mkdir(parents=True)
+    monkeypatch.chdir(uploaded)
+    with pytest.raises(
+        PipelineError, match=r"mine\.yaml: no such config file; what git ignores, such as runs/, is not"
+    ):
+        load_config(CurriculumConfig, "runs/mine.yaml", [])
     (tmp_path / "broken.yaml").write_text("a: [1")
     with pytest.raises(PipelineError, match=r"broken\.yaml: not readable as YAML"):
         load_config(CurriculumConfig, str(tmp_path / "broken.yaml"), [])
