@@ -189,6 +189,7 @@ def _run_stage(
                 _lineage(plan, parent.model if parent else source, metrics),
                 config.promotion,
             )
+        display.say(f"stage={stage.name} {run.patience(registry.standing, run.client, version, config.promotion)}")
     result = StageResult(
         stage=stage.name,
         config_hash=plan.hash,

@@ -276,7 +276,8 @@ def register_best(sweep: Sweep, rows: Sequence[Row], run: SweepRun, plan: TrialP
                 lineage,
                 config.objective,
             )
-        print(f"registered {row.name} as models:/{version.name}/{version.version}")
+        told = run.parent.patience(registry.standing, run.client, version, config.objective)
+        print(f"{row.name} {told}")
 
 
 @resumable_command

@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,6 +23,7 @@ from pipelines.training.config import shown_uri
 
 _EXISTS = ErrorCode.Name(RESOURCE_ALREADY_EXISTS)
 _RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+_CREDENTIALS_REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 _ASKING = threading.RLock()
 
 
@@ -62,6 +64,11 @@ def connect(configured: str | None, *, answered: bool = False) -> MlflowClient:
     try:
         client.search_experiments(max_results=1)  # on the first call this creates the tables of an embedded database
     except Exception as error:  # MLflow raises whatever its transport does
+        if isinstance(error, MlflowException) and error.get_http_status_code() in _CREDENTIALS_REFUSED:
+            raise PipelineError(
+                f"MLflow at {shown_uri(uri)} refuses the credentials; check MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            ) from error
         text = f"MLflow at {shown_uri(uri)} does not answer: {shown_uri(str(error))}"
         raise (PipelineError(text) if folder is not None else mlflow_patience.as_error(error, text)) from error
     return client

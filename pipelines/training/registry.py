@@ -264,7 +264,7 @@ def _improves(client: MlflowClient, model_name: str, lineage: Lineage, promotion
     if figure is None:  # a model that was not measured replaces no champion
         return False
     champion = _version_by_alias(client, model_name, CHAMPION)
-    reigning = None if champion is None else champion.tags.get(promotion.name.replace("/", "."))
+    reigning = None if champion is None else champion.tags.get(_figure_tag(promotion))
     if champion is None or reigning is None:
         return True
     measured, theirs = (tags.get(_measured_tag(promotion.set_name)) for tags in (lineage.tags(), champion.tags))
@@ -276,6 +276,24 @@ def _improves(client: MlflowClient, model_name: str, lineage: Lineage, promotion
         )
         return False
     return float(f"{figure:{_FIGURE}}") < float(reigning)  # both as tags hold them
+
+
+def standing(client: MlflowClient, version: ModelVersion, promotion: MetricConfig | None) -> str:
+    """A line that says as what a version is registered, and whether it is the champion or which version is."""
+    champion = _version_by_alias(client, version.name, CHAMPION)
+    registered = f"registered as {numbered(version)}"
+    if champion is None:
+        return f"{registered}; there is no {CHAMPION} yet"
+    figure = None if promotion is None else champion.tags.get(_figure_tag(promotion))
+    by = "" if promotion is None or figure is None else f", {promotion.name} {figure}"
+    if str(champion.version) != str(version.version):
+        return f"{registered}; the {CHAMPION} is still version {champion.version}{by}"
+    before = [one for one in _earlier_versions(client, version.name, CHAMPION) if one != str(champion.version)]
+    return f"{registered}, now the {CHAMPION}{by}" + (f" (before: version {before[-1]})" if before else "")
+
+
+def _figure_tag(metric: MetricConfig) -> str:
+    return metric.name.replace("/", ".")
 
 
 def numbered(version: ModelVersion) -> str:

@@ -371,6 +371,25 @@ def test_a_champion_is_no_better_by_what_tags_do_not_hold(tmp_path):
     assert str(client.get_model_version_by_alias("gmflow", "champion").version) == "1"
 
 
+def test_it_is_said_whether_a_new_version_is_the_champion(tmp_path):
+    client = mlflow_client.connect(f"sqlite:///{tmp_path}/mlflow.db")
+    save_weights(GMFlow(TINY), tmp_path / "w.safetensors")
+    rule = MetricConfig(data="c", subset="val")
+    told = []
+    for number, epe in enumerate([None, 3.0, 3.5, 2.5]):
+        metrics = {} if epe is None else {"val/c/val/epe": epe}
+        lineage = registry.Lineage("chairs", "random", {}, f"h{number}", "sources:x", metrics)
+        run = tracking.start_run(client, "r", "chairs", {}).info.run_id
+        version = registry.register(client, "gmflow", run, tmp_path / "w.safetensors", lineage, rule)
+        told.append(registry.standing(client, version, rule))
+    assert told == [
+        "registered as models:/gmflow/1; there is no champion yet",
+        "registered as models:/gmflow/2, now the champion, val/c/val/epe 3",
+        "registered as models:/gmflow/3; the champion is still version 2, val/c/val/epe 3",
+        "registered as models:/gmflow/4, now the champion, val/c/val/epe 2.5 (before: version 2)",
+    ]
+
+
 def test_a_model_whose_upload_was_cut_off_is_logged_again(tmp_path):
     """It has a record and the weights' tag already, and no files: its version could not be loaded."""
     client = mlflow_client.connect(f"sqlite:///{tmp_path}/mlflow.db")

@@ -21,6 +21,7 @@ from mlflow.protos.databricks_pb2 import (
     PERMISSION_DENIED,
     RESOURCE_DOES_NOT_EXIST,
     TEMPORARILY_UNAVAILABLE,
+    UNAUTHENTICATED,
 )
 
 from gmflow import GMFlow, predict_flow, save_weights
@@ -504,6 +505,17 @@ def test_a_server_that_is_away_is_said_in_a_line(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(OutageError, match=r"MLflow at http://127\.0\.0\.1:9 does not answer"):
         mlflow_client.connect("http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("error", [UNAUTHENTICATED, PERMISSION_DENIED])
+def test_wrong_credentials_are_no_silence(server, monkeypatch, error: int):
+    def refuse(*_: object, **__: object) -> None:
+        raise MlflowException("You are not authenticated", error)
+
+    monkeypatch.setattr(mlflow_client.MlflowClient, "search_experiments", refuse)
+    with pytest.raises(PipelineError, match="refuses the credentials; check MLFLOW_TRACKING_USERNAME") as told:
+        mlflow_client.connect(server)
+    assert not isinstance(told.value, OutageError)
 
 
 @pytest.mark.usefixtures("local_ray")
