@@ -36,12 +36,17 @@ def _show_probe(config: SweepConfig, probe: ProbeConfig, console: Console) -> No
 
 
 def _show_trials(config: SweepConfig, tuned: TuneConfig, console: Console) -> None:
-    order = f", the probe's best {tuned.seeds} settings first" if config.probe and tuned.seeds else ""
-    if tuned.searcher == "optuna":
-        console.print(f"tune: {tuned.trials} trials of {tuned.stage.steps} steps, chosen by Optuna{order}")
+    points = [] if tuned.searcher == "optuna" else listed_points(config, [])
+    count = len(points) or tuned.trials or 0
+    seeded = ""
+    if config.probe is not None and tuned.seeds:
+        seeded = f"; the first are at most {min(tuned.seeds, count)} settings of the probe's front"
+        seeded += ", in place of the last ones listed here" if tuned.searcher == "random" else ""
+    chosen = ", chosen by Optuna" if tuned.searcher == "optuna" else ""
+    console.print(f"tune: {count} trials of {tuned.stage.steps} steps{chosen}{seeded}", highlight=False)
+    if not points:
         return
-    points = listed_points(config, [])
-    table = Table(title=f"tune: {len(points)} trials of {tuned.stage.steps} steps{order}")
+    table = Table()
     for name in points[0] if points else ():
         table.add_column(name, justify="right")
     for point in points:
