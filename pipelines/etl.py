@@ -7,15 +7,11 @@ python pipelines/etl.py inspect MANIFEST --output sheet.png             # counts
 
 import argparse
 import functools
-import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -32,11 +28,10 @@ from pipelines.cluster import connected
 from pipelines.contact_sheet import contact_sheet
 from pipelines.errors import resumable_command
 from pipelines.lasting import lasting_object, lasting_store
+from pipelines.progress import Progress, print_line
 
 # Progress and reports go to stderr, because stdout is for output that scripts read.
 console = Console(stderr=True)
-
-_PRINT_EVERY_S = 30.0
 
 _REPORTED = 20  # damaged pairs listed; the manifest has them all
 
@@ -113,45 +108,9 @@ def _inspect_parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def _progress(dataset: str, doing: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with rate and time left, as a function of (done, total)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(f"{dataset}: indexing", total=None, pace="")
-        pace = Pace()
-        printed_at = -math.inf
-
-        def show(done: int, total: int) -> None:
-            nonlocal printed_at
-            now = time.monotonic()
-            said = pace.say(done, total, now)
-            # A bar that is not on a terminal is written only once it is full.
-            if not console.is_terminal and now - printed_at >= _PRINT_EVERY_S:
-                printed_at = now
-                _print_line(f"{dataset}: {doing}: {done:,} of {total:,} pairs {said}".rstrip())
-            progress.update(bar, description=f"{dataset}: {doing}", completed=done, total=total, pace=said)
-
-        yield show
-
-
-def _print_line(line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-class Pace:
-    """Rate and time left, averaged over this whole run: shards finish too seldom for a shorter window."""
-
-    def __init__(self) -> None:
-        self._first: tuple[int, float] | None = None
-
-    def say(self, done: int, total: int, now: float) -> str:
-        """Text such as "41.0 pairs/s, 0:03:20 left"; empty until this run, not an earlier one, has finished pairs."""
-        self._first = self._first or (done, now)
-        before, began = self._first
-        if done == before or now <= began:
-            return ""
-        rate = (done - before) / (now - began)
-        left = f", {timedelta(seconds=round((total - done) / rate))} left" if done < total else ""
-        return f"{rate:,.1f} pairs/s{left}"
+    """A progress bar, or lines, with rate and time left, as a function of (done, total)."""
+    with Progress(console) as progress:
+        yield progress.task(f"{dataset}: {doing}", at_first=f"{dataset}: indexing").show
 
 
 def shard_dataset(
@@ -166,7 +125,7 @@ def shard_dataset(
 ) -> EtlResult:
     """`run_etl` with a progress bar, or with lines of text if stderr is no terminal. Needs a connected Ray."""
     if not console.is_terminal:
-        _print_line(f"{dataset}: listing {source} and reading the files' sizes")
+        print_line(console, f"{dataset}: listing {source} and reading the files' sizes")
     with _progress(dataset, "writing shards") as show:
         return run_etl(
             dataset,

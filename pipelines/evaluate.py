@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pipelines.cluster import connected, has_gpus  # sets Ray's environment, so before Ray
@@ -17,7 +17,6 @@ from pipelines.cluster import connected, has_gpus  # sets Ray's environment, so 
 # isort: split
 from mlflow.tracking import MlflowClient
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from datasets_etl.loader import EvaluationSet
@@ -31,6 +30,7 @@ from pipelines.arguments import Parser, add_model, add_precision, device, not_ne
 from pipelines.entry import first_line
 from pipelines.errors import PipelineError, command
 from pipelines.lasting import lasting_store
+from pipelines.progress import Progress
 from pipelines.references import resolve_named
 from pipelines.report_page import without_nan
 from pipelines.scoring import Evaluation, OnScored, ScoringOptions, evaluate, evaluate_on_ray, pool
@@ -133,15 +133,16 @@ def _split_subset(reference: str) -> tuple[str, str]:
 def score_sets(
     model: GMFlow, sets: dict[str, EvaluationSet], arguments: argparse.Namespace, output: ObjectStore | None
 ) -> Scores:
-    """Score every set in turn, in this process or on Ray, with a progress bar."""
+    """Score every set in turn, in this process or on Ray, and show how far it is."""
     scores: Scores = {}
     ray = connected() if arguments.ray else contextlib.nullcontext()
-    with ray, _progress(sum(len(chosen) for chosen in sets.values())) as advance:
+    with ray, Progress(console) as progress:
+        pairs = progress.counting("evaluating", sum(len(chosen) for chosen in sets.values()))
         for name, chosen in sets.items():
             prefix = f"{name.replace('/', '_')}/" if len(sets) > 1 else ""
 
             def keep(key: str, picture: bytes | None, prefix: str = prefix) -> None:
-                advance()
+                pairs.advance()
                 if output is not None and picture is not None:
                     output.write(f"{prefix}{key}.png", picture)
 
@@ -164,14 +165,6 @@ def _score(
         use_gpu = arguments.device == "cuda" or (arguments.device == "auto" and has_gpus())
         return evaluate_on_ray(model, chosen, options, use_gpu=use_gpu, on_scored=keep)
     return evaluate(model, chosen, arguments.device, options, keep)
-
-
-@contextlib.contextmanager
-def _progress(pairs: int) -> Iterator[Any]:
-    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=pairs)
-        yield lambda: progress.advance(bar)
 
 
 def show(scores: Scores) -> None:

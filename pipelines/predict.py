@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from datasets_etl import formats
 from datasets_etl.ahead import read_ahead
@@ -48,6 +46,7 @@ from pipelines.prediction_files import (
     inputs_of,
     video_key,
 )
+from pipelines.progress import Progress
 from pipelines.references import resolve_model
 from pipelines.side_by_side import SideBySideVideo
 from pipelines.training.memory import explaining_out_of_memory
@@ -196,11 +195,11 @@ def main() -> None:
     model = resolve_model(arguments.model)
     prepare_model(model, ExecutionConfig(arguments.precision, replay=True), arguments.device)
     kept = claim_output(output, options.job(model), inputs_of(clips, options), overwrite=arguments.overwrite)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        for clip in clips:
-            bar = progress.add_task(escape(clip.title), total=clip.count())
-            predict_clip(model, clip, output, options, kept, lambda bar=bar: progress.advance(bar))  # type: ignore[misc]
+    with Progress(console) as progress:
+        for number, clip in enumerate(clips, start=1):
+            which = f" (clip {number} of {len(clips)})" if len(clips) > 1 else ""
+            pairs = progress.counting(f"{clip.title}{which}", clip.count())
+            predict_clip(model, clip, output, options, kept, pairs.advance)
     console.print("flow and pictures:", end=" ")
     print(output.url)
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 
 from datasets_etl import formats
 from datasets_etl.ahead import read_ahead
@@ -35,6 +34,7 @@ from pipelines.continuation import claim_output
 from pipelines.errors import PipelineError, resumable_command
 from pipelines.flow_files import encode_kitti, require_finite
 from pipelines.lasting import lasting_store
+from pipelines.progress import Progress
 from pipelines.references import resolve_model
 from pipelines.training.memory import explaining_out_of_memory
 
@@ -131,8 +131,9 @@ def predict_submission(
         output.write(path, benchmark.encode(found))
 
     paths = []
-    with Behind() as behind:
-        for sample in track(samples, total=len(numbers), description="predicting", console=console):
+    with Progress(console) as progress, Behind() as behind:
+        pairs = progress.counting("predicting", len(numbers))
+        for sample in samples:
             path = benchmark.path(sample)
             paths.append(path)
             if path not in kept:
@@ -141,6 +142,7 @@ def predict_submission(
                     (found,) = predict_batch(model, frames, padding=benchmark.padding, precision=precision)
                 require_finite(sample.key, found.flow)
                 behind.do(write, path, found)
+            pairs.advance()
     return paths
 
 

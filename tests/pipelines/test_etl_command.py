@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import pytest
@@ -92,24 +91,12 @@ class TestEtl:
     def test_inspect_of_no_manifest(self, call, tmp_path):
         assert_one_line(call(pipelines.etl, "inspect", tmp_path / "no.json"), "no.json", "pipelines/etl.py")
 
-    def test_where_stderr_is_no_terminal_progress_comes_as_lines(self, call, samples, tmp_path, monkeypatch, capsys):
+    def test_where_stderr_is_no_terminal_progress_comes_as_lines(self, call, samples, tmp_path):
         arguments = ("--dataset", "kitti", "--source", samples / "KITTI", "--target", tmp_path / "out")
         lines = call(pipelines.etl, *arguments)[2].splitlines()
         assert f"kitti: listing {samples / 'KITTI'} and reading the files' sizes" in lines
         assert "kitti: writing shards: 0 of 1 pairs" in lines
-        clock = iter([0.0, 10.0, 29.0, 31.0, 60.0])
-        monkeypatch.setattr(pipelines.etl, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-        with pipelines.etl._progress("kitti", "verifying") as show:
-            for done in range(5):
-                show(done, 9)
-        told = [line for line in capsys.readouterr().err.splitlines() if "verifying: " in line]
-        assert told == ["kitti: verifying: 0 of 9 pairs", "kitti: verifying: 3 of 9 pairs 0.1 pairs/s, 0:01:02 left"]
-
-    def test_pace_counts_what_this_run_did(self):
-        pace = pipelines.etl.Pace()
-        assert pace.say(100, 400, 10.0) == ""
-        assert pace.say(200, 400, 20.0) == "10.0 pairs/s, 0:00:20 left"
-        assert pace.say(400, 400, 30.0) == "15.0 pairs/s"
+        assert any(line.startswith("kitti: writing shards: 1 of 1 pairs") for line in lines)
 
     def test_an_unknown_dataset(self, call, tmp_path):
         code, _, err = call(pipelines.etl, "--dataset", "middlebury", "--source", tmp_path, "--target", tmp_path)
