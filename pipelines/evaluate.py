@@ -30,7 +30,7 @@ from pipelines.arguments import Parser, add_model, add_precision, device, not_ne
 from pipelines.entry import first_line
 from pipelines.errors import PipelineError, command
 from pipelines.lasting import lasting_store
-from pipelines.progress import Progress
+from pipelines.progress import Progress, print_line
 from pipelines.references import resolve_named
 from pipelines.report_page import without_nan
 from pipelines.scoring import Evaluation, OnScored, ScoringOptions, evaluate, evaluate_on_ray, pool
@@ -257,7 +257,7 @@ def _log(client: MlflowClient, experiment: str, scores: Scores, content: dict[st
                     client.log_metric(run.info.run_id, f"eval/{title.replace('@', '_')}/{name}", value)
         client.log_dict(run.info.run_id, content, "metrics.json")
         client.log_text(run.info.run_id, page, report.FILE_NAME)
-    console.print(f"MLflow: {place_of(client)}, experiment {experiment}, run {run.info.run_id}", markup=False)
+    print_line(console, f"MLflow: {place_of(client)}, experiment {experiment}, run {run.info.run_id}")
 
 
 def _data_label(chosen: EvaluationSet) -> str:
@@ -290,7 +290,7 @@ def keep_results(
     if output is not None:
         output.write("metrics.json", json.dumps(content, indent=1).encode())
         output.write(report.FILE_NAME, page.encode())
-        console.print(f"metrics, report and pictures: {output.url}", markup=False)
+        print_line(console, f"metrics, report and pictures: {output.url}")
     if client is not None:
         track(client, arguments.track, scores, content, page)
 

@@ -34,7 +34,7 @@ from pipelines.continuation import claim_output
 from pipelines.errors import PipelineError, resumable_command
 from pipelines.flow_files import encode_kitti, require_finite
 from pipelines.lasting import lasting_store
-from pipelines.progress import Progress
+from pipelines.progress import Progress, print_line
 from pipelines.references import resolve_model
 from pipelines.training.memory import explaining_out_of_memory
 
@@ -181,7 +181,8 @@ def main() -> None:
     prepare_model(model, ExecutionConfig(arguments.precision, replay=True), arguments.device)
     paths = predict_submission(model, manifest, folder, arguments.precision, overwrite=arguments.overwrite)
     if benchmark.bundled:
-        console.print(f"{len(paths)} files; the server takes what the bundler in the dataset's download makes of them:")
+        told = f"{len(paths)} files; the server takes what the bundler in the dataset's download makes of them:"
+        print_line(console, told)
         print(shlex.join(["bundler", f"{folder}/clean", f"{folder}/final", f"{folder}.lzma"]), file=sys.stderr)
         print(folder)
     else:

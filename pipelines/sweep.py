@@ -24,6 +24,7 @@ from pipelines.claim import CLAIM, claimed
 from pipelines.config_file import load_config
 from pipelines.errors import PipelineError, resumable_command
 from pipelines.lasting import lasting_store
+from pipelines.progress import print_line
 from pipelines.sweeping import plots
 from pipelines.sweeping.accuracy import Scores, Weights, measure_accuracy, score_jobs
 from pipelines.sweeping.board import TrialBoard
@@ -239,7 +240,7 @@ def report(sweep: Sweep, rows: Sequence[Row], run: SweepRun) -> None:
     run.keep(files)
     sweep.view.console.print(front_table(rows, config.metric, f"{size[0]}×{size[1]}"))
     for row in (row for row in rows if row.status in ("failed", "stopped")):
-        sweep.view.console.print(f"{row.phase} {row.name} {row.status}: {row.reason}", markup=False, highlight=False)
+        print_line(sweep.view.console, f"{row.phase} {row.name} {row.status}: {row.reason}")
     uri = mlflow_client.tracking_uri(config.mlflow.tracking_uri)
     print(f"MLflow: {shown_uri(uri)}, {run_link(uri, config.mlflow.experiment, run.run_id)}")
     for name in files:

@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from datasets_etl.objects import ObjectStore
+from pipelines.progress import print_line
 from pipelines.references import check_reference
 from pipelines.sweeping.config import ProbeConfig, SweepConfig, TuneConfig
 from pipelines.sweeping.pinned_weights import weights_are_pinned
@@ -22,7 +23,9 @@ def show_dry_run(config: SweepConfig, store: ObjectStore, console: Console) -> N
 
 
 def _show_probe(config: SweepConfig, probe: ProbeConfig, console: Console) -> None:
-    table = Table(title=f"probe: {len(config.probed)} settings of {config.weights}")
+    # No title of the table, within whose width a path would be broken.
+    print_line(console, f"probe: {len(config.probed)} settings of {config.weights}")
+    table = Table()
     for name in ("windows", "radius", "prop", f"{config.cost.height}×{config.cost.width} padded to", ""):
         table.add_column(name, justify="right")
     for setting in config.probed:
@@ -32,7 +35,7 @@ def _show_probe(config: SweepConfig, probe: ProbeConfig, console: Console) -> No
         table.add_row(setting.splits, *radii, f"{height}×{width}", mark)
     console.print(table)
     sets = ", ".join(f"{chosen.name}" + (f" ({chosen.cut})" if chosen.cut else "") for chosen in probe.validation)
-    console.print(f"each on {sets}", highlight=False)
+    print_line(console, f"each on {sets}")
 
 
 def _show_trials(config: SweepConfig, tuned: TuneConfig, console: Console) -> None:
@@ -43,7 +46,7 @@ def _show_trials(config: SweepConfig, tuned: TuneConfig, console: Console) -> No
         seeded = f"; the first are at most {min(tuned.seeds, count)} settings of the probe's front"
         seeded += ", in place of the last ones listed here" if tuned.searcher == "random" else ""
     chosen = ", chosen by Optuna" if tuned.searcher == "optuna" else ""
-    console.print(f"tune: {count} trials of {tuned.stage.steps} steps{chosen}{seeded}", highlight=False)
+    print_line(console, f"tune: {count} trials of {tuned.stage.steps} steps{chosen}{seeded}")
     if not points:
         return
     table = Table()

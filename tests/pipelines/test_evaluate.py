@@ -250,6 +250,18 @@ def test_figures_that_mlflow_does_not_take_are_printed_all_the_same(call, weight
     assert json.loads(out.splitlines()[-1])["pairs"] == 1
 
 
+def test_places_and_ids_are_printed_on_one_line_each(call, weights, manifests, tmp_path):
+    """A log is 80 columns wide; what was broken there could not be copied."""
+    output = tmp_path / ("a long name " * 8).strip()
+    command = (pipelines.evaluate, "--model", weights, "--data", manifests["chairs"], "--subset", "val", "--limit", 1)
+    err = call(*command, "--output", output, "--track", "an experiment with quite a name")[2].splitlines()
+    assert f"metrics, report and pictures: {output.as_uri()}" in err
+    client = mlflow_client.connect(None)
+    (run,) = client.search_runs([client.get_experiment_by_name("an experiment with quite a name").experiment_id])
+    where = f"{mlflow_client.place_of(client)}, experiment an experiment with quite a name, run {run.info.run_id}"
+    assert f"MLflow: {where}" in err
+
+
 def test_occlusion_is_shown_where_it_was_asked_for(call, weights, manifests, tmp_path):
     command = (pipelines.evaluate, "--model", weights, "--data", manifests["chairs"], "--subset", "val", "--limit", 1)
     for asked in ((), ("--occlusion",)):
