@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pipelines.sweeping.table import Row
 
 _DPI = 130
 _REFERENCE = "#d62728"
+_MEMORY = "peak memory, MiB"
 
 
 def front_png(rows: Sequence[Row], metric: str, cost_size: Size) -> bytes:
@@ -24,6 +26,7 @@ def front_png(rows: Sequence[Row], metric: str, cost_size: Size) -> bytes:
     figure = Figure(figsize=(9, 5.5), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
     memory = [_cost(row)[1] for row in shown]
+    title = f"Accuracy against latency: {_setting_title(shown)}"
     for phase, marker in (("probe", "o"), ("trial", "D")):
         of_phase = [row for row in shown if row.phase == phase]
         if of_phase:
@@ -42,8 +45,11 @@ def front_png(rows: Sequence[Row], metric: str, cost_size: Size) -> bytes:
                 label=phase,
                 zorder=3,
             )
-    if shown:
-        figure.colorbar(points, ax=axes, label="peak memory, MiB", format="%.1f")
+    if shown and _tell_apart(memory):
+        digits = math.ceil(max(1.0, 1 - math.log10(max(memory) - min(memory))))
+        figure.colorbar(points, ax=axes, label=_MEMORY, format=f"%.{digits}f")
+    elif shown:
+        title += f"; {_MEMORY}: {memory[0]:.1f}" + (" each" if len(memory) > 1 else "")
     front = _front_in_sight(shown, metric)
     axes.plot(
         [_cost(row)[0] for row in front],
@@ -55,16 +61,16 @@ def front_png(rows: Sequence[Row], metric: str, cost_size: Size) -> bytes:
     for row in (row for row in shown if row.reference):
         place = (_cost(row)[0], row.metrics[metric])
         axes.scatter(*place, s=240, facecolors="none", edgecolors=_REFERENCE, lw=2, zorder=4, label="reference")
-    axes.set_xlabel(f"latency of a pair at {cost_size[0]}×{cost_size[1]}, ms")
+    axes.set_xlabel(_latency_title(cost_size))
     axes.set_ylabel(_title(metric))
-    axes.set_title("Accuracy against latency: windows (coarse×fine), radius")
+    axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.margins(x=0.14, y=0.1)
     if _spreads([row.metrics[metric] for row in shown]):
         axes.set_yscale("log")
     if shown:
         axes.legend(fontsize=8)
-    _name(axes, front, metric)
+    _name(axes, front, metric, with_radius=_radius_differs(shown))
     return _png(figure)
 
 
@@ -77,7 +83,7 @@ def _front_in_sight(rows: Sequence[Row], metric: str) -> list[Row]:
     return found
 
 
-def _name(axes: Any, front: Sequence[Row], metric: str) -> None:
+def _name(axes: Any, front: Sequence[Row], metric: str, *, with_radius: bool) -> None:
     """Write names below and left of the points, where no finished row can be; skip names that would overlap."""
     axes.figure.draw_without_rendering()  # so that positions in pixels are known
     named: list[tuple[float, float]] = []
@@ -86,9 +92,10 @@ def _name(axes: Any, front: Sequence[Row], metric: str) -> None:
         x, y = axes.transData.transform(place)
         if not any(abs(x - a) < 90 and abs(y - b) < 18 for a, b in named):
             named.append((x, y))
-            axes.annotate(
-                _short(row), place, textcoords="offset points", xytext=(-8, -5), ha="right", va="top", fontsize=8
-            )
+            name = row.setting.splits
+            if with_radius:
+                name += f", r {_radius(row.setting.corr_radius[-1])}"
+            axes.annotate(name, place, textcoords="offset points", xytext=(-8, -5), ha="right", va="top", fontsize=8)
 
 
 def heat_map_png(rows: Sequence[Row], metric: str) -> bytes | None:
@@ -137,6 +144,7 @@ def front_html(rows: Sequence[Row], metric: str, cost_size: Size, name: str) -> 
         "name": name,
         "metric": metric,
         "size": f"{cost_size[0]}×{cost_size[1]}",
+        "titles": _titles(rows, cost_size),
         "rows": [row.flat(cost_size) for row in rows],
     }
     text = json.dumps(data, allow_nan=False).replace("</", "<\\/")
@@ -154,8 +162,40 @@ def _cost(row: Row) -> tuple[float, float]:
     return row.cost.latency_ms, row.cost.peak_mib
 
 
-def _short(row: Row) -> str:
-    return f"{row.setting.splits} r{_radius(row.setting.corr_radius[-1])}"
+def _tell_apart(values: Sequence[float]) -> bool:
+    """Whether any two differ by a percent or more, as costs must for the front to tell them apart."""
+    return max(values) > 1.01 * min(values)
+
+
+def _radius_differs(rows: Sequence[Row]) -> bool:
+    """Whether rows differ in the radius: one of a model without refinement is always global, and says nothing."""
+    return len({row.setting.corr_radius[-1] for row in rows}) > 1
+
+
+def _setting_title(rows: Sequence[Row]) -> str:
+    """What the names of points consist of, such as "windows (coarse×fine), radius"."""
+    scales = " (coarse×fine)" if any(len(row.setting.attn_splits) > 1 for row in rows) else ""
+    return f"windows{scales}" + (", radius r" if _radius_differs(rows) else "")
+
+
+def _titles(rows: Sequence[Row], cost_size: Size) -> dict[str, str]:
+    """Column of the table → the words for it in the other pictures."""
+    many = max((len(row.setting.attn_splits) for row in rows), default=1) > 1
+    windows = ("windows, coarse", "windows, fine") if many else ("windows",)
+    return {
+        "latency_ms": _latency_title(cost_size),
+        "peak_mib": _MEMORY,
+        **{f"attn_splits_{scale}": title for scale, title in enumerate(windows, start=1)},
+        "corr_radius": "matching radius",
+        "prop_radius": "propagation radius",
+        "peak_lr": "peak learning rate",
+        "cost_padded_to": "padded to",
+        **{name: _title(name) for row in rows for name in row.metrics},
+    }
+
+
+def _latency_title(cost_size: Size) -> str:
+    return f"latency of a pair at {cost_size[0]}×{cost_size[1]}, ms"
 
 
 def _radius(value: int) -> str:

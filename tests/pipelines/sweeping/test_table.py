@@ -5,11 +5,14 @@ import io
 import json
 import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gmflow import GMFlowConfig
 from pipelines.sweeping import plots
 from pipelines.sweeping.settings import Setting
 from pipelines.sweeping.table import Row, best_settings, mark_front, to_csv, to_json
@@ -79,6 +82,54 @@ def test_pictures_show_the_front_and_choose_their_scales():
     assert plots._spreads([1.0, 7.0])
     assert not plots._spreads([1.0, 5.0])
     assert not plots._spreads([0.0, 7.0])
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Any]:
+    """The figures that the plots make."""
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "_png", figures.append)
+    return figures
+
+
+def test_the_front_names_a_radius_only_where_radii_differ(drawn):
+    base = GMFlowConfig(attn_splits=(4,))
+    whole = replace(REFINE, corr_radius=(-1, -1))
+    for models in ([base, base], [REFINE, whole]):
+        rows = [replace(row(str(n), 2 - n, 1 + n, 5 + n), model=model) for n, model in enumerate(models)]
+        plots.front_png(mark_front(rows, METRIC), METRIC, (436, 1024))
+    names, others = ({text.get_text() for text in figure.axes[0].texts} for figure in drawn)
+    assert names == {"4"}
+    assert others == {"2×8, r 4", "2×8, r all"}
+    assert [figure.axes[0].get_title() for figure in drawn] == [
+        "Accuracy against latency: windows",
+        "Accuracy against latency: windows (coarse×fine), radius r",
+    ]
+
+
+@pytest.mark.parametrize(("memory", "bar"), [((4.3, 4.3), False), ((4.3, 4.31), False), ((4.3, 4.4), True)])
+def test_a_colour_bar_has_different_ticks_or_is_left_out(drawn, memory, bar):
+    rows = mark_front([row(str(n), 2 - n, 1 + n, mib) for n, mib in enumerate(memory)], METRIC)
+    plots.front_png(rows, METRIC, (436, 1024))
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    assert len(figure.axes) == 1 + bar
+    assert ("peak memory, MiB: 4.3 each" in figure.axes[0].get_title()) == (not bar)
+    for axes in figure.axes[1:]:
+        ticks = [tick.get_text() for tick in axes.get_yticklabels()]
+        assert len(set(ticks)) == len(ticks) > 1
+
+
+def test_the_page_has_the_pictures_words(drawn):
+    rows = mark_front([row("a", 1, 9, 1), row("b", 2, 3, 2)], METRIC)
+    plots.front_png(rows, METRIC, (436, 1024))
+    axes, bar = drawn[0].axes
+    page = plots.front_html(rows, METRIC, (436, 1024), "x").decode()
+    (line,) = (line for line in page.splitlines() if line.startswith("const data = "))
+    titles = json.loads(line.removeprefix("const data = ").removesuffix(";"))["titles"]
+    wanted = (axes.get_xlabel(), axes.get_ylabel(), bar.get_ylabel())
+    assert wanted == tuple(titles[name] for name in ("latency_ms", METRIC, "peak_mib"))
+    assert (titles["attn_splits_1"], titles["attn_splits_2"]) == ("windows, coarse", "windows, fine")
 
 
 def test_the_reference_is_shown_beside_the_front():
