@@ -36,6 +36,7 @@ FIGURES = {
 
 _POINTS = 400  # at most, in each curve
 _WORST = 12
+_FIGURE_DECIMALS = 3
 
 Cell = str | float | None | dict[str, float | None]
 """A text, a figure, or a figure beside the published one: {"value": …, "published": …}."""
@@ -89,11 +90,12 @@ class Report:
             "title": self.title,
             "subtitle": self.subtitle,
             "facts": self.facts,
-            "tables": [vars(table) for table in self.tables],
+            "tables": [{**vars(table), "decimals": _decimals(table.rows)} for table in self.tables],
             "curves": [_curve(curve) for curve in self.curves],
             "cards": [_card(card) for card in self.cards],
-            "worst": self.worst,
-            "speed": self.speed,
+            "worst": {"rows": self.worst, "decimals": _decimals(self.worst)},
+            "speed": {"rows": self.speed, "decimals": _decimals(self.speed[1:])},
+            "figure_decimals": _FIGURE_DECIMALS,
             "error_scale": _error_scale(),
             "figure_names": FIGURES,
         }
@@ -156,6 +158,19 @@ def prediction_speed(sets: Sets) -> list[list[Cell]]:
         for title, (_, found) in sets.items()
     ]
     return [header, *rows] if rows else []
+
+
+def _decimals(rows: Sequence[Sequence[Cell]]) -> list[int]:
+    """Decimals of the numbers in each column, the same down the column: of 99.993 and 100.0 JSON would make 100."""
+    return [_column_decimals(column) for column in zip(*rows, strict=True)]
+
+
+def _column_decimals(cells: Sequence[Cell]) -> int:
+    values = [number for cell in cells for number in (cell.values() if isinstance(cell, dict) else [cell])]
+    if all(isinstance(value, int) for value in values):
+        return 0
+    largest = max((abs(value) for value in values if isinstance(value, float) and math.isfinite(value)), default=0.0)
+    return _FIGURE_DECIMALS if largest < 1000 else 1
 
 
 def _curve(curve: Curve) -> dict[str, Any]:

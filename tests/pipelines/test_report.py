@@ -25,6 +25,7 @@ from gmflow.metrics import FlowMetrics
 from pipelines.gallery import Gallery, card_pictures
 from pipelines.published import published_figures
 from pipelines.report_page import (
+    FIGURES,
     Curve,
     Report,
     Table,
@@ -199,6 +200,49 @@ def test_every_picture_of_the_gallery_loads(visit: Visit):
             "[...document.querySelectorAll('.card img')].every(image => image.complete && image.naturalWidth == 64)"
         )
         tab.wait_for_function(loaded)
+
+
+def drawn(browser: Any, tmp_path: Path, width: int, **parts: Any) -> Visit:
+    (tmp_path / "report.html").write_text(Report(title="t", subtitle="s", **parts).to_html())
+    return Visit(browser, tmp_path / "report.html", width)
+
+
+def test_sintels_figures_fit_on_a_desktops_screen(browser: Any, tmp_path: Path):
+    """With the most columns there are, and the paper's figures beside ours, nothing needs to be scrolled to."""
+    sets = ["sintel/training-clean", "sintel/training-final"]
+    beside = ("epe", "s0_10", "s10_40", "s40_plus")
+    row = [figure_cell(97.564, 108.084) if name in beside else 99.993 for name in FIGURES]
+    table = Table("t", ["set", "pairs", *FIGURES.values()], [[name, 1041, *row] for name in sets])
+    tab = drawn(browser, tmp_path, 1280, tables=[table]).tab
+    table_of_figures = tab.locator(".scroll").first
+    wide, room = (table_of_figures.evaluate(f"node => node.{name}Width") for name in ("scroll", "client"))
+    assert wide <= room
+
+
+def test_a_columns_figures_have_as_many_decimals_as_each_other(browser: Any, tmp_path: Path):
+    rows: list[list[Any]] = [
+        ["a", 1, 100.0, figure_cell(108.123, 7.0)],
+        ["b", 1041, 99.993, 97.564],
+        ["c", 2, None, 0.0],
+    ]
+    table = Table("t", ["set", "pairs", "1px, %", "EPE"], rows)
+    speed = [["what", "pairs a second", "MiB"], ["a", 120.5, 1100.24], ["b", 80.25, 900.0]]
+    tab = drawn(browser, tmp_path, 1280, tables=[table], speed=speed, worst=[["k", "s", 8.0, 100.0, 2.0, 3.0]]).tab
+    shown = [
+        cells.split("|")
+        for cells in tab.eval_on_selector_all(
+            "tbody tr",
+            "rows => rows.map(row => [...row.cells].map(cell => cell.innerText.replace('\\n', ' ')).join('|'))",
+        )
+    ]
+    assert shown == [
+        ["a", "1", "100.000", "108.123 published 7.000"],
+        ["b", "1,041", "99.993", "97.564"],
+        ["c", "2", "–", "0.000"],
+        ["k", "s", "8.000", "100.000", "2.000", "3.000"],
+        ["a", "120.500", "1100.2"],
+        ["b", "80.250", "900.0"],
+    ]
 
 
 def test_a_pair_opens_flickers_and_leads_to_the_next(visit: Visit):
