@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from datasets_etl.errors import DataError
@@ -19,7 +20,12 @@ ANY_FRAME = "_*"
 
 
 def claim_output(
-    output: ObjectStore, job: Mapping[str, Any], inputs: Mapping[str, str] | None = None, *, overwrite: bool
+    output: ObjectStore,
+    job: Mapping[str, Any],
+    inputs: Mapping[str, str] | None = None,
+    *,
+    overwrite: bool,
+    names: Mapping[str, str] = MappingProxyType({}),
 ) -> set[str]:
     """Note in `output` which job makes it, and find the files that an interrupted run of the same job wrote there.
 
@@ -28,6 +34,7 @@ def claim_output(
         job: everything that decides the content of all files, as JSON.
         inputs: what single files are made from: key of the file, perhaps with `ANY_FRAME`, → digest of its input.
         overwrite: accept an output of another job or other inputs, and keep none of its files.
+        names: what people call an entry of `job`, where that is not its key, such as "--max-flow".
 
     Returns:
         Keys of the files that may be kept. On S3, a stale file that was remade with the same bytes is not among them.
@@ -42,7 +49,9 @@ def claim_output(
     noted_inputs, stale = dict(noted.pop(_INPUTS, {})), dict(noted.pop(_STALE, {}))
     if noted and noted != wanted and not overwrite:
         differing = sorted(name for name in {*noted, *wanted} if noted.get(name) != wanted.get(name))
-        listed = ", ".join(f"{name} {noted.get(name)!r}, not {wanted.get(name)!r}" for name in differing)
+        listed = ", ".join(
+            f"{names.get(name, name)} {_said(noted.get(name))}, not {_said(wanted.get(name))}" for name in differing
+        )
         raise PipelineError(f"{output.url} holds another run's files ({listed}); give another folder or --overwrite")
     if there and not noted and not inputs and not overwrite:
         raise PipelineError(
@@ -65,6 +74,13 @@ def claim_output(
         content[_STALE] = stale
     output.write(_NOTE, json.dumps(content, indent=1, sort_keys=True).encode())
     return kept - stale.keys()
+
+
+def _said(value: Any) -> str:
+    """A value of a job as its user would put it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "none" if value is None else repr(value)
 
 
 def _noted(output: ObjectStore) -> dict[str, Any]:

@@ -25,6 +25,8 @@ FRAME_SUFFIXES = (".png", ".ppm", ".pgm", ".jpg", ".jpeg")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm")
 DEFAULT_RATE = 10.0
 
+_INSTEAD = 3  # folders that an error names at most
+
 # The headers of these count the frames. For Matroska, OpenCV estimates the count from the duration, which gives too
 # many if the rate varies.
 _COUNTED_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi")
@@ -213,8 +215,23 @@ def _frames_of(folder: Path) -> list[Path]:
         if not path.exists():
             raise PipelineError(f"{path}: a link to {path.readlink()}, which is not there; mend or remove it")
     if len(found) < 2:
-        raise PipelineError(f"{folder}: {len(found)} frames in it; two or more of {', '.join(FRAME_SUFFIXES)} needed")
+        held = "1 frame" if found else "no frames"
+        instead = _clip_folders(folder)
+        advice = f"; give {' or '.join(map(str, instead))}" if instead else ""
+        raise PipelineError(f"{folder}: {held} in it; two or more of {', '.join(FRAME_SUFFIXES)} needed{advice}")
     return found
+
+
+def _clip_folders(folder: Path) -> list[Path]:
+    """The first few folders in this one that hold two frames or more, which may be what was meant."""
+    folders = sorted((path for path in folder.iterdir() if path.is_dir()), key=_by_numbers)
+    readable = (path for path in folders if os.access(path, os.R_OK | os.X_OK))
+    return list(itertools.islice(filter(_holds_a_pair, readable), _INSTEAD))
+
+
+def _holds_a_pair(folder: Path) -> bool:
+    frames = (path for path in folder.iterdir() if path.suffix.lower() in FRAME_SUFFIXES and path.is_file())
+    return len(list(itertools.islice(frames, 2))) == 2
 
 
 def _by_numbers(file: Path) -> tuple[list[str | int], str]:

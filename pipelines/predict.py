@@ -38,6 +38,7 @@ from pipelines.flow_files import FLOW_FORMATS, Result, Truth, read_truth
 from pipelines.frames import Clip, Pair, find_clips
 from pipelines.lasting import lasting_store
 from pipelines.prediction_files import (
+    JOB_NAMES,
     VIDEO,
     PredictionOptions,
     check_inputs,
@@ -194,7 +195,9 @@ def main() -> None:
     check_inputs(clips, options)
     model = resolve_model(arguments.model)
     prepare_model(model, ExecutionConfig(arguments.precision, replay=True), arguments.device)
-    kept = claim_output(output, options.job(model), inputs_of(clips, options), overwrite=arguments.overwrite)
+    kept = claim_output(
+        output, options.job(model), inputs_of(clips, options), overwrite=arguments.overwrite, names=JOB_NAMES
+    )
     with Progress(console) as progress:
         for number, clip in enumerate(clips, start=1):
             which = f" (clip {number} of {len(clips)})" if len(clips) > 1 else ""

@@ -22,6 +22,17 @@ VIDEO = "video"
 """The format that is one file per clip; all others, `FLOW_FORMATS`, are one file per pair."""
 
 
+JOB_NAMES = {
+    "weights": "--model's weights",
+    "precision": "--precision",
+    "padding": "--padding",
+    "tiling": "--tile and --overlap",
+    "max_flow": "--max-flow",
+    "both_ways": "--bidirectional",
+}
+"""Entry of `PredictionOptions.job` → the command's option that decides it."""
+
+
 @dataclass(frozen=True)
 class PredictionOptions:
     """What to compute and what to write.

@@ -356,6 +356,28 @@ class TestPredict:
         with pytest.raises(PipelineError, match=r"gone\.png: a link to nowhere\.png, which is not there"):
             find_clips([str(tmp_path)])
 
+    def test_a_folder_of_folders_says_which_of_them_to_give(self, frames, tmp_path):
+        names = ["clip10", "clip2", "clip1", "clip3", "one frame", "none"]
+        for name, count in zip(names, (2, 2, 3, 2, 1, 0), strict=True):
+            (tmp_path / "all" / name).mkdir(parents=True)
+            for frame in frames[:count]:
+                shutil.copy(frame, tmp_path / "all" / name)
+        meant = [str(tmp_path / "all" / name) for name in ("clip1", "clip2", "clip3")]
+        with pytest.raises(PipelineError, match=r"no frames in it; two or more of .* needed; give ") as caught:
+            find_clips([str(tmp_path / "all")])
+        assert str(caught.value).endswith(f"; give {' or '.join(meant)}")
+        shutil.copy(frames[0], tmp_path / "all")
+        with pytest.raises(PipelineError, match="1 frame in it"):
+            find_clips([str(tmp_path / "all")])
+        with pytest.raises(PipelineError, match=r"needed$"):
+            find_clips([str(tmp_path / "all" / "none")])
+
+    def test_what_differs_from_the_output_is_named_as_on_the_command_line(self, call, weights, frames, tmp_path):
+        command = (pipelines.predict, "--model", weights, "--output", tmp_path / "o")
+        assert call(*command, "--bidirectional", "--tile", "64x96", "--overlap", 16, *frames)[0] == 0
+        told = "(--bidirectional on, not off, --tile and --overlap [64, 96, 16], not none)"
+        assert_one_line(call(*command, *frames), "another run's files", told)
+
     def test_nothing_is_left_in_the_temporary_folder_where_no_video_is_asked_for(
         self, call, weights, frames, tmp_path, monkeypatch
     ):
