@@ -74,7 +74,7 @@ def list_versions(client: MlflowClient, name: str | None) -> Table:
                 "\n".join(aliases.get(str(version.version), [])),
                 escape(parent),
                 "\n".join(scores),
-                _when(version)[:10],
+                _when(version).replace(" ", "\n", 1),  # on two lines, for want of room in 80 columns
             )
     return table
 

@@ -60,6 +60,9 @@ def test_versions_are_listed_with_stage_metrics_lineage_and_aliases(call):
     assert [word in third for word in ("gmflow/3", "things", "champion", "gmflow/2", "c.val 2.000")] == [True] * 5
     assert "chairs" in second
     assert "random" in first
+    # By its day alone, no version could be told from another of the same day.
+    assert re.search(r" \d{4}-\d\d-\d\d$", third.rstrip())
+    assert len(re.findall(r" \d\d:\d\d UTC *$", out, re.MULTILINE)) >= 3
 
 
 def test_comparing_shows_metrics_with_their_difference_and_lineage_that_differs(call):
