@@ -29,6 +29,7 @@ from pipelines.contact_sheet import contact_sheet
 from pipelines.errors import resumable_command
 from pipelines.lasting import lasting_object, lasting_store
 from pipelines.progress import Progress, print_line
+from pipelines.wording import counted
 
 # Progress and reports go to stderr, because stdout is for output that scripts read.
 console = Console(stderr=True)
@@ -150,7 +151,7 @@ def chosen_index(split_list: str | None, split_by_hash: bool) -> Source | None:
 
 
 def show_summary(dataset: str, result: EtlResult) -> None:
-    table = Table(title=f"{dataset}: {result.shards} shards ({result.reused} from an earlier run)")
+    table = Table(title=f"{dataset}: {counted(result.shards, 'shard')} ({result.reused} from an earlier run)")
     table.add_column("subset")
     table.add_column("pairs", justify="right")
     table.add_column("whole dataset", justify="right")
@@ -172,7 +173,7 @@ def show_summary(dataset: str, result: EtlResult) -> None:
 def show_quarantined(quarantined: Mapping[str, str]) -> None:
     if not quarantined:
         return
-    table = Table(title=f"[red]{len(quarantined):,} damaged pairs were left out[/red]", show_lines=False)
+    table = Table(title=f"[red]{counted(len(quarantined), 'damaged pair')} left out[/red]", show_lines=False)
     table.add_column("pair", overflow="fold")
     table.add_column("why", overflow="fold")
     for key in sorted(quarantined)[:_REPORTED]:
@@ -191,11 +192,12 @@ def verify(arguments: argparse.Namespace) -> None:
     if damages:
         shards = list(dict.fromkeys(damage.shard for damage in damages))
         raise DataError(
-            f"{arguments.manifest}: {len(shards)} of {len(manifest.shards)} shards are damaged, {shards[0]} among them "
-            f"({damages[0].problem}); delete them and run pipelines/etl.py again, it writes what is missing"
+            f"{arguments.manifest}: {len(shards)} of {counted(len(manifest.shards), 'shard')} damaged, {shards[0]} "
+            f"among them ({damages[0].problem}); delete them and run pipelines/etl.py again, it writes what is missing"
         )
     stored = sum(shard.bytes for shard in manifest.shards) / 2**20
-    print(f"whole: {len(manifest.samples):,} pairs in {len(manifest.shards):,} shards, {stored:,.1f} MiB read")
+    held = f"{counted(len(manifest.samples), 'pair')} in {counted(len(manifest.shards), 'shard')}"
+    print(f"whole: {held}, {stored:,.1f} MiB read")
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -215,7 +217,7 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 
 def _subset_table(manifest: Manifest) -> Table:
-    table = Table(title=f"{manifest.dataset} {manifest.version}: {len(manifest.shards):,} shards")
+    table = Table(title=f"{manifest.dataset} {manifest.version}: {counted(len(manifest.shards), 'shard')}")
     for name in ("subset", "pairs", "frames: pairs", "without truth", "MiB", "MiB/pair"):
         table.add_column(name, justify="left" if name == "subset" else "right")
     for subset, count in manifest.subsets.items():

@@ -37,6 +37,7 @@ from pipelines.scoring import Evaluation, OnScored, ScoringOptions, evaluate, ev
 from pipelines.training import mlflow_client, mlflow_patience, tracking
 from pipelines.training.code_version import code_version
 from pipelines.training.mlflow_client import place_of
+from pipelines.wording import counted
 
 console = Console(stderr=True)
 
@@ -285,7 +286,7 @@ def keep_results(
     ]
     pairs = sum(len(chosen) for chosen, _ in scores.values())
     page = report.evaluation_report(
-        "Evaluation", f"{arguments.model} on {', '.join(scores)}: {pairs} pairs", model.config, scores, facts
+        "Evaluation", f"{arguments.model} on {', '.join(scores)}: {counted(pairs, 'pair')}", model.config, scores, facts
     ).to_html()
     if output is not None:
         output.write("metrics.json", json.dumps(content, indent=1).encode())

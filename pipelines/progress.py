@@ -9,6 +9,8 @@ from types import TracebackType
 from rich import progress
 from rich.console import Console
 
+from pipelines.wording import counted
+
 _PRINT_EVERY_S = 30.0
 
 
@@ -58,8 +60,8 @@ class Progress:
         self._bars.update(task.bar, description=task.title, completed=done, total=total, pace=pace)
         if self._console.is_terminal:
             return
-        known = f"{done:,}" if total is None else f"{done:,} of {total:,}"
-        self._unprinted = f"{task.title}: {known} pairs {pace}".rstrip()
+        known = counted(done, "pair") if total is None else f"{done:,} of {counted(total, 'pair')}"
+        self._unprinted = f"{task.title}: {known} {pace}".rstrip()
         if now - self._printed_at >= _PRINT_EVERY_S:
             print_line(self._console, self._unprinted)
             self._unprinted, self._printed_at = "", now

@@ -47,6 +47,7 @@ from pipelines.training import mlflow_client, mlflow_patience, tracking
 from pipelines.training.config import CurriculumConfig
 from pipelines.training.data_config import SetConfig
 from pipelines.training.mlflow_client import place_of
+from pipelines.wording import counted
 
 FILE_NAME = "report.html"
 PAIRS = 8
@@ -92,8 +93,8 @@ def curriculum_report(client: MlflowClient, found: "TrackedCurriculum", pairs: i
     names = ", ".join(stage.name for stage in found.stages)
     return Report(
         title=f"Curriculum {found.config.name}",
-        subtitle=f"{len(found.stages)} stages ({names}), {found.steps:,} steps, "
-        f"{found.config.machine.num_workers} workers",
+        subtitle=f"{counted(len(found.stages), 'stage')} ({names}), {counted(found.steps, 'step')}, "
+        f"{counted(found.config.machine.num_workers, 'worker')}",
         facts=_lineage(client, found),
         tables=_stage_tables(found),
         curves=_curves(client, found),

@@ -37,6 +37,7 @@ from pipelines.lasting import lasting_store
 from pipelines.progress import Progress, print_line
 from pipelines.references import resolve_model
 from pipelines.training.memory import explaining_out_of_memory
+from pipelines.wording import counted
 
 console = Console(stderr=True)
 
@@ -124,7 +125,8 @@ def predict_submission(
     kept = claim_output(output, job, overwrite=overwrite)
     numbers = [int(n) for subset in benchmark.subsets for n in manifest.select(subset, with_truth=False)]
     if len(numbers) != benchmark.pairs:
-        console.print(f"[yellow]{len(numbers)} pairs, the whole test set has {benchmark.pairs}: not to be handed in")
+        held = counted(len(numbers), "pair")
+        console.print(f"[yellow]{held}, the whole test set has {benchmark.pairs}: not to be handed in")
     samples = read_ahead(read_sample(manifest, number, occlusion=False) for number in numbers)
 
     def write(path: str, found: Prediction) -> None:
@@ -181,12 +183,13 @@ def main() -> None:
     prepare_model(model, ExecutionConfig(arguments.precision, replay=True), arguments.device)
     paths = predict_submission(model, manifest, folder, arguments.precision, overwrite=arguments.overwrite)
     if benchmark.bundled:
-        told = f"{len(paths)} files; the server takes what the bundler in the dataset's download makes of them:"
+        held = counted(len(paths), "file")
+        told = f"{held}; the server takes what the bundler in the dataset's download makes of them:"
         print_line(console, told)
         print(shlex.join(["bundler", f"{folder}/clean", f"{folder}/final", f"{folder}.lzma"]), file=sys.stderr)
         print(folder)
     else:
-        console.print(f"{len(paths)} files, as the server takes them:", end=" ")
+        console.print(f"{counted(len(paths), 'file')}, as the server takes them:", end=" ")
         print(zip_submission(folder, paths))
 
 

@@ -10,6 +10,7 @@ from pipelines.sweeping.config import ProbeConfig, SweepConfig, TuneConfig
 from pipelines.sweeping.pinned_weights import weights_are_pinned
 from pipelines.sweeping.settings import padded_size
 from pipelines.sweeping.trials import listed_points
+from pipelines.wording import counted
 
 
 def show_dry_run(config: SweepConfig, store: ObjectStore, console: Console) -> None:
@@ -24,7 +25,7 @@ def show_dry_run(config: SweepConfig, store: ObjectStore, console: Console) -> N
 
 def _show_probe(config: SweepConfig, probe: ProbeConfig, console: Console) -> None:
     # No title of the table, within whose width a path would be broken.
-    print_line(console, f"probe: {len(config.probed)} settings of {config.weights}")
+    print_line(console, f"probe: {counted(len(config.probed), 'setting')} of {config.weights}")
     table = Table()
     for name in ("windows", "radius", "prop", f"{config.cost.height}×{config.cost.width} padded to", ""):
         table.add_column(name, justify="right")
@@ -43,10 +44,12 @@ def _show_trials(config: SweepConfig, tuned: TuneConfig, console: Console) -> No
     count = len(points) or tuned.trials or 0
     seeded = ""
     if config.probe is not None and tuned.seeds:
-        seeded = f"; the first are at most {min(tuned.seeds, count)} settings of the probe's front"
+        most = counted(min(tuned.seeds, count), "setting")
+        seeded = f"; the first are at most {most} of the probe's front"
         seeded += ", in place of the last ones listed here" if tuned.searcher == "random" else ""
     chosen = ", chosen by Optuna" if tuned.searcher == "optuna" else ""
-    print_line(console, f"tune: {count} trials of {tuned.stage.steps} steps{chosen}{seeded}")
+    each = counted(tuned.stage.steps, "step")
+    print_line(console, f"tune: {counted(count, 'trial')} of {each}{chosen}{seeded}")
     if not points:
         return
     table = Table()

@@ -33,6 +33,7 @@ from pipelines.training.step import TrainingStep
 from pipelines.training.validation import validate
 from pipelines.training.watchdog import Watchdog
 from pipelines.training.worker_log import WorkerLog, log_line
+from pipelines.wording import counted
 
 # How often a long validation reports its progress.
 _VALIDATION_NEWS_S = 30.0
@@ -165,7 +166,7 @@ class _Worker:
         stage = self.job.stage
         return (
             f"{self.dataset.order.epoch_length} samples an epoch, global batch {stage.global_batch} on "
-            f"{self.group.world_size} workers, {stage.steps} steps"
+            f"{counted(self.group.world_size, 'worker')}, {counted(stage.steps, 'step')}"
         )
 
     def stream(self) -> Iterator[tuple[int, Iterator[FlowBatch]]]:

@@ -189,7 +189,7 @@ def test_a_lost_machine_is_gone_on_without_until_there_is_another(
     lost = machines.at_work(hosts)[-1]
     machines.lose(lost)
     hosts.remove(lost)
-    alone = job.wait_for(r"resumes: .* on 1 workers")
+    alone = job.wait_for(r"resumes: .* on 1 worker,")
     assert job.step_of("resumes") >= 4, "at most the steps since the newest stored checkpoint are done again"
     with machines.standing_still(machines.at_work(hosts)[0]):  # it would be done before Ray has seen the other
         machines.add()
