@@ -84,7 +84,7 @@ def test_a_spot_instance_of_the_autoscalers_leaves_and_is_not_joined_again(hosts
 def test_where_no_ray_is_none_is_started_to_be_told(hosts: dict[str, Host]):
     """Ray's own command would start one, drain it, and be content."""
     alone = in_container(hosts["spot"], hosts["head"], "python /app/pipelines/preemption.py drain --seconds 45")
-    assert alone.wait(WAIT_SECONDS) == 2
+    assert alone.wait(WAIT_SECONDS) == 1
     assert "error: the notice did not reach Ray: " in hosts["spot"].log.read_text()
 
 

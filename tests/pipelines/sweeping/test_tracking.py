@@ -171,6 +171,7 @@ def test_of_several_registered_trials_the_best_is_the_last_and_has_the_alias(tra
         return SimpleNamespace(name=name, version="1")
 
     monkeypatch.setattr(registry, "register", register)
+    monkeypatch.setattr(registry, "standing", lambda client, version, rule: registry.numbered(version))
     run: Any = SimpleNamespace(
         client=None,
         parent=SimpleNamespace(patience=lambda work, *a: work(*a)),
