@@ -1,4 +1,8 @@
-"""The errors that a user can cause in a pipeline, and the decorator for scripts that reports them."""
+"""The errors that a user can cause in a pipeline, and the decorators for scripts that report them."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 
 from datasets_etl.errors import DamagedError, DataError, StorageOutageError
 from gmflow import GMFlowError
@@ -15,3 +19,12 @@ _OUTAGES = (OutageError, StorageOutageError)
 
 command = command_for(*USER_ERRORS, outages=_OUTAGES)
 resumable_command = command_for(*USER_ERRORS, outages=_OUTAGES, goes_on=True)
+
+
+@contextlib.contextmanager
+def naming_reference(reference: str, path: Path) -> Iterator[None]:
+    """Errors about weights fetched to `path` name the reference instead, because the user knows only that."""
+    try:
+        yield
+    except GMFlowError as error:
+        raise GMFlowError(str(error).replace(str(path), reference)) from error

@@ -3,15 +3,13 @@
 MLflow is imported only for registered models: that takes as long as everything else in a command that predicts.
 """
 
-import contextlib
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from datasets_etl.objects import ObjectStore, file_sha256
 from datasets_etl.storage import split_url
-from gmflow import GMFlow, GMFlowError, load_model, save_weights
-from pipelines.errors import USER_ERRORS, PipelineError
+from gmflow import GMFlow, load_model, save_weights
+from pipelines.errors import USER_ERRORS, PipelineError, naming_reference
 from pipelines.training.checkpoints import checkpoint_model
 
 _REGISTERED = "models:/"
@@ -29,15 +27,6 @@ def resolve_named(reference: str, tracking_uri: str | None = None) -> tuple[GMFl
         path, found = fetch_weights(reference, Path(folder), tracking_uri)
         with naming_reference(reference, path):
             return load_model(path), found
-
-
-@contextlib.contextmanager
-def naming_reference(reference: str, path: Path) -> Iterator[None]:
-    """Errors about weights fetched to `path` name the reference instead, because the user knows only that."""
-    try:
-        yield
-    except GMFlowError as error:
-        raise GMFlowError(str(error).replace(str(path), reference)) from error
 
 
 def fetch_weights(reference: str, folder: Path, tracking_uri: str | None = None) -> tuple[Path, str]:

@@ -184,8 +184,7 @@ def main() -> None:
     paths = predict_submission(model, manifest, folder, arguments.precision, overwrite=arguments.overwrite)
     if benchmark.bundled:
         held = counted(len(paths), "file")
-        told = f"{held}; the server takes what the bundler in the dataset's download makes of them:"
-        print_line(console, told)
+        print_line(console, f"{held}; the server takes what the bundler in the dataset's download makes of them:")
         print(shlex.join(["bundler", f"{folder}/clean", f"{folder}/final", f"{folder}.lzma"]), file=sys.stderr)
         print(folder)
     else:

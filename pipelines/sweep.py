@@ -277,8 +277,8 @@ def register_best(sweep: Sweep, rows: Sequence[Row], run: SweepRun, plan: TrialP
                 lineage,
                 config.objective,
             )
-        told = run.parent.patience(registry.standing, run.client, version, config.objective)
-        print(f"{row.name} {told}")
+        standing = run.parent.patience(registry.standing, run.client, version, config.objective)
+        print(f"{row.name} {standing}")
 
 
 @resumable_command

@@ -53,7 +53,7 @@ def _show_trials(config: SweepConfig, tuned: TuneConfig, console: Console) -> No
     if not points:
         return
     table = Table()
-    for name in points[0] if points else ():
+    for name in points[0]:
         table.add_column(name, justify="right")
     for point in points:
         table.add_row(*(f"{value:g}" for value in point.values()))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from datasets_etl.objects import ObjectStore, file_sha256
 from gmflow import GMFlow, load_weights, save_weights
-from pipelines.references import fetch_weights, has_moved, naming_reference
+from pipelines.errors import naming_reference
+from pipelines.references import fetch_weights, has_moved
 from pipelines.sweeping.accuracy import Weights
 from pipelines.sweeping.config import SweepConfig
 

@@ -21,8 +21,8 @@ import torch
 from datasets_etl.errors import DamagedError
 from datasets_etl.objects import ObjectStore
 from datasets_etl.storage import open_store, split_url
-from gmflow import GMFlow, GMFlowError, load_model
-from pipelines.errors import PipelineError
+from gmflow import GMFlow, load_model
+from pipelines.errors import PipelineError, naming_reference
 from pipelines.training import state
 from pipelines.training.code_version import code_version
 
@@ -170,10 +170,8 @@ def initial_model(folder: ObjectStore) -> GMFlow:
     with tempfile.TemporaryDirectory(prefix="gmflow-init-") as scratch:
         path = Path(scratch) / INITIAL_WEIGHTS
         path.write_bytes(folder.read(INITIAL_WEIGHTS))
-        try:
+        with naming_reference(f"{folder.url}/{INITIAL_WEIGHTS}", path):
             return load_model(path)
-        except GMFlowError as error:  # names the copy, of which the user knows nothing
-            raise GMFlowError(str(error).replace(str(path), f"{folder.url}/{INITIAL_WEIGHTS}")) from error
 
 
 def checkpoint_model(url: str) -> GMFlow:

@@ -35,6 +35,12 @@ class WorkerGroup:
             dist.all_reduce(values)
         return values
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank. A collective."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.all_reduce(torch.tensor(float(flag), device=self.device)))
+
     def notice_check_due(self) -> bool:
         """Whether it is time to ask for a preemption notice. True on rank 0 alone: its clock decides for all ranks."""
         return self.rank == 0 and time.monotonic() - self._asked > _NOTICE_INTERVAL_S

@@ -28,8 +28,8 @@ from datasets_etl.storage import open_store
 from gmflow import GMFlow, load_weights, save_weights
 from pipelines.cluster import Nodes, listed, nodes, slots
 from pipelines.entry import last_line
-from pipelines.errors import LASTING_ERRORS, USER_ERRORS, OutageError
-from pipelines.references import fetch_weights, has_moved, naming_reference
+from pipelines.errors import LASTING_ERRORS, USER_ERRORS, OutageError, naming_reference
+from pipelines.references import fetch_weights, has_moved
 from pipelines.training import state
 from pipelines.training.checkpoints import INITIAL_WEIGHTS, CheckpointStore
 from pipelines.training.config import ModelConfig

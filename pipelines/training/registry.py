@@ -82,7 +82,7 @@ class Lineage:
             "manifests": json.dumps(dict(self.manifests), sort_keys=True),
             "config_hash": self.config_hash,
             "code_version": self.code_version,
-            **{name.replace("/", "."): f"{value:{_FIGURE}}" for name, value in self.metrics.items()},
+            **{_figure_tag(name): f"{value:{_FIGURE}}" for name, value in self.metrics.items()},
             **{_measured_tag(name): pairs for name, pairs in self.measured.items()},
         }
 
@@ -102,8 +102,12 @@ def measured_on(sets: Sequence[SetConfig], versions: Mapping[str, str]) -> dict[
     }
 
 
+def _figure_tag(name: str) -> str:
+    return name.replace("/", ".")
+
+
 def _measured_tag(name: str) -> str:
-    return MEASURED_TAG + name.replace("/", ".")
+    return MEASURED_TAG + _figure_tag(name)
 
 
 def register(
@@ -264,7 +268,7 @@ def _improves(client: MlflowClient, model_name: str, lineage: Lineage, promotion
     if figure is None:  # a model that was not measured replaces no champion
         return False
     champion = _version_by_alias(client, model_name, CHAMPION)
-    reigning = None if champion is None else champion.tags.get(_figure_tag(promotion))
+    reigning = None if champion is None else champion.tags.get(_figure_tag(promotion.name))
     if champion is None or reigning is None:
         return True
     measured, theirs = (tags.get(_measured_tag(promotion.set_name)) for tags in (lineage.tags(), champion.tags))
@@ -284,16 +288,12 @@ def standing(client: MlflowClient, version: ModelVersion, promotion: MetricConfi
     registered = f"registered as {numbered(version)}"
     if champion is None:
         return f"{registered}; there is no {CHAMPION} yet"
-    figure = None if promotion is None else champion.tags.get(_figure_tag(promotion))
+    figure = None if promotion is None else champion.tags.get(_figure_tag(promotion.name))
     by = "" if promotion is None or figure is None else f", {promotion.name} {figure}"
     if str(champion.version) != str(version.version):
         return f"{registered}; the {CHAMPION} is still version {champion.version}{by}"
     before = [one for one in _earlier_versions(client, version.name, CHAMPION) if one != str(champion.version)]
     return f"{registered}, now the {CHAMPION}{by}" + (f" (before: version {before[-1]})" if before else "")
-
-
-def _figure_tag(metric: MetricConfig) -> str:
-    return metric.name.replace("/", ".")
 
 
 def numbered(version: ModelVersion) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray.train
-import torch
 from ray.train.collective import broadcast_from_rank_zero
 from torch import nn
 
@@ -250,8 +249,7 @@ class _Worker:
 
     def _leaves_meanwhile(self) -> bool:
         """Whether the workers leave, asked between the samples of a validation. A collective."""
-        ask = torch.tensor(float(self.group.notice_check_due()), device=self.group.device)
-        return bool(self.group.all_reduce(ask)) and self.must_leave()
+        return self.group.any_rank(self.group.notice_check_due()) and self.must_leave()
 
     def checkpoint_when_due(self) -> None:
         """Runs before a validation, which may take longer than a machine with a preemption notice has left."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -36,10 +37,11 @@ class StepSums(NamedTuple):
     data_wait: float
 
 
+@dataclass
 class TrainingStep:
     """The optimisation of a stage.
 
-    Args:
+    Attributes:
         stage: has the recipe.
         state: what a step changes: weights, optimiser, schedule, counts of skipped steps.
         model: the model of `state` as it is run, perhaps wrapped by DDP.
@@ -47,14 +49,11 @@ class TrainingStep:
         log: gets a line for each skipped step, and knows what the worker is doing.
     """
 
-    def __init__(
-        self, stage: StageConfig, state: TrainingState, model: nn.Module, group: WorkerGroup, log: WorkerLog
-    ) -> None:
-        self.stage = stage
-        self.state = state
-        self.model = model
-        self.group = group
-        self.log = log
+    stage: StageConfig
+    state: TrainingState
+    model: nn.Module
+    group: WorkerGroup
+    log: WorkerLog
 
     def accumulate(self, batches: Iterator[FlowBatch]) -> StepSums:
         """Run forward and backward passes over the micro-batches; the last backward pass all-reduces the gradients."""
