@@ -4,6 +4,7 @@
 `read_sample` and `EvaluationSet` return samples as stored, without augmentation.
 """
 
+import copy
 import functools
 import itertools
 import os
@@ -148,6 +149,24 @@ class EvaluationSet(Dataset[FlowSample]):
         self.part = part_label(only, without, limit)
         self.indices = manifest.select(subset, only=only, without=without)[:limit]
         self._cache = cache
+
+    @classmethod
+    def by_subset(
+        cls, manifest: Manifest, limit: int | None = None, *, only: Sequence[str] = (), without: Sequence[str] = ()
+    ) -> list["EvaluationSet"]:
+        """A set for each subset with ground truth of which the patterns leave anything, in the manifest's order.
+
+        A pattern need not match in every one of them.
+        """
+        every = cls(manifest, None, only=only, without=without)
+        subsets = np.array([manifest.samples[index].subset for index in every.indices])
+        sets = []
+        for subset in dict.fromkeys(subsets.tolist()):
+            own = copy.copy(every)
+            own.subset, own.part = subset, part_label(only, without, limit)
+            own.indices = every.indices[subsets == subset][:limit]
+            sets.append(own)
+        return sets
 
     @property
     def is_whole(self) -> bool:

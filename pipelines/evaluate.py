@@ -57,7 +57,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="MANIFEST[#SUBSET]",
         help="URL of a manifest, as pipelines/etl.py prints it; may be given several times",
     )
-    parser.add_argument("--subset", help="of every --data without its own (default: all samples with ground truth)")
+    parser.add_argument(
+        "--subset", help="of every --data without its own (default: every subset with ground truth, each as a set)"
+    )
     for option, what in (("--only", "score only"), ("--without", "leave out")):
         parser.add_argument(
             option,
@@ -109,19 +111,24 @@ def chosen_sets(
     only: Sequence[str] = (),
     without: Sequence[str] = (),
 ) -> dict[str, EvaluationSet]:
-    """The sets to score, by unique names: dataset and subset, with the version added if that name is already taken."""
+    """The sets to score, by unique names: dataset and subset, with the version added if that name is already taken.
+
+    A manifest without a subset gives a set for each of its subsets.
+    """
     sets: dict[str, EvaluationSet] = {}
     for reference in data:
         url, own = _split_subset(reference)
         manifest = Manifest.load(url)
-        wanted = own or subset
-        for name, other in sets.items():
-            if other.manifest.version == manifest.version and (other.subset == wanted or not (other.subset and wanted)):
-                raise PipelineError(f"--data {reference}: {name} holds its pairs too, which would count twice")
-        name = "/".join(filter(None, [manifest.dataset, wanted]))
-        if name in sets:
-            name = f"{name}@{manifest.version}"
-        sets[name] = EvaluationSet(manifest, wanted, limit, only=only, without=without)
+        if wanted := own or subset:
+            found = [EvaluationSet(manifest, wanted, limit, only=only, without=without)]
+        else:
+            found = EvaluationSet.by_subset(manifest, limit, only=only, without=without)
+        for chosen in found:
+            for name, other in sets.items():
+                if (other.manifest.version, other.subset) == (manifest.version, chosen.subset):
+                    raise PipelineError(f"--data {reference}: {name} holds its pairs too, which would count twice")
+            name = f"{manifest.dataset}/{chosen.subset}"
+            sets[f"{name}@{manifest.version}" if name in sets else name] = chosen
     return sets
 
 

@@ -17,7 +17,7 @@ _PRINT_EVERY_S = 30.0
 class Progress:
     """Shows tasks for the length of a `with`.
 
-    Where the console is no terminal, it prints a line such as "kitti: verifying: 3 of 9 pairs 0.1 pairs/s, 0:01:02
+    Where the console is no terminal, it prints a line such as "kitti: verifying: 3 of 9 pairs, 10.3 s a pair, 0:01:02
     left" at the first news, later at most one in 30 seconds for all tasks together, and one at the end unless an
     exception ends the `with`.
     """
@@ -61,7 +61,7 @@ class Progress:
         if self._console.is_terminal:
             return
         known = counted(done, "pair") if total is None else f"{done:,} of {counted(total, 'pair')}"
-        self._unprinted = f"{task.title}: {known} {pace}".rstrip()
+        self._unprinted = f"{task.title}: {known}" + (f", {pace}" if pace else "")
         if now - self._printed_at >= _PRINT_EVERY_S:
             print_line(self._console, self._unprinted)
             self._unprinted, self._printed_at = "", now
@@ -101,7 +101,10 @@ class Pace:
         self._first: tuple[int, float] | None = None
 
     def say(self, done: int, total: int | None, now: float) -> str:
-        """Text such as "41.0 pairs/s, 0:03:20 left"; empty until this run, not an earlier one, has finished pairs."""
+        """Text such as "41.0 pairs/s, 0:03:20 left" or, of slow ones, "2.5 s a pair, 0:03:20 left".
+
+        Empty until this run, not an earlier one, has finished pairs.
+        """
         self._first = self._first or (done, now)
         before, began = self._first
         if done == before or now <= began:
@@ -110,7 +113,7 @@ class Pace:
         left = ""
         if total is not None and done < total:
             left = f", {timedelta(seconds=round((total - done) / rate))} left"
-        return f"{rate:,.1f} pairs/s{left}"
+        return (f"{rate:,.1f} pairs/s" if rate >= 1 else f"{1 / rate:,.1f} s a pair") + left
 
 
 def print_line(console: Console, line: str) -> None:

@@ -1,6 +1,7 @@
 """`pipelines/evaluate.py` as its user meets it: which figures of which pairs, and what a wrong input gets."""
 
 import contextlib
+import functools
 import json
 from typing import Any
 
@@ -16,7 +17,9 @@ import pipelines.evaluate
 import pipelines.predict
 import pipelines.registry
 import pipelines.sweep
+from datasets_etl.errors import DataError
 from datasets_etl.etl import run_etl
+from datasets_etl.manifest import Manifest
 from pipelines.errors import PipelineError
 from pipelines.training import mlflow_client
 from tests.pipelines.commands import assert_one_line
@@ -32,8 +35,15 @@ class TestEvaluate:
         promised = {"epe", "px1", "px3", "px5", "s0_10", "s10_40", "s40_plus", "f1_all", "matched", "unmatched"}
         assert promised <= set(figures)
         written = json.loads((tmp_path / "scores" / "metrics.json").read_text())
-        assert written["pooled"]["epe"] == figures["epe"]
-        assert len(written["images"]) == figures["pairs"] == len(list((tmp_path / "scores").glob("*.png"))) == 12
+        assert written["epe"] == figures["epe"]
+        assert figures["pairs"] == len(list((tmp_path / "scores").rglob("*.png"))) == 12
+        # A manifest without a subset: each of its subsets, and all of them pooled.
+        assert list(figures["sets"]) == ["sintel/training-clean", "sintel/training-final"]
+        for name, found in written["sets"].items():
+            assert len(found["images"]) == found["pairs"] == 6
+            assert all(key.startswith(found["subset"]) for key in found["images"]), name
+            assert found["pooled"]["epe"] == figures["sets"][name]["epe"] != figures["epe"]
+        assert figures["epe"] == pytest.approx(np.mean([found["epe"] for found in figures["sets"].values()]))
 
     def test_several_sets_are_told_apart_and_pooled(self, call, weights, manifests, tmp_path):
         sets = ("--data", f"{manifests['sintel']}#training-clean", "--data", f"{manifests['chairs']}#val")
@@ -70,15 +80,15 @@ class TestEvaluate:
             torch.set_num_threads(before)
         assert (serial[0], on_ray[0]) == (0, 0), on_ray[2]
         one, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("serial", "ray"))
-        for found in (one, other):
+        for found in (*one["sets"].values(), *other["sets"].values()):
             found.pop("seconds_per_pair")
         assert one == other
-        pictures = [sorted(path.name for path in (tmp_path / name).glob("*.png")) for name in ("serial", "ray")]
+        pictures = [sorted(path.name for path in (tmp_path / name).rglob("*.png")) for name in ("serial", "ray")]
         assert pictures[0] == pictures[1]
 
         client = mlflow_client.connect(None)
         (run,) = client.search_runs([client.get_experiment_by_name("scores").experiment_id])
-        assert run.data.metrics["eval/sintel/epe"] == one["epe"]
+        assert run.data.metrics["eval/sintel/training-final/epe"] == one["sets"]["sintel/training-final"]["epe"]
         assert (run.data.tags["model"], run.data.tags["precision"]) == (str(weights), "fp32")
         assert {found.path for found in client.list_artifacts(run.info.run_id)} >= {"metrics.json", "report.html"}
         assert run.info.status == "FINISHED"
@@ -172,7 +182,7 @@ def test_published_weights_score_as_published(call, samples, reference, tmp_path
         assert code == 0
         scores[precision] = json.loads((tmp_path / precision / "metrics.json").read_text())
         assert scores[precision]["precision"] == precision
-    epe, rounded = ({key: metrics["epe"] for key, metrics in found["images"].items()} for found in scores.values())
+    epe, rounded = (epe_by_pair(found) for found in scores.values())
     assert epe == pytest.approx(PUBLISHED_EPE[dataset, folder], abs=1e-3)
     if dataset == "kitti":
         assert scores["fp32"]["pooled"]["f1_all"] == pytest.approx(5.585, abs=1e-3)
@@ -184,6 +194,12 @@ def test_published_weights_score_as_published(call, samples, reference, tmp_path
     assert any(apart.values())  # it did compute in 16 bits
 
 
+def epe_by_pair(written: dict[str, Any]) -> dict[str, float]:
+    """Of the content of metrics.json, by the pairs' keys."""
+    sets = written.get("sets", {"": written}).values()
+    return {key: metrics["epe"] for found in sets for key, metrics in found["images"].items()}
+
+
 def test_a_sets_own_subset_and_the_limit_hold(manifests):
     sets = [f"{manifests['sintel']}#training-clean", manifests["chairs"]]
     found = pipelines.evaluate.chosen_sets(sets, "val", 2)
@@ -192,6 +208,28 @@ def test_a_sets_own_subset_and_the_limit_hold(manifests):
         "chairs/val": ("val", 2),
     }
     assert len(pipelines.evaluate.chosen_sets(sets[:1], None, None)["sintel/training-clean"]) == 6
+    # Without any: every subset with ground truth, of each its first pairs.
+    found = pipelines.evaluate.chosen_sets([manifests["chairs"], manifests["kitti"]], None, 2)
+    assert [(name, chosen.part) for name, chosen in found.items()] == [
+        (name, "first 2 pairs") for name in ("chairs/train", "chairs/val", "kitti/training")
+    ]
+    for name, chosen in found.items():
+        assert [chosen[number].subset for number in range(2)] == 2 * [name.partition("/")[2]]
+        assert len(chosen) == 2
+        assert not chosen.is_whole
+
+
+def test_a_pattern_need_not_match_in_every_subset_of_a_manifest(manifests):
+    manifest = Manifest.load(manifests["chairs"])
+    one, other = (manifest.samples[manifest.select(subset)[0]].name for subset in ("train", "val"))
+    choose = functools.partial(pipelines.evaluate.chosen_sets, [manifests["chairs"]], None, None)
+    assert {name: len(chosen) for name, chosen in choose([one]).items()} == {"chairs/train": 1}
+    assert {name: len(chosen) for name, chosen in choose([other, one]).items()} == {"chairs/train": 1, "chairs/val": 1}
+    left = choose((), [other])
+    assert left["chairs/train"].is_whole
+    assert len(left["chairs/val"]) == manifest.subsets["val"] - 1
+    with pytest.raises(DataError, match=r"no sample of any subset matches 'x\*'"):
+        choose([one, "x*"])
 
 
 def test_pairs_are_chosen_by_name(call, weights, manifests, tmp_path):

@@ -37,9 +37,9 @@ def test_a_log_gets_a_line_every_30_seconds_and_one_at_the_end(clock):
             task.show(done, 9)
         assert lines_of(console) == [
             "kitti: verifying: 0 of 9 pairs",
-            "kitti: verifying: 3 of 9 pairs 0.1 pairs/s, 0:01:02 left",
+            "kitti: verifying: 3 of 9 pairs, 10.3 s a pair, 0:01:02 left",
         ]
-    assert lines_of(console)[2:] == ["kitti: verifying: 4 of 9 pairs 0.1 pairs/s, 0:01:15 left"]
+    assert lines_of(console)[2:] == ["kitti: verifying: 4 of 9 pairs, 15.0 s a pair, 0:01:15 left"]
 
 
 def test_many_short_tasks_share_the_30_seconds(clock):
@@ -52,8 +52,8 @@ def test_many_short_tasks_share_the_30_seconds(clock):
                 task.advance()
     assert lines_of(console) == [
         "clip 0: 0 of 2 pairs",
-        "clip 7: 1 of 2 pairs 0.5 pairs/s, 0:00:02 left",
-        "clip 9: 2 of 2 pairs 0.5 pairs/s",
+        "clip 7: 1 of 2 pairs, 2.0 s a pair, 0:00:02 left",
+        "clip 9: 2 of 2 pairs, 2.0 s a pair",
     ]
 
 
@@ -108,7 +108,7 @@ def test_pace_counts_what_this_run_did():
 def test_evaluate_and_predict_say_how_far_they_are_in_a_log(call, weights, manifests, frames, tmp_path):
     err = call(pipelines.evaluate, "--model", weights, "--data", f"{manifests['chairs']}#val")[2].splitlines()
     assert "evaluating: 0 of 3 pairs" in err
-    assert any(line.startswith("evaluating: 3 of 3 pairs ") for line in err)
+    assert any(line.startswith("evaluating: 3 of 3 pairs, ") for line in err)
     err = call(pipelines.predict, "--model", weights, "--output", tmp_path / "flow", *frames)[2].splitlines()
     assert f"frames: 0 of {len(frames) - 1} pairs" in err
-    assert any(line.startswith(f"frames: {len(frames) - 1} of {len(frames) - 1} pairs ") for line in err)
+    assert any(line.startswith(f"frames: {len(frames) - 1} of {len(frames) - 1} pairs, ") for line in err)
