@@ -41,6 +41,9 @@ Seed = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
 
 Config = typing.TypeVar("Config", bound=BaseModel)
 
+_LISTED = 2
+"""So many overrides are listed where it is not known which of them is wrong."""
+
 Location = tuple[int | str, ...]
 """Keys and positions that lead to a value of the config."""
 
@@ -65,7 +68,12 @@ def _source(path: str, places: Mapping[str, Location], error: pydantic.Validatio
     for override, place in reversed(list(places.items())):
         if where[: len(place)] == place:
             return f"override {override!r}"
-    return path if where or not places else f"{path} with {' '.join(places)}"
+    return path if where or not places else f"{path} with {_few(list(places))}"
+
+
+def _few(overrides: Sequence[str]) -> str:
+    """The overrides, or how many they are: with many of them the line would begin with what is not wrong."""
+    return " ".join(overrides) if len(overrides) <= _LISTED else f"its {len(overrides)} overrides"
 
 
 def _read_yaml(path: Path, over: tuple[Path, ...]) -> dict[str, Any]:

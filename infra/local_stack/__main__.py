@@ -69,9 +69,8 @@ def up(folder: Path, given: dict[str, Any]) -> int:
     healthy = show(stack)
     if healthy:
         print(f"addresses and credentials: . {_shown(stack.environment_file)}")
-        print(
-            f"Ray: {stack.dashboard_url}, token in {_shown(stack.token_file)}; MLflow: {stack.mlflow_url}, user admin"
-        )
+        print(f"Ray: {stack.dashboard_url}, token in {_shown(stack.token_file)}")
+        print(f"MLflow: {stack.mlflow_url}, user admin, password in {_shown(stack.environment_file)}")
     return 0 if healthy else 1
 
 
@@ -95,7 +94,7 @@ def show(stack: Stack) -> bool:
         except Exception as error:  # noqa: BLE001 (any error of a broken server's client is shown)
             said, state = " ".join(str(error).split()), "down" if process is None else "not well"
         if process is None and state == "healthy":
-            said, state = f"somebody else's server answers ({said})", "down"
+            said, state = f"another server, or what is left of a killed one, answers ({said})", "down"
         healthy &= state == "healthy"
         table.add_row(
             service.name,

@@ -12,6 +12,7 @@ import cv2
 import mlflow
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
@@ -32,8 +33,11 @@ class GMFlowPyfunc(PythonModel):
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = load_model(context.artifacts["weights"]).to(device)
 
-    # No type hints: MLflow would make a schema of them, which cannot express arrays. The signature states the input.
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+    # Of this type hint MLflow makes no schema, which could not express arrays: the signature states the input. Without
+    # any hint MLflow warns whoever loads the model.
+    def predict(
+        self, context: PythonModelContext | None, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> list[Any]:
         """One flow for each pair.
 
         Args:

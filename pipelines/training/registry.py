@@ -234,7 +234,7 @@ def _log_model(run_id: str, weights: Path, weights_sha256: str) -> str:
     """Log the model to a run. Returns its URI."""
     # MLflow loads what it logs, to try the example. In a driver that must take no memory of the workers' GPU.
     on_the_cpu = mlflow_client.in_environment(_LOADED_WITH, json.dumps({"device": "cpu"}))
-    # Silences MLflow: it recommends type hints (but has none for arrays) and reports its steps. Failures are raised.
+    # Silences MLflow, which reports its steps. Failures are raised.
     with on_the_cpu, contextlib.redirect_stderr(io.StringIO()), mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
             name="model",

@@ -197,6 +197,8 @@ def test_what_is_wrong_is_laid_to_what_said_it(small, load):
     assert told("seed=1", "stages.chairs.name=champion").startswith("override 'stages.chairs.name=champion': ")
     assert told("machine={num_workers: 0}").startswith("override 'machine={num_workers: 0}': machine.num_workers: ")
     assert "config.yaml with seed=1 machine.num_workers=5: stage chairs" in told("seed=1", "machine.num_workers=5")
+    many = ("seed=1", "machine.num_workers=5", "stages.chairs.steps=20")
+    assert "config.yaml with its 3 overrides: stage chairs" in told(*many)
     small["stages"][0]["steps"] = 0
     assert "config.yaml: stages.chairs.steps: " in told("seed=1")
 

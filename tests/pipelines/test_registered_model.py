@@ -132,6 +132,20 @@ def test_what_is_no_image_is_said_with_the_pairs_number(loaded, frames, image, m
         loaded.predict([good, {"image0": image, "image1": frames[1]}])
 
 
+def test_a_process_that_loads_it_is_told_nothing_but_the_flow(registered):
+    program = """
+import mlflow, numpy, pandas
+model = mlflow.pyfunc.load_model("models:/gmflow@champion")
+frame = numpy.zeros((32, 48, 3), numpy.uint8)
+(flow,) = model.predict(pandas.DataFrame([{"image0": frame, "image1": frame}]))
+print(flow.shape)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=registered.folder, env=registered.environment, capture_output=True
+    )
+    assert (done.returncode, done.stdout.decode(), done.stderr.decode()) == (0, "(32, 48, 2)\n", "")
+
+
 def test_it_computes_on_a_gpu_if_there_is_one_or_where_it_is_told_to(registered, loaded):
     def place(model: Any) -> str:
         found: str = next(model.unwrap_python_model().model.parameters()).device.type
