@@ -18,6 +18,7 @@ MILLISECONDS = 60
 """Time for which an animation shows each picture."""
 
 _LONGEST_SIDE = 16383  # of a WebP
+_LONGEST_WARPED = 32766  # of OpenCV, whose coordinates have 16 bits
 
 
 def draw_arrows(
@@ -85,10 +86,12 @@ def warp_frame(
         RGB, uint8 `[H, W, 3]`, black where the flow leaves the picture.
 
     Raises:
-        GMFlowError: frame and flow differ in size.
+        GMFlowError: frame and flow differ in size, or are longer than OpenCV can warp.
     """
     _check_sizes(frame1, flow)
     height, width = flow.shape[:2]
+    if max(height, width) > _LONGEST_WARPED:
+        raise GMFlowError(f"frames of at most {_LONGEST_WARPED} pixels a side can be warped, not {width}x{height}")
     moved = np.where(known_flow(flow)[..., None], flow, 0).astype(np.float32) * np.float32(amount)
     x = np.arange(width, dtype=np.float32) + moved[..., 0]
     y = np.arange(height, dtype=np.float32)[:, None] + moved[..., 1]
@@ -115,8 +118,11 @@ def warp_animation(
 def encode_animation(pictures: Sequence[npt.NDArray[np.uint8]]) -> bytes:
     """RGB pictures, uint8 `[H, W, 3]` of one size, as an animated WebP that runs for ever.
 
-    Raises GMFlowError if they are larger than a WebP may be.
+    Raises GMFlowError if there are none, if they differ in size, or if they are larger than a WebP may be.
     """
+    sizes = {picture.shape for picture in pictures}
+    if len(sizes) != 1:
+        raise GMFlowError(f"an animation takes pictures of one size, not of {len(sizes)} sizes")
     if max(pictures[0].shape) > _LONGEST_SIDE:
         height, width = pictures[0].shape[:2]
         raise GMFlowError(f"WebP holds pictures of at most {_LONGEST_SIDE} pixels a side, not {width}x{height}")

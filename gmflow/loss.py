@@ -42,7 +42,7 @@ def sequence_loss(
         A scalar, float32.
 
     Raises:
-        GMFlowError: the shapes do not fit together.
+        GMFlowError: the shapes do not fit together, or there is no prediction.
     """
     _check_shapes(predictions, flow, valid)
     flow = flow.float()
@@ -60,7 +60,7 @@ def sequence_loss(
 def _check_shapes(predictions: Sequence[Tensor], flow: Tensor, valid: Tensor) -> None:
     pixels = (*flow.shape[:1], *flow.shape[2:])
     fit = all(prediction.shape == flow.shape for prediction in predictions) and valid.shape == pixels
-    if flow.dim() != 4 or flow.shape[1] != 2 or not fit:
+    if flow.dim() != 4 or flow.shape[1] != 2 or not fit or not predictions:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in (*predictions, flow, valid))
         raise GMFlowError(f"a loss needs predictions and flow [B, 2, H, W] and valid [B, H, W], not {shapes}")
 

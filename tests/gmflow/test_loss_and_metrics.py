@@ -105,6 +105,12 @@ def test_a_loss_of_shapes_that_do_not_fit_is_refused(
         sequence_loss([fitting, torch.zeros(prediction)], fitting, torch.ones(valid, dtype=torch.bool))
 
 
+def test_a_loss_of_no_prediction_is_refused() -> None:
+    """It would be 0, without gradients."""
+    with pytest.raises(GMFlowError, match="a loss needs predictions"):
+        sequence_loss([], torch.zeros(3, 2, 4, 6), torch.ones(3, 4, 6, dtype=torch.bool))
+
+
 def test_metrics_are_pooled_over_pixels() -> None:
     flow, target, valid = fields()
     metrics = FlowMetrics()

@@ -147,3 +147,16 @@ def test_flow_marked_as_unknown_moves_nothing_and_gets_no_arrow() -> None:
 def test_an_animation_larger_than_its_format_allows_is_refused_in_words() -> None:
     with pytest.raises(GMFlowError, match=r"at most 16383 pixels a side, not 16400x8"):
         encode_animation([np.zeros((8, 16400, 3), np.uint8)] * 2)
+
+
+@pytest.mark.parametrize("heights", [(), (8, 9)])
+def test_an_animation_of_no_pictures_or_of_several_sizes_is_refused(heights: tuple[int, ...]) -> None:
+    with pytest.raises(GMFlowError, match=f"pictures of one size, not of {len(heights)} sizes"):
+        encode_animation([np.zeros((height, 8, 3), np.uint8) for height in heights])
+
+
+def test_frames_are_warped_up_to_the_longest_that_can_be() -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (2, 32766, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(warp_frame(frame, np.zeros((2, 32766, 2))), frame)
+    with pytest.raises(GMFlowError, match="at most 32766 pixels a side can be warped, not 32767x2"):
+        warp_frame(np.zeros((2, 32767, 3), np.uint8), np.zeros((2, 32767, 2)))
