@@ -11,11 +11,13 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipelines.arguments import Parser
 from pipelines.cluster import RayLostError, connected  # sets Ray's environment, so before Ray
 
 # isort: split
+from mlflow.entities.model_registry import ModelVersion
 from rich.table import Table
 
 from datasets_etl.objects import ObjectStore
@@ -161,10 +163,7 @@ def _run_stage(
     plan.folder.remove_leftovers()
     start = parent.weights if parent else config.init_from
     source = provide_initial_weights(plan.folder, config.model, config.seed, start, config.mlflow.tracking_uri)
-    # The stage's recipe decides the folder's name, so the run stays the same if later stages change.
-    key = hashlib.sha256(f"{plan.folder.url}{training_mark(plan.folder)}".encode()).hexdigest()[:16]
-    stage_run = run.child(stage.name, key=f"stage/{key}")
-    stage_run.log_json(stage.model_dump(mode="json"), "stage.json")
+    stage_run = _stage_run(plan, run)
     link = run_link(str(run.client.tracking_uri), config.mlflow.experiment, stage_run.run_id)
     display.say(f"stage={stage.name} MLflow: {link}")
     with run.running(stage_run.run_id):
@@ -173,22 +172,7 @@ def _run_stage(
         for step, metrics in last["records"]:
             stage_run.log(Record(step, metrics))  # those that an attempt killed here did not log
         display.state(stage.name, "registering")
-        with tempfile.TemporaryDirectory(prefix="gmflow-final-") as folder:
-            weights = Path(folder) / "model.safetensors"
-            metrics = final_weights(last, config.model, weights)
-            plan.folder.upload(weights, FINAL_WEIGHTS)
-            _check_gates(stage, metrics)
-            if not run.held():
-                raise PipelineError(f"stage {stage.name}: another driver has taken it over; this one registers nothing")
-            version = run.patience(
-                registry.register,
-                run.client,
-                config.mlflow.registered_model,
-                stage_run.run_id,
-                weights,
-                _lineage(plan, parent.model if parent else source, metrics),
-                config.promotion,
-            )
+        metrics, version = _register(plan, last, parent.model if parent else source, run, stage_run.run_id)
         display.say(f"stage={stage.name} {run.patience(registry.standing, run.client, version, config.promotion)}")
     result = StageResult(
         stage=stage.name,
@@ -201,6 +185,38 @@ def _run_stage(
     )
     plan.finish(result)
     return result
+
+
+def _stage_run(plan: StagePlan, run: tracking.CurriculumRun) -> tracking.TrackedRun:
+    """The stage's run in MLflow, a new one or the one that was begun before."""
+    # The stage's recipe decides the folder's name, so the run stays the same if later stages change.
+    key = hashlib.sha256(f"{plan.folder.url}{training_mark(plan.folder)}".encode()).hexdigest()[:16]
+    stage_run = run.child(plan.stage.name, key=f"stage/{key}")
+    stage_run.log_json(plan.stage.model_dump(mode="json"), "stage.json")
+    return stage_run
+
+
+def _register(
+    plan: StagePlan, last: dict[str, Any], parent: str, run: tracking.CurriculumRun, run_id: str
+) -> tuple[dict[str, float], ModelVersion]:
+    """Keep the weights of a stage's last checkpoint and register them. Returns their metrics and the version.
+
+    Raises PipelineError if the stage stops at a gate, or belongs to another driver by now; its weights are kept.
+    """
+    stage, mlflow_config = plan.stage, plan.config.mlflow
+    with tempfile.TemporaryDirectory(prefix="gmflow-final-") as folder:
+        weights = Path(folder) / "model.safetensors"
+        metrics = final_weights(last, plan.config.model, weights)
+        plan.folder.upload(weights, FINAL_WEIGHTS)
+        _check_gates(stage, metrics)
+        if not run.held():
+            raise PipelineError(f"stage {stage.name}: another driver has taken it over; this one registers nothing")
+        lineage = _lineage(plan, parent, metrics)
+        promotion = plan.config.promotion
+        version = run.patience(
+            registry.register, run.client, mlflow_config.registered_model, run_id, weights, lineage, promotion
+        )
+    return metrics, version
 
 
 def _check_gates(stage: StageConfig, metrics: Mapping[str, float]) -> None:

@@ -206,16 +206,13 @@ class _Worker:
         assert isinstance(model, GMFlow)
         for name, evaluation in self.validation.items():
             on_scored = self._validation_news(name, len(evaluation))
-            group = self.group
-            scored = validate(
-                model, evaluation, group.device, group.rank, group.world_size, on_scored, self._leaves_meanwhile
-            )
+            scored = validate(model, evaluation, self.group, on_scored, self._leaves_meanwhile)
             if scored is None:
                 return False
             scores, first = scored
             # A metric of a speed range without any pixel is NaN: it is left out.
             metrics |= {f"val/{name}/{metric}": value for metric, value in scores.items() if not math.isnan(value)}
-            if first is not None and group.rank == 0:
+            if first is not None and self.group.rank == 0:
                 pictures[f"{name.replace('/', '_')}_step_{self.state.step:06d}.png"] = comparison_png(first)
         self.state.validated = self.state.step
         self._keep_validation(metrics, pictures)

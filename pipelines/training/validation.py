@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from datasets_etl.ahead import read_ahead
 from datasets_etl.loader import EvaluationSet, to_tensors
@@ -16,6 +15,7 @@ from gmflow.geometry import forward_backward_occlusion
 from gmflow.loss import valid_pixels
 from gmflow.metrics import FlowMetrics
 from gmflow.predict import PaddingMode, evaluating, padded_forward
+from pipelines.training.group import WorkerGroup
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,7 @@ def score(
 def validate(
     model: GMFlow,
     evaluation: EvaluationSet,
-    device: torch.device,
-    rank: int,
-    world_size: int,
+    group: WorkerGroup,
     on_scored: Callable[[int], None],
     interrupted: Callable[[], bool],
 ) -> tuple[dict[str, float], Scored | None] | None:
@@ -85,17 +83,15 @@ def validate(
     """
     pooled = FlowMetrics()
     first = None
-    samples = read_ahead(evaluation[number] for number in range(rank, len(evaluation), world_size))
+    samples = read_ahead(evaluation[number] for number in range(group.rank, len(evaluation), group.world_size))
     with evaluating(model):
-        for together in range(0, len(evaluation), world_size):
-            if (number := together + rank) < len(evaluation):
-                (scored,) = score(model, [next(samples)], device)
+        for together in range(0, len(evaluation), group.world_size):
+            if (number := together + group.rank) < len(evaluation):
+                (scored,) = score(model, [next(samples)], group.device)
                 pooled.merge(scored.metrics)
                 first = first or scored
                 on_scored(number + 1)
             if interrupted():
                 return None
-    sums = pooled.state().to(device)
-    if world_size > 1:
-        dist.all_reduce(sums)
+    sums = group.all_reduce(pooled.state().to(group.device))
     return FlowMetrics.from_state(sums.cpu()).compute(), first
