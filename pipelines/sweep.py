@@ -16,6 +16,8 @@ from pipelines.arguments import Parser
 from pipelines.cluster import connected, nodes, own_node  # sets Ray's environment, so before Ray
 
 # isort: split
+from mlflow.entities.model_registry import ModelVersion
+
 from datasets_etl.manifest import Manifest
 from datasets_etl.objects import ObjectStore
 from datasets_etl.storage import open_store
@@ -255,30 +257,28 @@ def register_best(sweep: Sweep, rows: Sequence[Row], run: SweepRun, plan: TrialP
     finished = [row for row in rows if row.phase == "trial" and row.status == "finished"]
     best = sorted(finished, key=lambda row: (row.metrics[config.metric], row.name))[: config.registration.best]
     for row in reversed(best):
-        trial = plan.trial(row.point)
-        lineage = registry.Lineage(
-            stage=config.name,
-            parent="random" if plan.weights is None else plan.weights.source,
-            manifests={part.data: plan.data[part.data] for part in trial.stage.mixture},
-            config_hash=trial.key,
-            code_version=code_version(),
-            metrics=row.metrics,
-            measured=registry.measured_on(trial.stage.validation, plan.versions),
-        )
-        with tempfile.TemporaryDirectory(prefix="gmflow-best-") as folder:
-            path = Path(folder) / FINAL_WEIGHTS
-            path.write_bytes(open_store(trial.folder).read(FINAL_WEIGHTS))
-            version = run.parent.patience(
-                registry.register,
-                run.client,
-                config.mlflow.registered_model,
-                run.child(row).run_id,
-                path,
-                lineage,
-                config.objective,
-            )
+        version = _register(plan, row, run)
         standing = run.parent.patience(registry.standing, run.client, version, config.objective)
         print(f"{row.name} {standing}")
+
+
+def _register(plan: TrialPlan, row: Row, run: SweepRun) -> ModelVersion:
+    """Register the model of a finished trial."""
+    config, trial = plan.config, plan.trial(row.point)
+    lineage = registry.Lineage(
+        stage=config.name,
+        parent="random" if plan.weights is None else plan.weights.source,
+        manifests={part.data: plan.data[part.data] for part in trial.stage.mixture},
+        config_hash=trial.key,
+        code_version=code_version(),
+        metrics=row.metrics,
+        measured=registry.measured_on(trial.stage.validation, plan.versions),
+    )
+    name, run_id = config.mlflow.registered_model, run.child(row).run_id
+    with tempfile.TemporaryDirectory(prefix="gmflow-best-") as folder:
+        path = Path(folder) / FINAL_WEIGHTS
+        path.write_bytes(open_store(trial.folder).read(FINAL_WEIGHTS))
+        return run.parent.patience(registry.register, run.client, name, run_id, path, lineage, config.objective)
 
 
 @resumable_command
