@@ -9,13 +9,13 @@ count, clock or precision are stored separately.
 import hashlib
 import json
 import platform
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from ray.exceptions import OutOfMemoryError, RayActorError
@@ -40,10 +40,13 @@ class Cost:
 
     Attributes:
         latency_ms: median over the rounds.
+        latency_q1_ms, latency_q3_ms: quartiles over the rounds: half of the timings lie between them.
         peak_mib: the most memory that torch held for tensors at once, beyond the weights and the two images.
     """
 
     latency_ms: float
+    latency_q1_ms: float
+    latency_q3_ms: float
     peak_mib: float
 
 
@@ -142,7 +145,8 @@ class _Record:
         store.write(self.key, json.dumps(content).encode())
 
     def cost(self) -> Cost:
-        return Cost(1000 * statistics.median(self.seconds), self.peak_bytes / 2**20)
+        first, median, third = (float(1000 * found) for found in np.percentile(self.seconds, (25, 50, 75)))
+        return Cost(median, first, third, self.peak_bytes / 2**20)
 
 
 @ray.remote(max_restarts=0)

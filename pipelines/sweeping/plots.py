@@ -21,12 +21,24 @@ _MEMORY = "peak memory, MiB"
 
 
 def front_png(rows: Sequence[Row], metric: str, cost_size: Size) -> bytes:
-    """Objective against latency, coloured by memory. The front is connected and named, the reference is marked."""
+    """Objective against latency, coloured by memory. The front is connected and named, the reference is marked.
+
+    A line through a point spans the middle half of its timings.
+    """
     shown = [row for row in rows if row.cost is not None and metric in row.metrics]
     figure = Figure(figsize=(9, 5.5), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
     memory = [_cost(row)[1] for row in shown]
     title = f"Accuracy against latency: {_setting_title(shown)}"
+    costs = [row.cost for row in shown if row.cost is not None]
+    axes.hlines(
+        [row.metrics[metric] for row in shown],
+        [cost.latency_q1_ms for cost in costs],
+        [cost.latency_q3_ms for cost in costs],
+        color="silver",
+        zorder=1,
+        label="half of the timings",
+    )
     for phase, marker in (("probe", "o"), ("trial", "D")):
         of_phase = [row for row in shown if row.phase == phase]
         if of_phase:
@@ -184,6 +196,8 @@ def _titles(rows: Sequence[Row], cost_size: Size) -> dict[str, str]:
     windows = ("windows, coarse", "windows, fine") if many else ("windows",)
     return {
         "latency_ms": _latency_title(cost_size),
+        "latency_q1_ms": "lower quartile, ms",
+        "latency_q3_ms": "upper quartile, ms",
         "peak_mib": _MEMORY,
         **{f"attn_splits_{scale}": title for scale, title in enumerate(windows, start=1)},
         "corr_radius": "matching radius",

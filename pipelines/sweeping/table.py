@@ -5,7 +5,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from gmflow import GMFlowConfig
@@ -63,8 +63,7 @@ class Row:
             **self.point,
             "status": self.status,
             "step": self.step,
-            "latency_ms": None if self.cost is None else self.cost.latency_ms,
-            "peak_mib": None if self.cost is None else self.cost.peak_mib,
+            **(dict.fromkeys(found.name for found in fields(Cost)) if self.cost is None else asdict(self.cost)),
             **self.metrics,
             "cost_padded_to": f"{padded[0]}x{padded[1]}",
             "reference": self.reference,

@@ -22,5 +22,5 @@ def plan_of(config: SweepConfig) -> TrialPlan:
 
 
 def row(name: str, epe: float, latency: float, memory: float, **more: Any) -> Row:
-    costs = Cost(latency, memory)
+    costs = Cost(latency, 0.75 * latency, 1.5 * latency, memory)
     return Row(name, "probe", f"key of {name}", REFINE, "finished", metrics={METRIC: epe}, cost=costs, **more)

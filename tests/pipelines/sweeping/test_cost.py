@@ -49,10 +49,10 @@ def test_a_cost_is_kept_by_how_and_where_it_was_measured_and_is_the_median(tmp_p
     assert len({first, *keys}) == len(keys) + 1
     assert cost._key(model, CostConfig(rounds=9), "fp32", here) == first
     store = open_store(str(tmp_path))
-    for seconds in (0.1, 9.0, 0.2):
+    for seconds in (0.1, 9.0, 0.2, 0.1, 0.3):
         record = cost._Record.load(store, first)
         record.add(store, 3 * 2**20, seconds, model, here)
-    assert record.cost() == cost.Cost(pytest.approx(200.0), 3.0)
+    assert record.cost() == cost.Cost(*map(pytest.approx, (200.0, 100.0, 300.0, 3.0)))
 
 
 def test_a_gpu_that_is_too_small_is_said_in_words(monkeypatch):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.collections import LineCollection
 
 from gmflow import GMFlowConfig
 from pipelines.sweeping import plots
@@ -105,6 +106,13 @@ def test_the_front_names_a_radius_only_where_radii_differ(drawn):
         "Accuracy against latency: windows",
         "Accuracy against latency: windows (coarse×fine), radius r",
     ]
+
+
+def test_a_line_through_a_point_spans_the_middle_half_of_its_timings(drawn):
+    rows = mark_front([row("a", 1, 8, 1), row("b", 2, 4, 2)], METRIC)
+    plots.front_png(rows, METRIC, (436, 1024))
+    (lines,) = (found for found in drawn[0].axes[0].collections if isinstance(found, LineCollection))
+    assert [line.tolist() for line in lines.get_segments()] == [[[6.0, 1.0], [12.0, 1.0]], [[3.0, 2.0], [6.0, 2.0]]]
 
 
 @pytest.mark.parametrize(("memory", "bar"), [((4.3, 4.3), False), ((4.3, 4.31), False), ((4.3, 4.4), True)])
