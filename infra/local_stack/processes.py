@@ -69,7 +69,7 @@ class ServerProcess:
     def _known(self) -> _Identity | None:
         try:
             return _Identity(**json.loads(self._record.read_text()))
-        except (FileNotFoundError, TypeError):  # there is none, or it is another version's
+        except (FileNotFoundError, ValueError, TypeError):  # there is none, or it is cut short or another version's
             return None
 
     def start(self, launch: Launch, ready: Callable[[], object]) -> None:

@@ -76,6 +76,9 @@ time.sleep(600)
                 assert process.find() is None
                 assert not process.stop()
                 assert other.poll() is None
+            (tmp_path / "s.json").write_text(json.dumps(mine)[:-9])  # cut short
+            assert process.find() is None
+            assert not process.stop()
             (tmp_path / "s.json").write_text(json.dumps(mine))
             assert process.find() is not None
         finally:
