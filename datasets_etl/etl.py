@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import ray
 
@@ -25,7 +25,26 @@ _HEADERS_AT_ONCE = 16
 _FINISH_TIMEOUT_S = 60
 _WAITING_TASKS = 4
 
+_Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """What a node needs to write one shard.
+
+    Attributes:
+        plan: the shard.
+        source, target: URLs of the raw dataset and of the sharded one.
+        sizes: bytes of each raw file of the shard by its path, as the source listed them.
+        strict: whether a damaged pair is an error; otherwise it is left out.
+    """
+
+    plan: ShardPlan
+    source: str
+    target: str
+    sizes: Mapping[str, int]
+    strict: bool
 
 
 @dataclass(frozen=True)
@@ -85,41 +104,40 @@ def run_etl(
     next(store.walk("manifest"), None)  # a bucket that is not there is found before anything is read
     tree, objects = _open_source(source)
     refs = (index or SOURCES[dataset])(tree)
-    pixels, quarantined = _check_sizes(refs, source, objects, strict)
-    _require_some_of_each(refs, quarantined, source)
+    pixels, damaged = _check_sizes(refs, source, objects, strict)
+    _require_some_of_each(refs, damaged, source)
     # Damaged pairs are planned too: once they are repaired, only their own shards are written again.
     plans = plan_shards(refs, pixels, {key: info.stamp for key, info in objects.items()}, shard_bytes)
     store.remove_leftovers()
-
-    def report() -> None:
-        on_progress(sum(len(plans[number].refs) for number in written), len(refs))
-
-    written = {plan.index: shard for plan in plans if (shard := finished_shard(plan, store)) is not None}
+    shards = {plan.index: shard for plan in plans if (shard := finished_shard(plan, store)) is not None}
     if strict:
-        _refuse_quarantined(written.values(), source)
-    reused = len(written)
-    report()
+        _refuse_quarantined(shards.values(), source)
+    reused = len(shards)
+    done = sum(len(plans[number].refs) for number in shards)
+    on_progress(done, len(refs))
+
     place = open_store(source).url  # a relative path is this process's own
-    missing = [
-        (
+    tasks = [
+        ShardTask(
             plan,
-            place,
-            store.url,
-            strict,
-            {path: objects[path].size for ref in plan.refs for path in raw_files(ref)},
+            source=place,
+            target=store.url,
+            sizes={path: objects[path].size for ref in plan.refs for path in raw_files(ref)},
+            strict=strict,
         )
         for plan in plans
-        if plan.index not in written
+        if plan.index not in shards
     ]
-    for (plan, *_), shard in run_tasks(_write_task, missing, workers):
-        written[plan.index] = shard
-        report()
-    _require_within_reach(store, [written[plan.index] for plan, *_ in missing])
+    for task, shard in run_tasks(_write_task, tasks, workers):
+        shards[task.plan.index] = shard
+        done += len(task.plan.refs)
+        on_progress(done, len(refs))
+    _require_within_reach(store, [shards[task.plan.index] for task in tasks])
 
-    shards = [written[plan.index] for plan in plans]
-    quarantined = {key: why for shard in shards for key, why in shard.quarantined.items()}
+    quarantined = {key: why for plan in plans for key, why in shards[plan.index].quarantined.items()}
     _require_some_of_each(refs, quarantined, source)
-    manifest = build(dataset, [shard.entry for shard in shards if shard.entry is not None], quarantined)
+    entries = [entry for plan in plans if (entry := shards[plan.index].entry) is not None]
+    manifest = build(dataset, entries, quarantined)
     raw = {path for ref in refs if ref.key not in quarantined for path in raw_files(ref)}
     return EtlResult(
         manifest_url=manifest.publish(store),
@@ -134,26 +152,26 @@ def run_etl(
 
 
 def run_tasks(
-    work: Callable[..., _Result | DataError], tasks: Sequence[tuple[Any, ...]], at_once: int | None
-) -> Iterator[tuple[tuple[Any, ...], _Result]]:
-    """Run `work(*task)` for every task with Ray, on one CPU each; yield (task, result) as the tasks finish.
+    work: Callable[[_Task], _Result | DataError], tasks: Sequence[_Task], at_once: int | None
+) -> Iterator[tuple[_Task, _Result]]:
+    """Run `work(task)` for every task with Ray, on one CPU each; yield (task, result) as the tasks finish.
 
     Args:
         work: returns a DataError instead of raising it, because Ray would wrap it in an error with a stack trace. The
             DataError is raised here.
-        tasks: the arguments of each call.
+        tasks: the argument of each call.
         at_once: number of tasks that run at a time; None: one for each CPU of the cluster. Then some more tasks are
             submitted and wait, which makes a cluster grow if it can.
     """
     remote = ray.remote(num_cpus=1, max_retries=3)(work)
     waiting = list(reversed(tasks))
-    running: dict[ray.ObjectRef, tuple[Any, ...]] = {}
+    running: dict[ray.ObjectRef, _Task] = {}
     try:
         while waiting or running:
             most = at_once or _submitted_at_once()
             while waiting and len(running) < most:
                 task = waiting.pop()
-                running[remote.remote(*task)] = task
+                running[remote.remote(task)] = task
             finished, _ = ray.wait(list(running), num_returns=1)
             result = ray.get(finished[0])
             if isinstance(result, DataError):
@@ -262,25 +280,24 @@ def _stopped(source: str, key: str, reason: str) -> DataError:
     return DataError(f"{source}: {key}: {reason} (without --strict the pair is left out)")
 
 
-def _write_task(
-    plan: ShardPlan, source: str, target: str, strict: bool, sizes: Mapping[str, int]
-) -> WrittenShard | DataError:
-    raw = open_store(source)
+def _write_task(task: ShardTask) -> WrittenShard | DataError:
+    raw = open_store(task.source)
     if isinstance(raw, FileStore) and not raw.root.is_dir():
         return DataError(
-            f"{source}: no such folder on node {socket.gethostname()}: --source must be storage that all nodes reach, "
-            "such as s3://BUCKET/PREFIX"
+            f"{task.source}: no such folder on node {socket.gethostname()}: --source must be storage that all nodes "
+            "reach, such as s3://BUCKET/PREFIX"
         )
 
     def read(path: str) -> bytes:
         try:
-            return raw.read(path, sizes[path])
+            return raw.read(path, task.sizes[path])
         except DamagedError as error:  # from storage, with a URL that the manifest must not depend on
             raise DamagedError(str(error).removeprefix(f"{raw.url}/")) from None
 
     try:
-        return write_shard(plan, SourceTree(source, (), read), open_store(target), strict=strict)
+        tree = SourceTree(task.source, (), read)
+        return write_shard(task.plan, tree, open_store(task.target), strict=task.strict)
     except DamagedError as error:
-        return _stopped(source, f"shard {plan.index}", str(error))
+        return _stopped(task.source, f"shard {task.plan.index}", str(error))
     except DataError as error:
         return error

@@ -29,6 +29,14 @@ class Damage:
     problem: str
 
 
+@dataclass(frozen=True)
+class VerifyTask:
+    """What a node needs to read one shard back: the URL of the sharded dataset, and what its manifest says of it."""
+
+    dataset: str
+    shard: ShardEntry
+
+
 def verify_manifest(
     manifest: Manifest,
     *,
@@ -51,17 +59,16 @@ def verify_manifest(
     found: dict[str, list[Damage]] = {}
     done = 0
     on_progress(0, len(manifest.samples))
-    for (_, shard), damages in run_tasks(
-        _verify_task, [(manifest.store().url, shard) for shard in manifest.shards], workers
-    ):
-        found[shard.name] = damages
-        done += len(shard.samples)
+    tasks = [VerifyTask(manifest.store().url, shard) for shard in manifest.shards]
+    for task, damages in run_tasks(_verify_task, tasks, workers):
+        found[task.shard.name] = damages
+        done += len(task.shard.samples)
         on_progress(done, len(manifest.samples))
     return [damage for shard in manifest.shards for damage in found[shard.name]]
 
 
-def _verify_task(root: str, shard: ShardEntry) -> list[Damage] | DataError:
-    store = open_store(root)
+def _verify_task(task: VerifyTask) -> list[Damage] | DataError:
+    store, shard = open_store(task.dataset), task.shard
     try:
         size = store.size(shard.name)
         if size is None:

@@ -79,54 +79,72 @@ def encode_sample(ref: SampleRef, tree: SourceTree) -> tuple[dict[str, bytes | s
     Raises DamagedError if a file is damaged, DataError if files differ in size. The message is one line with paths
     relative to the dataset, so it does not depend on where the dataset lies.
     """
-    raw: dict[str, bytes] = {}
-
-    def read(path: str) -> bytes:
-        raw[path] = formats.not_empty(tree.read(path), path)
-        return raw[path]
-
-    image0 = formats.decode_frame(read(ref.image0), ref.image0)
-    image1 = formats.decode_frame(read(ref.image1), ref.image1)
-    check_size(ref.image0, image0.shape, ref.image1, image1.shape)
-    members: dict[str, bytes] = {
-        "frame0.zst": rowcode.encode_frame(image0),
-        "frame1.zst": rowcode.encode_frame(image1),
-    }
-    valid: npt.NDArray[np.bool_] | None = None
-
-    if ref.flow is not None:
-        data = read(ref.flow)
-        if is_sparse(ref.dataset):
-            flow, valid = formats.decode_kitti_flow(data, ref.flow)
-            members["flow.png"] = data
-        else:
-            flow = _decode_dense(data, ref.flow)
-            valid = dense_valid(flow)
-            members["flow.zst"] = rowcode.encode_flow(flow)
-        check_size(ref.image0, image0.shape, ref.flow, flow.shape)
-        if ref.flow_noc is not None:
-            _, seen_in_both = formats.decode_kitti_flow(read(ref.flow_noc), ref.flow_noc)
-            check_size(ref.image0, image0.shape, ref.flow_noc, seen_in_both.shape)
-            members["occluded.png"] = formats.encode_mask(valid & ~seen_in_both)
-    for extension, path in (("occluded.png", ref.occlusion), ("invalid.png", ref.invalid)):
-        if path is not None:
-            mask = formats.decode_mask(read(path), path)
-            check_size(ref.image0, image0.shape, path, mask.shape)
-            members[extension] = formats.encode_mask(mask)
-
-    height, width = image0.shape[:2]
+    raw = _RawFiles(tree)
+    image0, image1 = (formats.decode_frame(raw.read(path), path) for path in (ref.image0, ref.image1))
+    height, width = size = image0.shape[:2]
+    check_size(ref.image0, size, ref.image1, image1.shape)
+    truth, valid = _encode_truth(ref, raw, size)
+    masks = _encode_masks(ref, raw, size)
+    facts = SampleFacts(height, width, None if valid is None else int((~valid).sum()))
     described = {
         "schema": SCHEMA_VERSION,
         **{name: value for name, value in asdict(ref).items() if value is not None},
         "height": height,
         "width": width,
-        "sha256": {path: hashlib.sha256(data).hexdigest() for path, data in sorted(raw.items())},
+        "sha256": raw.sha256,
     }
-    sample: dict[str, bytes | str] = {
+    members: dict[str, bytes | str] = {
         "__key__": ref.key,
         "json": json.dumps(described, sort_keys=True).encode(),
+        "frame0.zst": rowcode.encode_frame(image0),
+        "frame1.zst": rowcode.encode_frame(image1),
     }
-    return sample | members, SampleFacts(height, width, None if valid is None else int((~valid).sum()))
+    return members | truth | masks, facts
+
+
+class _RawFiles:
+    """The raw files of one pair, each read once; `sha256` holds the hashes of what was read, by path."""
+
+    def __init__(self, tree: SourceTree) -> None:
+        self.sha256: dict[str, str] = {}
+        self._tree = tree
+
+    def read(self, path: str) -> bytes:
+        data = formats.not_empty(self._tree.read(path), path)
+        self.sha256[path] = hashlib.sha256(data).hexdigest()
+        return data
+
+
+def _encode_truth(
+    ref: SampleRef, raw: _RawFiles, size: tuple[int, int]
+) -> tuple[dict[str, bytes], npt.NDArray[np.bool_] | None]:
+    """Members of the flow, and for KITTI of the occlusion it implies; and where the flow is valid, bool [H, W]."""
+    if ref.flow is None:
+        return {}, None
+    data = raw.read(ref.flow)
+    if is_sparse(ref.dataset):
+        flow, valid = formats.decode_kitti_flow(data, ref.flow)
+        members = {"flow.png": data}
+    else:
+        flow = _decode_dense(data, ref.flow)
+        valid = dense_valid(flow)
+        members = {"flow.zst": rowcode.encode_flow(flow)}
+    check_size(ref.image0, size, ref.flow, flow.shape)
+    if ref.flow_noc is not None:
+        _, seen_in_both = formats.decode_kitti_flow(raw.read(ref.flow_noc), ref.flow_noc)
+        check_size(ref.image0, size, ref.flow_noc, seen_in_both.shape)
+        members["occluded.png"] = formats.encode_mask(valid & ~seen_in_both)
+    return members, valid
+
+
+def _encode_masks(ref: SampleRef, raw: _RawFiles, size: tuple[int, int]) -> dict[str, bytes]:
+    members = {}
+    for name, path in (("occluded.png", ref.occlusion), ("invalid.png", ref.invalid)):
+        if path is not None:
+            mask = formats.decode_mask(raw.read(path), path)
+            check_size(ref.image0, size, path, mask.shape)
+            members[name] = formats.encode_mask(mask)
+    return members
 
 
 def decode_sample(data: bytes, where: str, *, occlusion: bool = True) -> FlowSample:

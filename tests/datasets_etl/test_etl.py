@@ -17,7 +17,7 @@ import pytest
 
 from datasets_etl import etl, formats, shards
 from datasets_etl.errors import DamagedError, DataError, NotFoundError
-from datasets_etl.etl import EtlResult, run_etl, run_tasks
+from datasets_etl.etl import EtlResult, ShardTask, run_etl, run_tasks
 from datasets_etl.file_store import FileStore
 from datasets_etl.inspection import MOTION_EDGES, Damage, _problems, motion_histogram, spread, verify_manifest
 from datasets_etl.loader import EvaluationSet
@@ -60,7 +60,7 @@ def work(number):
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
 ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
 spans = []
-tasks = [(number,) for number in range(9)]
+tasks = range(9)
 running = threading.Thread(target=lambda: spans.extend(span for _, span in run_tasks(work, tasks, None)), daemon=True)
 running.start()
 time.sleep(1)
@@ -329,7 +329,7 @@ def test_damage_that_storage_tells_of_is_named_by_its_place_in_the_dataset(raw_c
 
     monkeypatch.setattr(FileStore, "read", checked)
     sizes = {path: info.size for path, info in objects.items()}
-    shard = etl._write_task(plan, str(raw_chairs), str(tmp_path), False, sizes)
+    shard = etl._write_task(ShardTask(plan, str(raw_chairs), str(tmp_path), sizes, strict=False))
     reason = "data/00002_img1.ppm: damaged: its checksum is not the one stored with it"
     assert shard.quarantined == {"train_00002": reason}
 
@@ -607,7 +607,7 @@ def _span(number: int) -> tuple[float, float]:
 
 
 def test_no_more_tasks_run_at_a_time_than_are_allowed():
-    spans = sorted(span for _, span in run_tasks(_span, [(number,) for number in range(4)], 1))
+    spans = sorted(span for _, span in run_tasks(_span, range(4), 1))
     assert all(end <= began for (_, end), (began, _) in itertools.pairwise(spans))
 
 
@@ -623,7 +623,7 @@ def test_tasks_that_run_when_another_fails_are_finished_not_torn(tmp_path):
     """What they write is whole then, and need not be written again."""
     paths = [tmp_path / "first", None, *(tmp_path / f"later {number}" for number in range(40))]
     with pytest.raises(DataError, match="the source is gone"):
-        list(run_tasks(_fail_or_finish, [(path,) for path in paths], 2))
+        list(run_tasks(_fail_or_finish, paths, 2))
     written = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert written["first"] == "whole"
     assert set(written.values()) == {"whole"}
@@ -639,7 +639,7 @@ def _die_once(marker: Path) -> str:
 
 def test_a_task_whose_worker_was_killed_is_done_again(tmp_path):
     """As by the machine's memory monitor, or with a spot machine."""
-    assert [result for _, result in run_tasks(_die_once, [(tmp_path / "died",)], None)] == ["done"]
+    assert [result for _, result in run_tasks(_die_once, [tmp_path / "died"], None)] == ["done"]
 
 
 def test_a_manifest_of_another_format_is_refused_saying_which(sharded_chairs, tmp_path):

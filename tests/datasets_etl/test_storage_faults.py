@@ -125,7 +125,7 @@ class TestShortAnswersToTheEtl:
     def source(self, request, store: ObjectStore, proxy: FaultyProxy, raw_chairs: Path, monkeypatch) -> str:
         def here(work, tasks, at_once):
             for task in tasks:
-                result = work(*task)
+                result = work(task)
                 if isinstance(result, DataError):
                     raise result
                 yield task, result
