@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +18,39 @@ _FRAME_NUMBER = re.compile(r"(.*)_\d{6,}(?=[._][^/]*$)")  # the last number: a v
 
 ANY_FRAME = "_*"
 """Stands for a video's frame number, `_000123`, in a key: the number of frames is known only at the video's end."""
+
+
+@dataclass(frozen=True)
+class _Note:
+    """What an output's note says about the files beside it.
+
+    Attributes:
+        job: what decides the content of all files; empty if the files' origin is unknown.
+        inputs: what single files are made from, see `claim_output`.
+        stale: key → stamp of the files to be replaced; a file with another stamp has been replaced.
+    """
+
+    job: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    stale: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, output: ObjectStore) -> "_Note":
+        """The note in an output; an empty one if there is none or its content is not a note."""
+        if output.size(_NOTE) is None:
+            return cls()
+        try:
+            job = json.loads(output.read(_NOTE))
+        except (ValueError, DataError):
+            return cls()
+        if not isinstance(job, dict):
+            return cls()
+        inputs, stale = job.pop(_INPUTS, {}), job.pop(_STALE, {})
+        return cls(job, inputs, stale) if isinstance(inputs, dict) and isinstance(stale, dict) else cls()
+
+    def write(self, output: ObjectStore) -> None:
+        sections = {name: section for name, section in ((_INPUTS, self.inputs), (_STALE, self.stale)) if section}
+        output.write(_NOTE, json.dumps({**self.job, **sections}, indent=1, sort_keys=True).encode())
 
 
 def claim_output(
@@ -44,36 +78,31 @@ def claim_output(
             (without `inputs`, any file) is of other inputs or of unknown origin.
     """
     wanted = json.loads(json.dumps(job))
-    there = {found.key: found.stamp for found in output.walk() if found.key != _NOTE}
-    noted = _noted(output) if there else {}  # the note of a run that wrote nothing else blocks nobody
-    noted_inputs, stale = dict(noted.pop(_INPUTS, {})), dict(noted.pop(_STALE, {}))
-    if noted and noted != wanted and not overwrite:
+    inputs = inputs or {}
+    stamps = {found.key: found.stamp for found in output.walk() if found.key != _NOTE}
+    noted = _Note.read(output) if stamps else _Note()  # the note of a run that wrote nothing else blocks nobody
+    if overwrite:
+        # Every file there will be replaced. If this run is interrupted, some old files remain; their stamps, which are
+        # noted here, tell them from new ones.
+        kept: set[str] = set()
+        known = inputs
+        stale = {key: stamp for key, stamp in stamps.items() if not inputs or _of_key(key, inputs)}
+    else:
+        _require_same_job(noted.job, wanted, names, output.url)
+        kept = _files_to_keep(inputs, noted, stamps, output.url)
+        known = {**noted.inputs, **inputs} if inputs else {}
+        stale = {key: stamp for key, stamp in noted.stale.items() if stamps.get(key) == stamp}
+    _Note(wanted, known, stale).write(output)
+    return kept - stale.keys()
+
+
+def _require_same_job(noted: Mapping[str, Any], wanted: Mapping[str, Any], names: Mapping[str, str], url: str) -> None:
+    if noted and noted != wanted:
         differing = sorted(name for name in {*noted, *wanted} if noted.get(name) != wanted.get(name))
         listed = ", ".join(
             f"{names.get(name, name)} {_said(noted.get(name))}, not {_said(wanted.get(name))}" for name in differing
         )
-        raise PipelineError(f"{output.url} holds another run's files ({listed}); give another folder or --overwrite")
-    if there and not noted and not inputs and not overwrite:
-        raise PipelineError(
-            f"{output.url} holds files that this command did not make; give another folder or --overwrite"
-        )
-    if overwrite:
-        # Every file there will be replaced. If this run is interrupted, some old files remain; their stamps, which are
-        # noted here, tell them from new ones.
-        kept = set()
-        stale = {key: stamp for key, stamp in there.items() if not inputs or _of_key(key, inputs)}
-    elif inputs:
-        kept = _made_of(inputs, noted_inputs, there, output.url)
-    else:
-        kept = set(there)
-    stale = {key: stamp for key, stamp in stale.items() if there.get(key) == stamp}
-    content = dict(wanted)
-    if inputs:
-        content[_INPUTS] = inputs if overwrite else {**noted_inputs, **inputs}
-    if stale:
-        content[_STALE] = stale
-    output.write(_NOTE, json.dumps(content, indent=1, sort_keys=True).encode())
-    return kept - stale.keys()
+        raise PipelineError(f"{url} holds another run's files ({listed}); give another folder or --overwrite")
 
 
 def _said(value: Any) -> str:
@@ -83,30 +112,22 @@ def _said(value: Any) -> str:
     return "none" if value is None else repr(value)
 
 
-def _noted(output: ObjectStore) -> dict[str, Any]:
-    if output.size(_NOTE) is None:
-        return {}
-    try:
-        noted = json.loads(output.read(_NOTE))
-    except (ValueError, DataError):
-        return {}
-    sections = [noted, *(noted.get(name, {}) for name in (_INPUTS, _STALE))] if isinstance(noted, dict) else [noted]
-    return noted if all(isinstance(section, dict) for section in sections) else {}
+def _files_to_keep(inputs: Mapping[str, str], noted: _Note, there: Collection[str], url: str) -> set[str]:
+    """Keys of the files made from these inputs; without `inputs`, of all files.
 
-
-def _made_of(inputs: Mapping[str, str], noted_inputs: Mapping[str, str], there: Iterable[str], url: str) -> set[str]:
-    """The keys of files made from these inputs. Raises PipelineError if such a file was made from something else."""
-    kept = set()
-    for key in sorted(there):
-        wanted = _of_key(key, inputs)
-        if wanted is None:
-            continue
-        if wanted != _of_key(key, noted_inputs):
+    Raises PipelineError if such a file was made from something else, or nobody noted from what.
+    """
+    if not inputs:
+        if there and not noted.job:
+            raise PipelineError(f"{url} holds files that this command did not make; give another folder or --overwrite")
+        return set(there)
+    kept = {key for key in there if _of_key(key, inputs) is not None}
+    for key in sorted(kept):
+        if _of_key(key, inputs) != _of_key(key, noted.inputs):
             raise PipelineError(
                 f"{url}/{key} is there already, of other input or not by this command; give another folder or "
                 "--overwrite"
             )
-        kept.add(key)
     return kept
 
 
