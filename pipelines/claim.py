@@ -141,6 +141,9 @@ def _read(folder: ObjectStore) -> Claim | None:
 class _Keeper:
     """Renews this process's claim in a daemon thread, so that the process can end without waiting for it.
 
+    The claim is held until it is lost to another driver or released. Who asks meanwhile whether it still is gets the
+    answer from a renewal that begins then.
+
     Attributes:
         lost: why the driver must end; None while it need not. When this is set, the main thread is interrupted.
     """
@@ -149,10 +152,10 @@ class _Keeper:
         self.lost: PipelineError | None = None
         self._folders = folders
         self._claim = _own_claim()
-        self._ended = threading.Event()
-        self._asked, self._looked = threading.Event(), threading.Event()
-        self._silent = False  # storage did not answer somebody who asked, and has not since
         self._renewed = _seconds_since_boot()
+        self._released = False
+        self._answer_by: float | None = None  # until when to wait for the answer to an open question
+        self._changed = threading.Condition()  # notified of changes of these two, and of `lost`
         try:
             for folder in folders.values():
                 self._write(folder)
@@ -168,30 +171,39 @@ class _Keeper:
         If it was not renewed lately, it is now, in a moment. While storage is down, nobody takes it over; then only the
         first who asks waits for that moment.
         """
-        if self.lost is None and not self._silent and _seconds_since_boot() - self._renewed > _SURE_S:
-            self._looked.clear()
-            self._asked.set()
-            self._silent = not self._looked.wait(_ANSWERED_S)
+        if self.lost is None and _seconds_since_boot() - self._renewed > _SURE_S:
+            with self._changed:
+                if self._answer_by is None:
+                    self._answer_by = time.monotonic() + _ANSWERED_S
+                    self._changed.notify_all()
+                self._changed.wait_for(self._is_answered, self._answer_by - time.monotonic())
         return self.lost is None
+
+    def _is_answered(self) -> bool:
+        return self._answer_by is None or self.lost is not None
 
     def release(self) -> None:
         """Give up the claim. If storage is down, the claim stays there and lapses."""
-        self._ended.set()
-        self._asked.set()
+        with self._changed:
+            self._released = True
+            self._changed.notify_all()
         self._thread.join(_RELEASED_S)
 
     def _run(self) -> None:
         pause = _FIRST_RENEWAL_S
         while self.lost is None:
-            self._asked.wait(pause)
-            self._asked.clear()
-            if self._ended.is_set():
+            with self._changed:
+                self._changed.wait_for(lambda: self._released or self._answer_by is not None, pause)
+                question = self._answer_by
+            if self._released:
                 break
             pause = _RENEWAL_S
             self._claim = replace(self._claim, renewed=self._claim.renewed + 1)
             self._renew_all()
-            self._silent = False
-            self._looked.set()
+            with self._changed:
+                if self._answer_by == question:  # what was asked since is answered by the next renewal
+                    self._answer_by = None
+                self._changed.notify_all()
         self._give_up()
 
     def _give_up(self) -> None:
@@ -215,7 +227,7 @@ class _Keeper:
     def _renew(self, name: str, folder: ObjectStore) -> None:
         found = _read(folder)
         if self._is_own(found):
-            if not self._ended.is_set():  # another attempt of this process may look for a claim by now
+            if not self._released:  # another attempt of this process may look for a claim by now
                 self._write(folder)
         elif self.lost is None:
             # Who took over writes its own claim at once, and deletes it when it ends.
@@ -223,7 +235,7 @@ class _Keeper:
                 f"{found} has taken it over, and goes on with it" if found else "another driver took it over and ended"
             )
             self.lost = PipelineError(f"{name}: {done}: this one is ended")
-            if signal.getsignal(_LOST) is signal.default_int_handler and not self._ended.is_set():
+            if signal.getsignal(_LOST) is signal.default_int_handler and not self._released:
                 signal.pthread_kill(threading.main_thread().ident or 0, _LOST)
 
     def _is_own(self, found: Claim | None) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 import ray
+from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _POLL_SECONDS = 0.5
@@ -128,39 +129,57 @@ def listening(name: str, show: Callable[[Record], None], keep: Callable[[Record]
             any; after an error in the block it waits for only `_KEPT_AFTER_AN_ERROR_S`. After that `keep` is not called
             again: a record kept later than its successors would leave a permanent gap.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # Ray restarts a queue that dies, under the same name. The metrics it held come again with the next record.
-    options = {"scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
-    queue = _Queue.options(name=name, **options).remote()  # type: ignore[attr-defined]
-    ray.get(queue.drain.remote())  # the queue must exist before a worker looks for it
-    ended = threading.Event()
+    queue = _start_queue(name)
     keeper = _Keeper(keep, show)
 
-    def listen() -> None:
-        while True:
-            last = ended.wait(_POLL_SECONDS)
-            for record in ray.get(queue.drain.remote()):
-                show(record)
-                keeper.submit(record)
-            if last:
-                return
+    def receive(record: Record) -> None:
+        show(record)
+        keeper.submit(record)
 
     try:
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as listener:
-            listening = listener.submit(listen)
-            try:
-                yield
-            finally:
-                ended.set()
-                wait([listening])
-                ray.kill(queue)
-        listening.result()
+        with _draining(queue, receive):
+            yield
     except BaseException:
         keeper.finish(_KEPT_AFTER_AN_ERROR_S)
         raise
     keeper.finish()
     if keeper.failure is not None:
         raise keeper.failure
+
+
+def _start_queue(name: str) -> ActorHandle:
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # Ray restarts a queue that dies, under the same name. The metrics it held come again with the next record.
+    options = {"scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
+    queue = _Queue.options(name=name, **options).remote()  # type: ignore[attr-defined]
+    ray.get(queue.drain.remote())  # it must exist before a worker looks for it
+    return queue
+
+
+@contextlib.contextmanager
+def _draining(queue: ActorHandle, receive: Callable[[Record], None]) -> Iterator[None]:
+    """Hand each record in the queue to `receive`, in a thread, for the length of a `with`; at its end the last ones.
+
+    Then the queue is killed, and an error of the thread is raised, unless the block raised one.
+    """
+    ended = threading.Event()
+
+    def drain() -> None:
+        last = False
+        while not last:
+            last = ended.wait(_POLL_SECONDS)
+            for record in ray.get(queue.drain.remote()):
+                receive(record)
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as thread:
+        draining = thread.submit(drain)
+        try:
+            yield
+        finally:
+            ended.set()
+            wait([draining])
+            ray.kill(queue)
+    draining.result()
 
 
 class _Keeper:
