@@ -200,19 +200,19 @@ def overhead(bench: Bench) -> Iterator[Row]:
         return whole, f"{whole:.3f} ({', '.join(f'{part:.3f}' for part in each)})"
 
     for workers, who in ((1, "one worker"), (2, "two workers")):
-        value, told = ratio(f"ray {workers}", f"bare {workers}")
-        told += f"; {1000 * programs[f'ray {workers}'].step_s():.0f} ms a step"
-        yield Row(f"{who}: step on Ray with tracking and checkpoints / bare DDP loop", told, "<= 1.02", value <= 1.02)
+        value, text = ratio(f"ray {workers}", f"bare {workers}")
+        text += f"; {1000 * programs[f'ray {workers}'].step_s():.0f} ms a step"
+        yield Row(f"{who}: step on Ray with tracking and checkpoints / bare DDP loop", text, "<= 1.02", value <= 1.02)
         waited = ray[workers].data_wait()
         yield Row(f"{who}: share of a step spent waiting for data", f"{waited:.1%}", "<= 3%", waited <= 0.03)
-    value, told = ratio("ray 1", "ray 2")
-    yield Row("samples a second, two workers / one", told, ">= 1.9", value >= 1.9)
-    value, told = ratio("bare 1", "bare 2")
-    yield Row("the same of the bare DDP loop", told, "", None)
-    _, told = ratio("bare 1", "bare 2, meeting")
-    yield Row("the same of two that wait for each other and exchange no gradients", told, "what waiting allows", None)
-    _, told = ratio("bare 1", "bare 1+1", times=2)
-    yield Row("the same of two bare loops without any communication", told, "the machine's limit", None)
+    value, text = ratio("ray 1", "ray 2")
+    yield Row("samples a second, two workers / one", text, ">= 1.9", value >= 1.9)
+    value, text = ratio("bare 1", "bare 2")
+    yield Row("the same of the bare DDP loop", text, "", None)
+    _, text = ratio("bare 1", "bare 2, meeting")
+    yield Row("the same of two that wait for each other and exchange no gradients", text, "what waiting allows", None)
+    _, text = ratio("bare 1", "bare 1+1", times=2)
+    yield Row("the same of two bare loops without any communication", text, "the machine's limit", None)
 
 
 @dataclass(frozen=True)
@@ -224,10 +224,10 @@ class StageOnRay:
 
     def data_wait(self) -> float:
         """Median share of a step spent waiting for data, over the records that no pause interrupted."""
-        told = self.metrics("time/data_wait")
+        records = self.metrics("time/data_wait")
         whole = [
             value
-            for (_, since, _), (_, until, value) in pairwise(told)
+            for (_, since, _), (_, until, value) in pairwise(records)
             if self.program.within_a_turn(since / 1000, until / 1000)
         ]
         if not whole:
@@ -239,8 +239,8 @@ def stage_on_ray(bench: Bench, workers: int) -> StageOnRay:
     path = bench.config(workers)
     command = [sys.executable, str(ROOT / "pipelines" / "curriculum.py"), "--config", str(path)]
     log = path.parent / "log.txt"
-    with log.open("w") as told:
-        process = subprocess.Popen(command, cwd=path.parent, stdout=told, stderr=told)
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=path.parent, stdout=output, stderr=output)
 
     def metrics(name: str) -> list[tuple[int, int, float]]:
         """Every tracked value as (step, time in milliseconds, value)."""
@@ -268,11 +268,11 @@ def bare_loop(bench: Bench, groups: list[int], *, exchange: bool = True) -> Prog
     """
     context = multiprocessing.get_context("spawn")
     config = bench.config(1)
-    told = config.parent / "steps.txt"
-    told.touch()
+    steps_file = config.parent / "steps.txt"
+    steps_file.touch()
     processes = [
         context.Process(
-            target=_bare_worker, args=(rank, workers, port, config, told if number == 0 else None, exchange)
+            target=_bare_worker, args=(rank, workers, port, config, steps_file if number == 0 else None, exchange)
         )
         for number, (workers, port) in enumerate((workers, free_port()) for workers in groups)
         for rank in range(workers)
@@ -281,13 +281,15 @@ def bare_loop(bench: Bench, groups: list[int], *, exchange: bool = True) -> Prog
         process.start()
 
     def marks() -> list[Mark]:
-        lines = [line.split() for line in told.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        lines = [line.split() for line in steps_file.read_text().splitlines(keepends=True) if line.endswith("\n")]
         return [Mark(int(step), float(at)) for step, at in lines]
 
     return Program([process.pid for process in processes if process.pid is not None], marks)
 
 
-def _bare_worker(rank: int, world_size: int, port: int, config_path: Path, told: Path | None, exchange: bool) -> None:
+def _bare_worker(
+    rank: int, world_size: int, port: int, config_path: Path, steps_file: Path | None, exchange: bool
+) -> None:
     os.nice(max(0, RAY_NICENESS - os.nice(0)))
     torch.set_num_threads(1)
     config = load_config(CurriculumConfig, str(config_path), [])
@@ -327,8 +329,8 @@ def _bare_worker(rank: int, world_size: int, port: int, config_path: Path, told:
         state.optimizer.step()
         state.schedule.step()
         state.optimizer.zero_grad(set_to_none=True)
-        if rank == 0 and told is not None:
-            with told.open("a") as file:
+        if rank == 0 and steps_file is not None:
+            with steps_file.open("a") as file:
                 file.write(f"{step + 1} {time.time()}\n")
 
 
@@ -336,11 +338,11 @@ def recovery(bench: Bench) -> Iterator[Row]:
     """Measure the time from SIGKILL of a worker to the next new step, and how many steps are done again."""
     seconds, repeated = zip(*(_recovery(bench) for _ in range(bench.rounds)), strict=True)
     value = statistics.median(seconds)
-    told = f"{value:.1f} s ({', '.join(f'{s:.1f}' for s in seconds)})"
-    yield Row("SIGKILL of a worker until the next new step", told, "<= 30 s", value <= 30)
+    text = f"{value:.1f} s ({', '.join(f'{s:.1f}' for s in seconds)})"
+    yield Row("SIGKILL of a worker until the next new step", text, "<= 30 s", value <= 30)
     what = f"steps done again, of {_CHECKPOINT_EVERY} from one checkpoint to the next"
-    told = f"{max(repeated)} ({', '.join(map(str, repeated))})"
-    yield Row(what, told, f"<= {_CHECKPOINT_EVERY}", max(repeated) <= _CHECKPOINT_EVERY)
+    text = f"{max(repeated)} ({', '.join(map(str, repeated))})"
+    yield Row(what, text, f"<= {_CHECKPOINT_EVERY}", max(repeated) <= _CHECKPOINT_EVERY)
 
 
 _CHECKPOINT_EVERY = 10
@@ -390,8 +392,8 @@ def losses(bench: Bench) -> Iterator[Row]:
     client = MlflowClient(f"sqlite:///{path.parent}/mlflow.db")
     runs = client.search_runs([found.experiment_id for found in client.search_experiments()])
     (run,) = [run for run in runs if "train/loss" in run.data.metrics]
-    told = client.get_metric_history(run.info.run_id, "train/loss")
-    found = [metric.value for metric in sorted(told, key=lambda metric: metric.step)[:_COMPARED]]
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    found = [metric.value for metric in sorted(history, key=lambda metric: metric.step)[:_COMPARED]]
     plain, other = (_plain_losses(path, threads) for threads in (1, 2))
     off, apart = (max(abs(a - b) / b for a, b in zip(some, plain, strict=True)) for some in (found, other))
     what = f"{_COMPARED} losses of two workers, at most off those of a plain loop, relative"

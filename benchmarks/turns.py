@@ -53,11 +53,11 @@ class Program:
     def step_s(self, turns: slice = slice(None)) -> float:
         """Seconds per step within these turns."""
         within = self.turns[turns]
-        told = [mark for mark in self.marks() if any(start <= mark.at <= end for start, end in within)]
-        if len(told) < 2:
+        marks = [mark for mark in self.marks() if any(start <= mark.at <= end for start, end in within)]
+        if len(marks) < 2:
             raise RuntimeError("no two marks within these turns; make them longer")
-        running = self._running(told[-1].at) - self._running(told[0].at)
-        return running / (told[-1].step - told[0].step)
+        running = self._running(marks[-1].at) - self._running(marks[0].at)
+        return running / (marks[-1].step - marks[0].step)
 
     def within_a_turn(self, since: float, until: float) -> bool:
         return any(start <= since and until <= end for start, end in self.turns)

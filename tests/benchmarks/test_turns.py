@@ -50,9 +50,9 @@ def test_seconds_between_turns_do_not_count() -> None:
 
 
 def test_a_program_stands_still_with_all_its_processes_while_another_runs(tmp_path: Path) -> None:
-    told = [tmp_path / name for name in ("one", "other")]
+    logs = [tmp_path / name for name in ("one", "other")]
     programs = []
-    for path in told:
+    for path in logs:
         with path.open("w") as out:
             process = subprocess.Popen([sys.executable, "-c", COUNTING, str(path)], stdout=out)
         programs.append(Program([process.pid], marks_of(path)))
@@ -61,7 +61,7 @@ def test_a_program_stands_still_with_all_its_processes_while_another_runs(tmp_pa
         began = time.time()
         assert list(take_turns(programs, rounds=3, turn_s=0.4)) == [1, 2, 3]
         time.sleep(0.2)
-        for program, path in zip(programs, told, strict=True):
+        for program, path in zip(programs, logs, strict=True):
             assert len(program.turns) == 3
             for marks in (program.marks(), marks_of(path.with_name(path.name + ".below"))()):
                 counted = [mark for mark in marks if mark.at > began + 0.1]
