@@ -186,10 +186,16 @@ def test_storage_that_is_silent_holds_nobody_up_who_asks(folder: ObjectStore, mo
     """Such as the end of a run, which has a moment."""
     monkeypatch.setattr(claim, "_ANSWERED_S", 0.1)
     monkeypatch.setattr(claim, "_RELEASED_S", 0.1)
-    silence = threading.Event()
+    silence, waiting = threading.Event(), threading.Event()
     with claimed({"stage chairs": folder}, pytest.fail) as held:
         own = folder.read(CLAIM)
-        monkeypatch.setattr(type(folder), "read", lambda *_: own if silence.wait(WAIT_SECONDS) else b"")
+
+        def silent(*_: object) -> bytes:
+            waiting.set()
+            return own if silence.wait(WAIT_SECONDS) else b""
+
+        monkeypatch.setattr(type(folder), "read", silent)
+        assert waiting.wait(WAIT_SECONDS), "a renewal that was under way would answer"
         monkeypatch.setattr(claim, "_SURE_S", 0.0)
         assert held()
         monkeypatch.setattr(claim, "_ANSWERED_S", 1000.0)  # of many records, only the first waits
@@ -199,6 +205,39 @@ def test_storage_that_is_silent_holds_nobody_up_who_asks(folder: ObjectStore, mo
         asked: list[object] = []
         monkeypatch.setattr(type(folder), "read", lambda *_: asked.append(_) or own)
         wait_until(lambda: held() and asked)
+
+
+def test_no_answer_comes_of_a_look_that_began_before_the_question(tmp_path: Path, monkeypatch):
+    """A machine may be suspended in the middle of a renewal, and the claim taken over meanwhile."""
+    first, second = (open_store(str(tmp_path / name)) for name in "ab")
+    monkeypatch.setattr(claim, "_ANSWERED_S", WAIT_SECONDS)
+    looking, go_on = threading.Event(), threading.Event()
+    answers: list[bool] = []
+
+    def suspended(key: str) -> bytes:
+        looking.set()
+        assert go_on.wait(WAIT_SECONDS)
+        return type(second).read(second, key)
+
+    def slow(key: str) -> bytes:
+        time.sleep(0.5)  # in which a premature answer would come
+        return type(first).read(first, key)
+
+    def is_taken_over() -> None:
+        with claimed({"a": first, "b": second}, pytest.fail) as held:
+            monkeypatch.setattr(second, "read", suspended)
+            assert looking.wait(WAIT_SECONDS), "the first one's claim was looked at and renewed"
+            write(first, replace(read(first), token="other"))
+            monkeypatch.setattr(first, "read", slow)
+            monkeypatch.setattr(claim, "_SURE_S", 0.0)
+            threading.Timer(0.5, go_on.set).start()
+            threading.Thread(target=lambda: answers.append(held())).start()
+            threading.Event().wait(WAIT_SECONDS)  # where the interruption comes
+
+    with pytest.raises(PipelineError, match=r"^a: .* has taken it over"):
+        is_taken_over()
+    wait_until(lambda: answers)
+    assert answers == [False]
 
 
 def test_who_cannot_claim_all_claims_nothing(tmp_path: Path, monkeypatch):
