@@ -63,7 +63,8 @@ def test_the_report_holds_every_row_and_needs_no_network():
     assert lines[2]["reason"] == failed.reason
     assert lines[0][METRIC] == "1"
     assert lines[0]["cost_padded_to"] == "448x1024"
-    assert json.loads(to_json(rows, METRIC, {"height": 436, "width": 1024}))["rows"][0]["latency_ms"] == 9
+    first = json.loads(to_json(rows, METRIC, {"height": 436, "width": 1024}))["rows"][0]
+    assert (first["latency_ms"], first["peak_mib"], first["cost_padded_to"]) == (9, 1, "448x1024")
     page = plots.front_html(rows, METRIC, (436, 1024), "x").decode()
     assert page.count("</script>") == 1
     assert "broken" in page
@@ -72,12 +73,13 @@ def test_the_report_holds_every_row_and_needs_no_network():
 
 
 def test_costs_more_than_a_percent_apart_differ():
-    rows = mark_front([row("a", 1.0, 103, 50), row("b", 1.1, 100, 50)], METRIC)
-    assert [one.front for one in rows] == [True, True]
+    rows = mark_front([row("a", 1.0, 106, 50), row("b", 1.1, 103, 50), row("c", 1.2, 100, 50)], METRIC)
+    assert [one.front for one in rows] == [True] * 3
 
 
 def test_pictures_show_the_front_and_choose_their_scales():
-    rows = mark_front([row("a", 1.0, 9, 9), row("b", 2.0, 5, 5), row("c", 3.0, 6, 1)], METRIC)
+    found = [row("a", 1.0, 9, 9), row("b", 2.0, 5, 5), row("c", 3.0, 6, 1), row("d", 2.0, 6, 2)]
+    rows = mark_front(found, METRIC)
     assert [one.name for one in plots._front_in_sight(rows, METRIC)] == ["b", "a"]
     assert plots.heat_map_png(rows[:1], METRIC) is None
     assert plots._spreads([1.0, 7.0])
@@ -143,3 +145,50 @@ def test_the_page_has_the_pictures_words(drawn):
 def test_the_reference_is_shown_beside_the_front():
     rows = mark_front([row("a", 1, 1, 1), row("b", 2, 2, 2, reference=True), row("c", 3, 3, 3)], METRIC)
     assert front_table(rows, METRIC, "x").row_count == 2
+
+
+def test_the_heat_map_has_each_probe_in_its_place_and_no_trials(drawn):
+    probed = {  # (windows, matching radius, propagation radius) → EPE
+        ("1×8", 2, 1): 3.0,
+        ("1×8", 4, 1): 2.5,
+        ("2×8", 4, 1): 2.0,
+        ("1×8", 2, 2): 2.75,
+        ("2×8", -1, 2): 2.25,
+    }
+    rows = []
+    for (windows, corr, prop), epe in probed.items():
+        splits = tuple(map(int, windows.split("×")))
+        model = replace(REFINE, attn_splits=splits, corr_radius=(-1, corr), prop_radius=(-1, prop))
+        rows.append(replace(row(windows, epe, 1, 1, reference=epe == 2.5), model=model))
+    plots.heat_map_png([replace(rows[0], phase="trial", metrics={METRIC: 0.5}), *rows], METRIC)
+    (figure,) = drawn
+    shown, bold, framed = {}, [], []
+    windows = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    for axes, prop in zip(figure.axes, (1, 2), strict=False):
+        assert axes.get_xlabel() == f"matching radius (propagation {prop})"
+        radii = [tick.get_text() for tick in axes.get_xticklabels()]
+        for text in axes.texts:
+            x, y = text.get_position()
+            shown[windows[y], radii[x], prop] = text.get_text()
+            if text.get_fontweight() == "bold":
+                bold.append(text.get_text())
+        for patch in axes.patches:
+            x, y = patch.get_center()
+            framed.append((windows[int(y)], radii[int(x)], prop))
+    assert shown == {(w, "all" if r == -1 else str(r), p): f"{epe:.3f}" for (w, r, p), epe in probed.items()}
+    assert (bold, framed) == (["2.000"], [("1×8", "4", 1)])
+
+
+def test_the_front_shows_whatever_was_measured_and_names_the_reference_first(drawn):
+    metric = "val/chairs/val/px1"
+    found = [("a", "probe", 2.0, 10.0), ("b", "probe", 1.99, 10.2), ("c", "trial", 1.0, 99.0)]
+    rows = [replace(row(name, 0, ms, 1), phase=phase, metrics={metric: px1}) for name, phase, px1, ms in found]
+    rows[1] = replace(rows[1], reference=True, model=replace(REFINE, attn_splits=(4, 8)))
+    rows += [replace(rows[0], cost=None), replace(rows[0], metrics={}), Row("waits", "trial", "k", REFINE)]
+    plots.front_png(mark_front(rows, metric), metric, (436, 1024))
+    axes, *_ = drawn[0].axes
+    places = [tuple(place) for points in axes.collections for place in points.get_offsets().tolist()]
+    assert places == [(10.0, 2.0), (10.2, 1.99), (99.0, 1.0), (10.2, 1.99)], "the reference has a ring around it"
+    assert {text.get_text() for text in axes.texts} == {"4×8", "2×8"}
+    assert len(axes.texts) == 2, "the name of a point beside the reference would be written over its name"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("latency of a pair at 436×1024, ms", "px1 (chairs val)")

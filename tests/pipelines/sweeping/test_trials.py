@@ -55,8 +55,8 @@ def test_what_was_tried_stays_in_the_list_whatever_the_seeds_are_now(tree, load,
     config = load(tree, f"tune.searcher={searcher}", "tune.trials=3")
     seeds = [Setting((2, 4), (-1, 3), (-1, 1)), Setting((1, 8), (-1, 2), (-1, 1))]
     known = listed_points(config, seeds)
-    again = listed_points(config, [Setting((2, 8), (-1, 2), (-1, 1))], known)
-    assert sorted(map(str, again)) == sorted(map(str, known))
+    for now in (seeds, [Setting((2, 8), (-1, 2), (-1, 1))]):
+        assert sorted(map(str, listed_points(config, now, known))) == sorted(map(str, known))
     more = listed_points(load(tree, f"tune.searcher={searcher}", "tune.trials=4"), seeds[:0], known)
     assert [point for point in more if point in known] == more[:3]
     assert len({str(point) for point in more}) == 4
@@ -83,6 +83,7 @@ def test_storage_remembers_trials_in_order_and_only_those_of_the_config(tree, lo
     points = listed_points(plan.config, [])
     for number, point in enumerate(points[:3]):
         announce(plan.trial(point), 2 - number)
+    announce(plan.trial(points[2]), 9)  # as a trial that goes on
     assert [trial.point for trial in announced(plan)] == points[2::-1]
     assert announced(plan_of(load(tree, "seed=9"))) == []
     narrowed = [value for value in (2, 3) if value != points[0]["corr_radius"]]
@@ -124,6 +125,8 @@ def test_random_search_takes_as_many_points_as_it_is_asked_for(tree, load):
     tree["tune"]["space"] = {"peak_lr": [1e-5 * number for number in range(1, 301)]}
     points = listed_points(load(tree, "tune.searcher=random", "tune.trials=300"), [])
     assert len({point["peak_lr"] for point in points}) == 300
+    rates = [point["peak_lr"] for point in listed_points(load(tree, "tune.searcher=random", "tune.trials=250"), [])]
+    assert rates[-20:] != sorted(rates[-20:]), "the last are drawn as the first are"
 
 
 def test_seeds_are_as_near_to_the_stage_as_the_space_has_it_and_inside(tree, load):
@@ -137,3 +140,16 @@ def test_seeds_are_as_near_to_the_stage_as_the_space_has_it_and_inside(tree, loa
     assert rates("{low: 2e-4, high: 5e-4}") == [2e-4]
     assert rates("[1e-6, 2e-4, 9e-4]") == [2e-4]
     assert seed_points(load(tree), [replace(seed, prop_radius=(-1, 2))]) == []
+
+
+def test_trials_may_differ_in_their_layers_and_channels(tree, load):
+    space = {"num_layers": [1, 2], "feature_channels": [16, 32]}
+    tree |= {"model": {"variant": "refine", "num_layers": 2, "feature_channels": 32}}
+    tree["tune"] |= {"space": {"attn_splits": [[1], [8]], **space}, "start": "random"}
+    plan = plan_of(load(tree))
+    (usual,) = seed_points(plan.config, [Setting((1, 8), (-1, 4), (-1, 1))])
+    assert usual == {"attn_splits_1": 1, "attn_splits_2": 8, "num_layers": 2, "feature_channels": 32}
+    trials = [plan.trial(point) for point in listed_points(plan.config, [])]
+    built = [trial.model.build() for trial in trials]
+    assert {(one.num_layers, one.feature_channels) for one in built} == {(1, 16), (1, 32), (2, 16), (2, 32)}
+    assert len({trial.key for trial in trials}) == 4
