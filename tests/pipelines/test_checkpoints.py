@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from datasets_etl.errors import DamagedError
 from datasets_etl.file_store import FileStore
 from datasets_etl.objects import ObjectStore
 from datasets_etl.storage import open_store
@@ -62,8 +63,8 @@ def test_the_newest_checkpoint_comes_back(store: CheckpointStore):
     assert told == []
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "facts"])
-def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(store: CheckpointStore, damage: str):
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "facts", "checksum"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(store: CheckpointStore, damage: str, monkeypatch):
     for step in (5, 10):
         store.write(snapshot(step), {})
     key = f"checkpoints/{data_of(store, 10)}"
@@ -74,6 +75,15 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(store: Checkpo
         store.folder.write(key, data[:-10])
     elif damage == "gone":
         store.folder.delete(key)
+    elif damage == "checksum":
+        read = store.folder.read
+
+        def checked(asked: str) -> bytes:
+            if asked == key:
+                raise DamagedError(f"{store.folder.url}/{key}: damaged: its checksum is not the one stored with it")
+            return read(asked)
+
+        monkeypatch.setattr(store.folder, "read", checked)
     else:
         key = "checkpoints/step_00000010.json"
         store.folder.write(key, b"{")
@@ -85,6 +95,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(store: Checkpo
     assert f"{store.folder.url}/{key}" in told[0]
     assert "damaged" in told[0]
     assert store.steps() == [5], "a damaged one is not counted, nor told, twice"
+    monkeypatch.undo()
     store.write(snapshot(10), {})
     again = store.newest(told.append)
     assert again is not None
@@ -124,6 +135,16 @@ def test_the_last_and_the_best_are_kept(store: CheckpointStore):
     assert seen == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [2, 5, 6]]
 
 
+@pytest.mark.parametrize("best_by", [None, "val/c/val/epe"])
+def test_facts_that_cannot_be_read_keep_no_others_from_being_deleted(store: CheckpointStore, best_by: str | None):
+    """Else every checkpoint stays, until the storage is full."""
+    for step in (5, 10, 15):
+        store.write(snapshot(step), {"val/c/val/epe": float(step)})
+    store.folder.write("checkpoints/step_00000005.json", b"{")
+    store.prune(KeepPolicy(last=1, best_by=best_by))
+    assert kept(store) == ([15] if best_by is None else [10, 15])
+
+
 class _Gate:
     """A folder whose writes wait until they are let through."""
 
@@ -155,6 +176,25 @@ def test_training_does_not_wait_for_slow_storage_and_the_newest_snapshot_is_writ
     writer.flush()
     writer.close()
     assert kept(store) == [1, 4]
+
+
+@pytest.mark.parametrize("waits", [CheckpointWriter.flush, CheckpointWriter.close])
+def test_who_waits_for_the_writer_waits_for_all_of_it(tmp_path: Path, waits: Callable[..., None]):
+    """The end of a stage, which is registered from its last checkpoint."""
+    slow = _Gate(tmp_path)
+    store = CheckpointStore(slow)  # type: ignore[arg-type]
+    writer = CheckpointWriter(store, KeepPolicy(last=9), pytest.fail)
+    writer.submit(snapshot(1), {})
+    assert slow.writing.wait(WAIT_SECONDS)
+    waiting = threading.Thread(target=waits, args=(writer,))
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    writer.submit(snapshot(2), {})
+    slow.open.set()
+    waiting.join(WAIT_SECONDS)
+    writer.close()
+    assert kept(store) == [1, 2]
 
 
 def test_the_best_is_written_though_newer_ones_come_while_storage_is_slow(tmp_path: Path):
