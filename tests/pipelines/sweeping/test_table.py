@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.collections import LineCollection
+from matplotlib.collections import LineCollection, PathCollection
 
 from gmflow import GMFlowConfig
 from pipelines.sweeping import plots
@@ -187,7 +187,8 @@ def test_the_front_shows_whatever_was_measured_and_names_the_reference_first(dra
     rows += [replace(rows[0], cost=None), replace(rows[0], metrics={}), Row("waits", "trial", "k", REFINE)]
     plots.front_png(mark_front(rows, metric), metric, (436, 1024))
     axes, *_ = drawn[0].axes
-    places = [tuple(place) for points in axes.collections for place in points.get_offsets().tolist()]
+    scattered = [found for found in axes.collections if isinstance(found, PathCollection)]
+    places = [tuple(place) for points in scattered for place in points.get_offsets().tolist()]
     assert places == [(10.0, 2.0), (10.2, 1.99), (99.0, 1.0), (10.2, 1.99)], "the reference has a ring around it"
     assert {text.get_text() for text in axes.texts} == {"4×8", "2×8"}
     assert len(axes.texts) == 2, "the name of a point beside the reference would be written over its name"
