@@ -52,9 +52,6 @@ WHOLE_FILES: dict[str, tuple[bytes, Callable[[bytes, str], Any]]] = {
 every_format = pytest.mark.parametrize("name", WHOLE_FILES)
 
 
-# --------------------------------------------------------------------------------------- what goes in comes out
-
-
 @unhurried
 @given(flows())
 def test_flo_keeps_every_bit(flow: Any) -> None:
@@ -91,9 +88,6 @@ def test_frames_keep_every_pixel(frame: Any) -> None:
 @given(masks())
 def test_masks_keep_every_pixel(mask: Any) -> None:
     np.testing.assert_array_equal(formats.decode_mask(formats.encode_mask(mask), "a.png"), mask)
-
-
-# ------------------------------------------------------------------------------ the formats' own conventions
 
 
 def test_flo_is_middleburys() -> None:
@@ -153,7 +147,26 @@ def test_a_mask_is_true_where_any_channel_is_set() -> None:
     np.testing.assert_array_equal(formats.decode_mask(formats.encode_frame_png(blue_only), "m.png"), [[False, True]])
 
 
-# ------------------------------------------------------------------------------------------ what is refused
+def test_kitti_flow_is_valid_wherever_its_third_channel_is_not_zero() -> None:
+    bgr = np.array([[[0, 2**15, 2**15], [1, 2**15, 2**15], [2, 2**15, 2**15], [65535, 2**15, 2**15]]], np.uint16)
+    _, valid = formats.decode_kitti_flow(cv2.imencode(".png", bgr)[1].tobytes(), "a.png")
+    np.testing.assert_array_equal(valid, [[False, True, True, True]])
+
+
+def test_an_alpha_channel_says_nothing_about_a_mask() -> None:
+    opaque = np.zeros((1, 2, 4), np.uint8)
+    opaque[..., 3], opaque[0, 1, 0] = 255, 255
+    data = cv2.imencode(".png", opaque)[1].tobytes()
+    np.testing.assert_array_equal(formats.decode_mask(data, "m.png"), [[False, True]])
+
+
+def test_a_jpegs_orientation_is_not_applied_for_the_flow_belongs_to_the_stored_pixels() -> None:
+    tag = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)  # orientation: turned by a quarter
+    exif = b"Exif\0\0" + b"II*\0" + struct.pack("<IH", 8, 1) + tag + struct.pack("<I", 0)
+    turned = JPEG[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(exif)) + exif + JPEG[2:]
+    assert cv2.imdecode(np.frombuffer(turned, np.uint8), cv2.IMREAD_COLOR).shape == (7, 5, 3)
+    np.testing.assert_array_equal(formats.decode_frame(turned, "a.jpg"), formats.decode_frame(JPEG, "a.jpg"))
+    assert formats.image_size(turned, "a.jpg") == FRAME.shape[:2]
 
 
 @every_format
@@ -264,9 +277,6 @@ def test_what_a_file_is_instead_is_said() -> None:
     assert "65535" in refusal(lambda: formats.decode_frame(b"P6\n1 1\n65535\n" + b"\0" * 6, "a.ppm"))
 
 
-# ---------------------------------------------------------------------------------------------------- sizes
-
-
 @every_format
 def test_the_size_is_read_from_the_first_bytes(name: str) -> None:
     whole, _ = WHOLE_FILES[name]
@@ -277,9 +287,6 @@ def test_the_size_is_read_from_the_first_bytes(name: str) -> None:
 @every_format
 def test_too_few_bytes_to_tell_the_size_are_refused(name: str) -> None:
     assert name in refusal(lambda: formats.image_size(WHOLE_FILES[name][0][:8], name))
-
-
-# ------------------------------------------------------------------------------------------------ real files
 
 
 def test_real_files_decode_and_encode_to_the_same_content(samples: Path, format_samples: Path) -> None:
@@ -305,25 +312,3 @@ def test_real_files_decode_and_encode_to_the_same_content(samples: Path, format_
             decoded = formats.decode_frame(data, name)
             np.testing.assert_array_equal(decoded, cv2.imread(str(path), cv2.IMREAD_COLOR)[..., ::-1])
         assert formats.image_size(data[: formats.HEAD_BYTES], name) == decoded.shape[:2]
-
-
-def test_kitti_flow_is_valid_wherever_its_third_channel_is_not_zero() -> None:
-    bgr = np.array([[[0, 2**15, 2**15], [1, 2**15, 2**15], [2, 2**15, 2**15], [65535, 2**15, 2**15]]], np.uint16)
-    _, valid = formats.decode_kitti_flow(cv2.imencode(".png", bgr)[1].tobytes(), "a.png")
-    np.testing.assert_array_equal(valid, [[False, True, True, True]])
-
-
-def test_an_alpha_channel_says_nothing_about_a_mask() -> None:
-    opaque = np.zeros((1, 2, 4), np.uint8)
-    opaque[..., 3], opaque[0, 1, 0] = 255, 255
-    data = cv2.imencode(".png", opaque)[1].tobytes()
-    np.testing.assert_array_equal(formats.decode_mask(data, "m.png"), [[False, True]])
-
-
-def test_a_jpegs_orientation_is_not_applied_for_the_flow_belongs_to_the_stored_pixels() -> None:
-    tag = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)  # orientation: turned by a quarter
-    exif = b"Exif\0\0" + b"II*\0" + struct.pack("<IH", 8, 1) + tag + struct.pack("<I", 0)
-    turned = JPEG[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(exif)) + exif + JPEG[2:]
-    assert cv2.imdecode(np.frombuffer(turned, np.uint8), cv2.IMREAD_COLOR).shape == (7, 5, 3)
-    np.testing.assert_array_equal(formats.decode_frame(turned, "a.jpg"), formats.decode_frame(JPEG, "a.jpg"))
-    assert formats.image_size(turned, "a.jpg") == FRAME.shape[:2]
