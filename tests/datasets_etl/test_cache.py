@@ -141,7 +141,7 @@ class _Touch:
         return (Path(self.path).touch, ())
 
 
-def _read_for_ever(folder: Path) -> None:
+def _keep_reading(folder: Path) -> None:
     cache = SampleCache(folder, 16 << 20)
     for number in range(1_000_000):
         assert cache.read(SHARD, entry(number % 97), lambda n=number: content(n % 97)) == content(number % 97)
@@ -154,7 +154,7 @@ def kept_samples(folder: Path) -> int:
 
 def test_processes_share_it_and_a_kill_leaves_it_whole(tmp_path: Path):
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_read_for_ever, args=(tmp_path,)) for _ in range(3)]
+    processes = [context.Process(target=_keep_reading, args=(tmp_path,)) for _ in range(3)]
     try:
         for process in processes:
             process.start()

@@ -288,12 +288,12 @@ def test_a_mask_of_another_size_is_an_error_before_anything_is_written(raw_kitti
 def test_shards_that_only_the_node_which_wrote_them_can_see_are_not_published(raw_chairs, tmp_path, monkeypatch):
     """A folder of each node's own as --target: training elsewhere would miss them."""
 
-    def on_other_nodes(work, tasks, at_once):
+    def lose_shards(work, tasks, at_once):
         for task, shard in run_tasks(work, tasks, at_once):
             (tmp_path / "chairs" / shard.entry.name).unlink()
             yield task, shard
 
-    monkeypatch.setattr(etl, "run_tasks", on_other_nodes)
+    monkeypatch.setattr(etl, "run_tasks", lose_shards)
     with pytest.raises(
         DataError, match=r"chairs/shards/chairs-00000-\w+\.tar: written by another node, .*all nodes share"
     ):
@@ -305,11 +305,11 @@ def test_a_source_that_only_the_drivers_node_has_is_said_with_the_node(raw_chair
     source = tmp_path / "raw"
     shutil.copytree(raw_chairs, source)
 
-    def on_another_node(work, tasks, at_once):
+    def lose_source(work, tasks, at_once):
         shutil.rmtree(source)
         return run_tasks(work, tasks, at_once)
 
-    monkeypatch.setattr(etl, "run_tasks", on_another_node)
+    monkeypatch.setattr(etl, "run_tasks", lose_source)
     with pytest.raises(DataError, match=rf"raw: no such folder on node {socket.gethostname()}: --source .* all nodes"):
         run_etl("chairs", str(source), str(tmp_path))
 

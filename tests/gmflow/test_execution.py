@@ -261,7 +261,7 @@ def test_products_that_stay_in_float32_round_their_factors_on_a_gpu_unless_fp32_
     assert [flags.allow_tf32 for flags in tf32_settings] == [precision != "fp32"] * 2
 
 
-def _train_as_a_rank(rank: int, folder: str, precision: Any, checkpointing: Any) -> None:
+def _train_rank(rank: int, folder: str, precision: Any, checkpointing: Any) -> None:
     """Saves the gradients of the same step three times: this rank's own, and all ranks' by a fresh DDP and by the same
     DDP later.
     """
@@ -292,7 +292,7 @@ def test_ranks_under_ddp_get_the_same_gradients_in_their_first_step_and_later(
     precision: str, checkpointing: str, tmp_path: Path
 ) -> None:
     """To the bit, as a resumed run's first step needs: from three ranks on, the order of a sum may show."""
-    mp.spawn(_train_as_a_rank, (str(tmp_path), precision, checkpointing), nprocs=3)
+    mp.spawn(_train_rank, (str(tmp_path), precision, checkpointing), nprocs=3)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
     assert len(ranks[0][0]) == len(list(tiny().parameters()))
     for number, own in enumerate(zip(*(rank[0] for rank in ranks), strict=True)):

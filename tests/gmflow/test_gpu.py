@@ -26,7 +26,7 @@ Pair = tuple[Tensor, Tensor, Tensor]
 
 
 @pytest.fixture(autouse=True)
-def _settings_of_the_process() -> Iterator[None]:
+def _process_settings() -> Iterator[None]:
     """As they were before."""
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before = products.allow_tf32, convolutions.allow_tf32

@@ -353,10 +353,10 @@ def test_whole_model_and_its_gradients(
     config: GMFlowConfig, bidirectional: bool, execution: ExecutionConfig | None, pixels: float
 ) -> None:
     """Other partial sums, as of "tf32" on a CPU, are magnified by the model."""
-    assert_model_is_the_oracle(config, bidirectional, execution, pixels)
+    assert_near_oracle(config, bidirectional, execution, pixels)
 
 
-def assert_model_is_the_oracle(
+def assert_near_oracle(
     config: GMFlowConfig, bidirectional: bool, execution: ExecutionConfig | None, pixels: float
 ) -> None:
     torch.manual_seed(0)
@@ -420,7 +420,7 @@ def accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
 @pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
 def test_the_accelerators_path_computes_the_same(config: GMFlowConfig, precision: Any) -> None:
-    assert_model_is_the_oracle(config, True, ExecutionConfig(precision), pixels=2e-2 if precision == "fp32" else 5e-2)
+    assert_near_oracle(config, True, ExecutionConfig(precision), pixels=2e-2 if precision == "fp32" else 5e-2)
 
 
 @pytest.mark.usefixtures("accelerated")

@@ -41,7 +41,7 @@ Pair = tuple[Tensor, Tensor, Tensor]
 
 
 @pytest.fixture(autouse=True)
-def _threads_of_the_reference() -> Iterator[None]:
+def _reference_threads() -> Iterator[None]:
     """Two: another number changes partial sums, which the weights magnify past 1e-3 px (the oracle too)."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -65,9 +65,7 @@ def plainly(model: GMFlow, image0: Tensor, image1: Tensor, **how: bool) -> list[
         return oracle.predictions(dict(model.named_parameters()), model.config, image0, image1, **how)
 
 
-def assert_of_the_reference(
-    found: Sequence[Tensor], expected: Sequence[np.ndarray], plain: Callable[[], Sequence[Tensor]]
-) -> None:
+def assert_near(found: Sequence[Tensor], expected: Sequence[np.ndarray], plain: Callable[[], Sequence[Tensor]]) -> None:
     """Within the tolerance; where the plain formulas themselves are not, as processors round differently, within their
     distance more (on Intel's with AMX it is up to 0.004 px).
     """
@@ -96,9 +94,7 @@ def test_flow_is_that_of_the_reference(
     with torch.no_grad():
         out = model(image0, image1, bidirectional="bidir" in key)
     flow = out.flow if out.backward_flow is None else torch.cat([out.flow, out.backward_flow])
-    assert_of_the_reference(
-        [flow], [reference_outputs[key]], lambda: plainly(model, image0, image1, bidirectional="bidir" in key)
-    )
+    assert_near([flow], [reference_outputs[key]], lambda: plainly(model, image0, image1, bidirectional="bidir" in key))
 
 
 def test_tf32_on_a_cpu_is_the_reference_but_for_the_order_of_its_sums(
@@ -122,7 +118,7 @@ def learn(model: nn.Module, crop: Pair) -> tuple[list[Tensor], Tensor]:
     return predictions, loss
 
 
-def assert_gradients_of_the_reference(model: nn.Module, expected: dict[str, Any], rounding: float) -> None:
+def assert_gradients_near(model: nn.Module, expected: dict[str, Any], rounding: float) -> None:
     """Every parameter's norm, but for `rounding` of the total."""
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -144,13 +140,13 @@ def test_training_predictions_loss_metrics_and_gradients_are_those_of_the_refere
     predictions, loss = learn(model, reference_crop)
     assert len(predictions) == expected["num_preds"]
     theirs = [reference_outputs[f"{variant}_train_pred{index}"] for index in range(len(predictions))]
-    assert_of_the_reference(predictions, theirs, lambda: plainly(model, image0, image1, training=True))
+    assert_near(predictions, theirs, lambda: plainly(model, image0, image1, training=True))
 
     assert loss.item() == pytest.approx(expected["loss"], abs=1e-4)
 
     # A bias in front of an instance norm, and the key's bias where the key is of the whole map, change nothing:
     # their gradients are zero but for rounding, which is all that the reference holds of them.
-    assert_gradients_of_the_reference(model, expected, rounding=1e-8)
+    assert_gradients_near(model, expected, rounding=1e-8)
 
     metrics = FlowMetrics()
     metrics.update(predictions[-1], target, torch.ones_like(target[:, 0], dtype=torch.bool))
@@ -176,7 +172,7 @@ def test_what_learns_in_any_order_learns_what_the_reference_does(
         theirs = reference_outputs[f"{variant}_train_pred{index}"]
         assert np.abs(flow.detach().numpy() - theirs).mean() < {"refine": 5e-5, "base": 2e-3}[variant]
     assert loss.item() == pytest.approx(expected["loss"], rel=1e-5)
-    assert_gradients_of_the_reference(model, expected, rounding=1e-6)
+    assert_gradients_near(model, expected, rounding=1e-6)
 
 
 @pytest.mark.slow

@@ -280,7 +280,7 @@ def test_where_memory_runs_out_all_recordings_go_and_their_passes_run_as_they_ar
     plain, replayed = tiny().eval(), tiny().eval()
     forward = replayed.forward
 
-    def asks_for_memory(*given: Any, **how: Any) -> FlowOutput:
+    def allocate(*given: Any, **how: Any) -> FlowOutput:
         if full:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return forward(*given, **how)
@@ -290,7 +290,7 @@ def test_where_memory_runs_out_all_recordings_go_and_their_passes_run_as_they_ar
         full = False
 
     monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
-    replayed.forward = asks_for_memory  # type: ignore[method-assign]
+    replayed.forward = allocate  # type: ignore[method-assign]
     replay_passes(replayed)
     recorded, large, other = images(), images(height=96), images(height=128)
 

@@ -198,10 +198,10 @@ def test_rough_flow_is_in_pixels_of_the_frame_also_where_its_sides_shrink_differ
 def test_neighbouring_tiles_are_faded_into_each_other() -> None:
     """Where they disagree, no line may be seen."""
 
-    def one_for_the_second(image0: Tensor, image1: Tensor) -> Tensor:
+    def second_tile(image0: Tensor, image1: Tensor) -> Tensor:
         return torch.full_like(image0[:, :2], float(image0[0, 0, 0, 0] == 48))  # its first column is the frame's 48th
 
-    flow = tiled_flow(one_for_the_second, *tagged_images(64, 112, 0, 0), Tiling(64, 64, 16))[0, 0]
+    flow = tiled_flow(second_tile, *tagged_images(64, 112, 0, 0), Tiling(64, 64, 16))[0, 0]
     assert (flow[:, :48] == 0).all()
     assert (flow[:, 64:] == 1).all()
     steps = flow.diff(dim=1)

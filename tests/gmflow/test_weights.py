@@ -250,12 +250,12 @@ def test_a_file_that_could_not_be_written_whole_leaves_the_old_one(tmp_path: Pat
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"old")
 
-    def breaks_off(beside: str) -> None:
+    def fail(beside: str) -> None:
         Path(beside).write_bytes(b"ne")
         raise OSError("No space left on device")
 
     with pytest.raises(GMFlowError, match=r"cannot be written \(No space"):
-        replace_file(path, breaks_off)
+        replace_file(path, fail)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

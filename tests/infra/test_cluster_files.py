@@ -167,8 +167,8 @@ class TestRayAutoscaler:
 
     def test_spot_instances_come_first(self):
         config = prepare_config(copy.deepcopy(AUTOSCALER))
-        assert_spot_comes_first(config)
-        assert_no_gpu_waits_for_etl(config)
+        assert_spot_first(config)
+        assert_etl_on_cpus(config)
         # `ray up` with RAY_UP_enable_autoscaler_v2=0.
         assert launched_by_v1(config, 20) == {"gpu-spot": 5}
         assert launched_by_v1(config, 1000) == {"gpu-spot": 12, "gpu": 4}
@@ -229,7 +229,7 @@ def launched_by_v1(config: dict[str, Any], workers: int) -> dict[str, int]:
     return dict(found)
 
 
-def assert_spot_comes_first(config: dict[str, Any]) -> None:
+def assert_spot_first(config: dict[str, Any]) -> None:
     """Until there are as many as there may be; and either kind alone, as the comments say."""
     assert launched(config, 1) == {"gpu-spot": 1}
     assert launched(config, 20) == {"gpu-spot": 5}
@@ -240,7 +240,7 @@ def assert_spot_comes_first(config: dict[str, Any]) -> None:
         assert launched(alone, 1000) == {other: most}
 
 
-def assert_no_gpu_waits_for_etl(config: dict[str, Any]) -> None:
+def assert_etl_on_cpus(config: dict[str, Any]) -> None:
     """Unless there are more tasks than the machines without GPUs hold."""
     cpus = int(config["available_node_types"]["cpu"]["resources"]["CPU"])
     assert launched(config, 1, ETL_TASK) == {"cpu": 1}
@@ -330,8 +330,8 @@ class TestKubernetes:
         cluster["metadata"]["namespace"] = "default"  # Kubernetes fills it in
         assert cluster["spec"]["autoscalerOptions"]["version"] == "v2"
         config = _derive_autoscaling_config_from_ray_cr(cluster)
-        assert_spot_comes_first(config)
-        assert_no_gpu_waits_for_etl(config)
+        assert_spot_first(config)
+        assert_etl_on_cpus(config)
 
     def test_weeks_outlive_lost_heads_and_logs_but_what_cannot_succeed_ends(self):
         """KubeRay tries again whatever the exit code says, each time with all GPUs. In K8sJobMode its submitter first
@@ -367,7 +367,7 @@ def job_config() -> CurriculumConfig:
     return load_config(CurriculumConfig, parsed.config, parsed.overrides)
 
 
-def in_the_image() -> set[str]:
+def image_packages() -> set[str]:
     """Debian's packages that it gets."""
     (named,) = re.findall(r"apt-get install --yes --no-install-recommends (.*?) \\$", LAST_STAGE, re.MULTILINE)
     return set(named.split())
@@ -412,10 +412,10 @@ class TestAgreement:
             assert {template["spec"]["securityContext"]["runAsUser"] for template in templates(spec)} == {1000}
 
     def test_the_image_holds_what_rays_autoscaler_runs(self):
-        assert {"openssh-client", "rsync", "wget"} <= in_the_image()
+        assert {"openssh-client", "rsync", "wget"} <= image_packages()
 
     def test_the_image_can_compile_models(self):
-        assert {"g++", "gcc"} <= in_the_image()  # g++ brings the headers of C, which gcc only recommends
+        assert {"g++", "gcc"} <= image_packages()  # g++ brings the headers of C, which gcc only recommends
 
     def test_the_image_finds_the_driver_that_gke_mounts(self):
         assert re.findall(r"^ENV LD_LIBRARY_PATH=(\S+)$", LAST_STAGE, re.MULTILINE) == ["/usr/local/nvidia/lib64"]

@@ -33,13 +33,13 @@ STEPS = 30
 
 
 def wait_for(happened: Callable[[], object], what: str, host: Host) -> None:
-    def happened_on_the_way() -> bool:
+    def check() -> bool:
         ended = [process.args for process in host.started if process.poll() is not None]
         assert not ended, f"{ended} ended: {host.log.read_text()[-3000:]}"
         return bool(happened())
 
     # To ask a host is to start a process on it.
-    wait_until(happened_on_the_way, lambda: f"{what}: {host.log.read_text()[-3000:]}", every_s=1)
+    wait_until(check, lambda: f"{what}: {host.log.read_text()[-3000:]}", every_s=1)
 
 
 def start_ray(host: Host, *options: str, settings: dict[str, str]) -> None:

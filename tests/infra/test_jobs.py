@@ -61,7 +61,7 @@ def checkpoints(stack: RunningStack, name: str) -> set[str]:
     return {key for key in stack.keys("training", name) if "/checkpoints/" in key and key.endswith(".json")}
 
 
-def submit_until_a_further_checkpoint(stack: RunningStack, job: str, manifest: str, name: str) -> None:
+def submit_to_next_checkpoint(stack: RunningStack, job: str, manifest: str, name: str) -> None:
     """Start the curriculum as a job and leave once it has written a checkpoint more."""
     before = checkpoints(stack, name)
     begun = stack.job(
@@ -88,14 +88,14 @@ def runs(stack: RunningStack, job: str) -> bool:
 
 
 def test_a_stopped_job_and_a_cluster_that_died_resume_to_the_bit(stack: RunningStack, manifest: str, undisturbed: str):
-    submit_until_a_further_checkpoint(stack, "first", manifest, "disturbed")
+    submit_to_next_checkpoint(stack, "first", manifest, "disturbed")
     assert stack.ask("/api/jobs/first/stop", "POST") == {"stopped": True}
     wait_for_end(stack, "first")
     status = stack.job("status", "first")
     assert "was stopped" in status.stdout + status.stderr
     assert f"stage=chairs step=0/{STEPS} rank=0 starts" in stack.job("logs", "first").stdout
 
-    submit_until_a_further_checkpoint(stack, "second", manifest, "disturbed")
+    submit_to_next_checkpoint(stack, "second", manifest, "disturbed")
     cluster = psutil.Process(json.loads((stack.folder / "ray.json").read_text())["pid"])
     for process in [cluster, *cluster.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):  # some end by themselves at any time

@@ -57,7 +57,7 @@ def in_container(host: Host, head: Host, script: str) -> subprocess.Popen[bytes]
     )
 
 
-def reasons_of_the_dead(head: Host) -> list[str]:
+def death_reasons(head: Host) -> list[str]:
     nodes = ask(head, jobs(head), "/api/v0/nodes?detail=1").get("data", {}).get("result", {}).get("result", [])
     return [node["state_message"] or "" for node in nodes if node["state"] == "DEAD"]
 
@@ -74,7 +74,7 @@ def test_a_spot_instance_of_the_autoscalers_leaves_and_is_not_joined_again(hosts
     wait_for(lambda: "preemption.py watch" in "".join(spot.processes().values()), "a watch", spot)
     give_notice(notice, 120)
     wait_for(lambda: nodes_alive(head, jobs(head)) == 1, "the node's end", head)
-    (reason,) = reasons_of_the_dead(head)
+    (reason,) = death_reasons(head)
     assert "EC2 takes this spot instance at" in reason
     again = in_container(spot, head, commands)
     assert again.wait(WAIT_SECONDS) == 2
@@ -103,5 +103,5 @@ def test_a_spot_pod_of_kubernetes_leaves_before_it_is_ended(hosts: dict[str, Hos
     )
     assert pod.wait(WAIT_SECONDS) == 0
     assert re.search(r"the hook ended\n(.*\n)*the hook ended again\nray start goes on\n", spot.log.read_text())
-    (reason,) = reasons_of_the_dead(head)
+    (reason,) = death_reasons(head)
     assert "this node is being shut down" in reason

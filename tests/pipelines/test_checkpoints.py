@@ -243,13 +243,13 @@ def test_who_reads_a_checkpoint_while_it_is_replaced_gets_the_new_one(store: Che
     store.write(snapshot(10), {})
     size = type(store.folder).size
 
-    def replaced_meanwhile(folder: ObjectStore, key: str) -> int | None:
+    def replace_first(folder: ObjectStore, key: str) -> int | None:
         monkeypatch.undo()
         store.write(snapshot(10) | {"validated": 10}, {})
         store.prune(KeepPolicy(last=1))
         return size(folder, key)
 
-    monkeypatch.setattr(type(store.folder), "size", replaced_meanwhile)
+    monkeypatch.setattr(type(store.folder), "size", replace_first)
     assert store.read(10)["validated"] == 10
 
 

@@ -162,7 +162,7 @@ def test_a_driver_asks_whether_it_was_taken_over_before_it_writes(folder: Object
         asking.start()
         asking.join()
 
-    def is_taken_over() -> None:
+    def work() -> None:
         with claimed({"stage chairs": folder}, pytest.fail) as held:
             other = replace(read(folder), token="other")
             ask(held)
@@ -177,7 +177,7 @@ def test_a_driver_asks_whether_it_was_taken_over_before_it_writes(folder: Object
             wait_until(lambda: len(answers) == 4)  # where the interruption comes
 
     with pytest.raises(PipelineError, match="has taken it over"):
-        is_taken_over()
+        work()
     wait_until(lambda: answers == [True] * 3 + [False])
     assert read(folder).token == "other"
 

@@ -121,7 +121,7 @@ def test_killed_workers_and_a_killed_driver_change_no_bit(undisturbed: Workplace
     for stage in ("chairs", "mix"):
         expected, found = final_weights(undisturbed, stage), final_weights(workplace, stage)
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), stage
-    assert_told_once(workplace)
+    assert_tracked_once(workplace)
 
 
 def wait_for_end(pids: list[int]) -> None:
@@ -137,7 +137,7 @@ def damage_newest_checkpoint(workplace: Workplace, stage: str) -> None:
     newest.write_bytes(data)
 
 
-def assert_told_once(workplace: Workplace) -> None:
+def assert_tracked_once(workplace: Workplace) -> None:
     """One parent, one child a stage, every step once and in order, the same values as undisturbed."""
     client = MlflowClient(workplace.tracking_uri)
     experiment = client.get_experiment_by_name("gmflow")
@@ -155,7 +155,7 @@ def assert_told_once(workplace: Workplace) -> None:
 
 
 def test_mlflow_holds_curves_config_manifests_and_pictures(undisturbed: Workplace):
-    assert_told_once(undisturbed)
+    assert_tracked_once(undisturbed)
     client = MlflowClient(undisturbed.tracking_uri)
     runs = client.search_runs([client.get_experiment_by_name("gmflow").experiment_id])
     (parent,) = [run for run in runs if "stage" not in run.data.tags]
@@ -231,7 +231,7 @@ def test_a_finished_curriculum_is_skipped_whole(undisturbed: Workplace, call: Ca
     assert "starts" not in output
     assert "resumes" not in output
     assert all(torch.equal(tensor, before[name]) for name, tensor in final_weights(undisturbed, "mix").items())
-    assert_told_once(undisturbed)
+    assert_tracked_once(undisturbed)
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -278,12 +278,12 @@ def test_a_report_that_fails_undoes_nothing_and_says_how_to_make_it(undisturbed:
     assert [list(curve.series) for curve in made.curves if curve.title == "Training loss"] == [["chairs"]]
     assert report.read_curriculum(client, results[0].mlflow_run).config.name == "tiny"  # its curriculum's
     # What is trained alone has a run of its own: the whole curriculum's keeps its config.
-    chosen = {run: config["only"] for run, config in whole_and_parts(client).items()}
+    chosen = {run: config["only"] for run, config in run_configs(client).items()}
     assert chosen.pop(run_id) == ["chairs"]
     assert None in chosen.values()
 
 
-def whole_and_parts(client: MlflowClient) -> dict[str, dict[str, Any]]:
+def run_configs(client: MlflowClient) -> dict[str, dict[str, Any]]:
     """Run → config of what has been trained as a whole or as some of its stages."""
     runs = client.search_runs([client.get_experiment_by_name("gmflow").experiment_id])
     ids = [run.info.run_id for run in runs if "stage" not in run.data.tags]
@@ -293,7 +293,7 @@ def whole_and_parts(client: MlflowClient) -> dict[str, dict[str, Any]]:
 @pytest.mark.usefixtures("local_ray")
 def test_a_report_of_a_training_on_gpus_is_made_where_there_are_none(undisturbed: Workplace):
     client = mlflow_client.connect(undisturbed.tracking_uri)
-    ((run_id, config),) = [found for found in whole_and_parts(client).items() if found[1]["only"] is None]
+    ((run_id, config),) = [found for found in run_configs(client).items() if found[1]["only"] is None]
     config["machine"]["use_gpu"] = True
     trained = client.get_run(run_id)
     elsewhere = client.create_run(trained.info.experiment_id, tags=trained.data.tags).info.run_id

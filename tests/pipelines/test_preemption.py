@@ -78,10 +78,10 @@ class Watching:
         self._thread = threading.Thread(target=preemption.watch)
         self._thread.start()
 
-    def goes_on(self) -> bool:
+    def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    def ends(self) -> None:
+    def wait(self) -> None:
         self._thread.join(WAIT_SECONDS)
         assert not self._thread.is_alive()
 
@@ -89,10 +89,10 @@ class Watching:
 def test_the_notice_is_passed_on_once_with_the_time_that_is_left(metadata: Metadata, drained: list[int]):
     watching = Watching()
     metadata.wait_for_questions(3)
-    assert watching.goes_on()
+    assert watching.is_alive()
     assert drained == []
     metadata.give_notice(120)
-    watching.ends()
+    watching.wait()
     (seconds,) = drained
     assert 100 <= seconds <= 120
 
@@ -108,10 +108,10 @@ def test_what_makes_no_sense_is_no_notice(metadata: Metadata, drained: list[int]
     metadata.notice.write_text(said)
     watching = Watching()
     metadata.wait_for_questions(3)
-    assert watching.goes_on()
+    assert watching.is_alive()
     assert drained == []
     metadata.give_notice(60)
-    watching.ends()
+    watching.wait()
     assert len(drained) == 1
 
 
@@ -125,11 +125,11 @@ def test_a_metadata_service_that_is_away_is_asked_again(
     metadata.wait_for_questions(10)
     metadata.close()
     time.sleep(0.3)
-    assert watching.goes_on()
+    assert watching.is_alive()
     back = Metadata(metadata.notice, metadata.port)
     try:
         back.give_notice(60)
-        watching.ends()
+        watching.wait()
     finally:
         back.close()
     assert len(drained) == 1
@@ -265,7 +265,7 @@ class Machine:
         return self.cluster.global_state.get_draining_nodes().get(self._node["NodeID"])
 
     @property
-    def gone_because(self) -> str | None:
+    def death_reason(self) -> str | None:
         return None if self._node["Alive"] else NodeDeathInfo.Reason.Name(self._node["DeathReason"])
 
     @property
@@ -304,7 +304,7 @@ def test_ec2s_notice_drains_the_node_of_a_real_ray(machine: Machine, metadata: M
     assert time.time() < machine.deadline / 1000 < time.time() + 120
     assert work.poll() is None, "who works there leaves by himself"
     work.terminate()
-    wait_until(lambda: machine.gone_because == "AUTOSCALER_DRAIN_PREEMPTED")
+    wait_until(lambda: machine.death_reason == "AUTOSCALER_DRAIN_PREEMPTED")
 
 
 @pytest.mark.slow

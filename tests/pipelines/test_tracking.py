@@ -89,12 +89,12 @@ def test_a_lost_answer_makes_no_run_version_or_experiment_twice(server, tmp_path
     with faulty_proxy(server) as between:
         met: set[str] = set()
 
-        def is_the_first_to_create(method: str, path: str) -> bool:
+        def is_first(method: str, path: str) -> bool:
             new = method == "POST" and path.endswith("/create") and path not in met
             met.update([path] if new else [])
             return new
 
-        between.applies, between.faults = is_the_first_to_create, ["cut"] * 9
+        between.applies, between.faults = is_first, ["cut"] * 9
         run = curriculum_run(between.endpoint, "lost", told.append, experiment="lost answers")
         stage = run.child("chairs", key="lost/chairs")
         found = lineage("chairs", "h1", 3.0)
@@ -126,7 +126,7 @@ def test_a_driver_that_was_taken_over_writes_no_more_to_mlflow(server, stage_run
     old = run.child("chairs", key=f"{request.node.name}/chairs")
     old.log(Record(2, {"train/loss": 1.0}))
 
-    def is_taken_over() -> None:
+    def work() -> None:
         nonlocal held
         with run.running(old.run_id):
             held = False
@@ -136,7 +136,7 @@ def test_a_driver_that_was_taken_over_writes_no_more_to_mlflow(server, stage_run
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        is_taken_over()
+        work()
     assert history(stage_run, "train/loss") == [(2, 1.0), (4, 2.0)]
     assert stage_run.client.get_run(old.run_id).info.status == "RUNNING"
 
@@ -147,14 +147,14 @@ def test_a_driver_that_was_taken_over_while_it_waited_for_mlflow_writes_no_more(
     client, config = mlflow_client.connect(server), MlflowConfig(tracking_uri=server)
     run = tracking.CurriculumRun(client, config, "test", request.node.name, lambda line: None, lambda: held)
 
-    def is_away(*_: object) -> None:
+    def refuse(*_: object) -> None:
         nonlocal held
         held = False
         monkeypatch.setattr(client, "log_batch", real)
         raise MlflowException("away", TEMPORARILY_UNAVAILABLE)
 
     real = client.log_batch
-    monkeypatch.setattr(client, "log_batch", is_away)
+    monkeypatch.setattr(client, "log_batch", refuse)
     run.own.log(Record(2, {"train/loss": 1.0}))
     assert history(run.own, "train/loss") == []
 
