@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import traceback
@@ -17,6 +18,7 @@ from typing import Any
 import cv2
 import mlflow
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -82,8 +84,14 @@ def png(frame: np.ndarray) -> bytes:
 
 @pytest.mark.parametrize(
     "encode",
-    [lambda frame: frame, png, lambda frame: base64.b64encode(png(frame)).decode(), lambda frame: frame.tolist()],
-    ids=["array", "PNG bytes", "base64", "nested lists"],
+    [
+        lambda frame: frame,
+        png,
+        lambda frame: base64.b64encode(png(frame)).decode(),
+        lambda frame: base64.encodebytes(png(frame)).decode(),
+        lambda frame: frame.tolist(),
+    ],
+    ids=["array", "PNG bytes", "base64", "base64 in lines", "nested lists"],
 )
 def test_three_lines_give_flow_for_every_way_to_hand_over_an_image(registered, loaded, frames, encode):
     (flow,) = loaded.predict([{"image0": encode(frames[0]), "image1": encode(frames[1])}])
@@ -91,7 +99,12 @@ def test_three_lines_give_flow_for_every_way_to_hand_over_an_image(registered, l
 
 
 def test_a_jpeg_is_read_as_it_is_stored(registered, loaded, frames):
-    files = [cv2.imencode(".jpg", frame)[1].tobytes() + b"appended by the camera" for frame in frames]
+    """Not turned as its camera was, which truth and the other frame are not either."""
+    tag = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)  # orientation: turned by a quarter
+    exif = b"Exif\0\0" + b"II*\0" + struct.pack("<IH", 8, 1) + tag + struct.pack("<I", 0)
+    turned = b"\xff\xe1" + struct.pack(">H", 2 + len(exif)) + exif
+    jpegs = [cv2.imencode(".jpg", frame)[1].tobytes() for frame in frames]
+    files = [jpeg[:2] + turned + jpeg[2:] + b"appended by the camera" for jpeg in jpegs]
     (flow,) = loaded.predict([dict(zip(("image0", "image1"), files, strict=True))])
     read = [formats.decode_frame(file, "x", allow_trailer=True) for file in files]
     np.testing.assert_array_equal(flow, predict_flow(registered.model, *read))
@@ -106,6 +119,14 @@ def test_pairs_may_differ_in_size_and_come_back_as_flo(registered, loaded, frame
         np.testing.assert_array_equal(flow, predict_flow(registered.model, *pair))
 
 
+def test_rows_may_be_those_of_a_table_and_an_unknown_encoding_is_refused(loaded, frames):
+    rows = [{"image0": png(frames[0]), "image1": png(frames[1])}, {"image0": png(frames[1]), "image1": png(frames[0])}]
+    for flow, expected in zip(loaded.predict(pandas.DataFrame(rows)), loaded.predict(rows), strict=True):
+        np.testing.assert_array_equal(flow, expected)
+    with pytest.raises(mlflow.exceptions.MlflowException, match="encoding must be array or flo, not 'png'"):
+        loaded.predict(rows, params={"encoding": "png"})
+
+
 def encoded(suffix: str, dtype: type = np.uint8) -> bytes:
     content: bytes = cv2.imencode(suffix, np.zeros((45, 70, 3), dtype))[1].tobytes()
     return content
@@ -117,6 +138,9 @@ def encoded(suffix: str, dtype: type = np.uint8) -> bytes:
         (b"nothing", "no PNG or JPEG"),
         (b"", "no PNG or JPEG"),
         (np.zeros((4, 4), np.uint8), "RGB image"),
+        (np.full((45, 70, 3), 256), "RGB image"),
+        (np.full((45, 70, 3), -1).tolist(), "RGB image"),
+        ("abc", "a text that is no base64"),
         (encoded(".bmp"), "no PNG or JPEG"),
         (encoded(".webp"), "no PNG or JPEG"),
         (encoded(".png", np.uint16), "16 bits a channel"),
@@ -124,7 +148,20 @@ def encoded(suffix: str, dtype: type = np.uint8) -> bytes:
         (encoded(".jpg")[:-9], "without its end"),
         (encoded(".png")[:20], "without its end"),
     ],
-    ids=["no image", "nothing", "grey", "BMP", "WebP", "16 bits", "cut PNG", "cut JPEG", "cut header"],
+    ids=[
+        "no image",
+        "nothing",
+        "grey",
+        "too bright",
+        "too dark",
+        "text",
+        "BMP",
+        "WebP",
+        "16 bits",
+        "cut PNG",
+        "cut JPEG",
+        "cut header",
+    ],
 )
 def test_what_is_no_image_is_said_with_the_pairs_number(loaded, frames, image, message):
     good = {"image0": frames[0], "image1": frames[1]}

@@ -1,5 +1,7 @@
 """Errors on whole sets: pooled over pixels, their pairs read and drawn while the model computes."""
 
+import functools
+import json
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +16,7 @@ from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
 from gmflow import GMFlow, GMFlowConfig
 from pipelines import scoring
-from pipelines.scoring import ScoringOptions, evaluate, pool
+from pipelines.scoring import ScoringOptions, evaluate, evaluate_on_ray, pool
 from pipelines.training import validation
 from pipelines.training.pictures import comparison_png
 from tests.waiting import WAIT_SECONDS
@@ -113,6 +115,9 @@ def test_a_pairs_time_is_the_median_without_the_first(manifests, monkeypatch):
     monkeypatch.setattr(scoring, "score", score)
     assert len(chosen) == 6
     assert evaluate(None, chosen, torch.device("cpu")).seconds == 3.0
+    times = iter([60.0])
+    chosen = EvaluationSet(chosen.manifest, "training-clean", limit=1)
+    assert evaluate(None, chosen, torch.device("cpu")).seconds == 60.0, "there are no others"
 
 
 def test_pictures_are_drawn_where_they_are_asked_for_alone(manifests, monkeypatch):
@@ -121,3 +126,60 @@ def test_pictures_are_drawn_where_they_are_asked_for_alone(manifests, monkeypatc
     chosen = EvaluationSet(Manifest.load(manifests["chairs"]), "val")
     evaluate(None, chosen, torch.device("cpu"), ScoringOptions(), lambda key, picture: told.append(picture))
     assert told == [None] * len(chosen)
+
+
+class _Tasks:
+    """In the place of Ray: each task runs when its result is fetched, and the one that was started last ends first."""
+
+    def __init__(self) -> None:
+        self.needs: list[dict[str, int]] = []
+
+    def put(self, value: object) -> object:
+        return value
+
+    def remote(self, **needs: int) -> Any:
+        self.needs.append(needs)
+        started = iter(range(1000))
+        return lambda function: SimpleNamespace(
+            remote=lambda *arguments: (next(started), functools.partial(function, *arguments))
+        )
+
+    def wait(self, waiting: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        *others, last = sorted(waiting, key=lambda task: task[0])
+        return [last], others
+
+
+def test_tasks_that_end_in_any_order_give_the_evaluation_of_the_whole_set(manifests, monkeypatch):
+    chosen = EvaluationSet(Manifest.load(manifests["sintel"]), "training-final")
+    model = GMFlow(GMFlowConfig(feature_channels=16, backbone_channels=(8, 8, 8), num_layers=1)).eval()
+    options = ScoringOptions("sintel", gallery=2, pictures=True)
+    pictures: list[dict[str, bytes | None]] = [{}, {}]
+    tasks, times, peaks = _Tasks(), iter([60.0, 3.0, 60.0, 2.0, 60.0, 9.0]), iter([5, 9, 7])
+
+    def timed(*arguments: Any, **how: Any) -> Any:
+        for scored in validation.score(*arguments, **how):
+            yield replace(scored, seconds=next(times))
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = evaluate(model, chosen, torch.device("cpu"), options, pictures[0].__setitem__)
+        torch.set_num_threads(2)
+        monkeypatch.setattr(scoring, "ray", tasks)
+        monkeypatch.setattr(scoring, "fetched", lambda task: task[1]())
+        monkeypatch.setattr(scoring, "_TASK_PAIRS", 2)
+        monkeypatch.setattr(scoring, "score", timed)
+        monkeypatch.setattr(scoring, "peak_bytes", lambda device: next(peaks))
+        found = evaluate_on_ray(model, chosen, options, use_gpu=False, on_scored=pictures[1].__setitem__)
+        assert torch.get_num_threads() == 1, "a task has one CPU"
+    finally:
+        torch.set_num_threads(threads)
+    assert tasks.needs == [{"num_cpus": 1, "num_gpus": 0}]
+    assert torch.equal(found.sums.state(), whole.sums.state())
+    assert json.dumps([found.images, found.scenes]) == json.dumps([whole.images, whole.scenes])
+    cards = [[(card.key, card.worst, card.pictures) for card in one.cards] for one in (found, whole)]
+    assert cards[0] == cards[1]
+    assert len(cards[0]) == 2
+    assert pictures[0] == pictures[1]
+    assert len(pictures[0]) == len(chosen) == 6
+    assert (found.seconds, found.peak_bytes) == (3.0, 9)
