@@ -28,7 +28,7 @@ from pipelines.errors import PipelineError
 from pipelines.flow_files import FLOW_FORMATS
 from pipelines.frames import find_clips
 from pipelines.predict import options_of, parse_arguments
-from pipelines.prediction_files import PredictionOptions
+from pipelines.prediction_files import PredictionOptions, inputs_of
 from tests.conftest import ROOT
 from tests.pipelines.commands import TINY, assert_one_line, write_video
 
@@ -544,7 +544,7 @@ def test_clips_of_one_name_keep_a_video_each(frames, tmp_path):
     assert [clip.names[0] for clip in clips] == ["a/clip/frame_0000", "b/clip/frame_0000"]
 
 
-@pytest.mark.parametrize("note", ["[]", '{"inputs": null}'])
+@pytest.mark.parametrize("note", ["{", "[]", '{"inputs": null}'])
 def test_a_note_that_is_none_makes_the_output_of_unknown_origin(call, weights, frames, tmp_path, note):
     command = (pipelines.predict, "--model", weights, "--output", tmp_path / "o")
     assert call(*command, *frames)[0] == 0
@@ -557,6 +557,81 @@ def test_other_frames_of_one_folder_are_added_and_known_again(call, weights, fra
     assert call(*command, *frames[:2])[0] == call(*command, *frames[1:])[0] == 0
     monkeypatch.setattr(pipelines.predict, "predict_batch", lambda *_, **__: pytest.fail("computed again"))
     assert call(*command, *frames[:2])[0] == 0
+
+
+def test_a_frame_that_was_replaced_along_with_its_flow_is_known_again(call, weights, frames, tmp_path, monkeypatch):
+    command = (pipelines.predict, "--model", weights, "--output", tmp_path / "o", *frames)
+    assert call(*command)[0] == 0
+    shutil.copy(frames[1], frames[2])
+    for path in (tmp_path / "o").glob("frame_0001*"):
+        path.unlink()
+    assert call(*command)[0] == 0
+    monkeypatch.setattr(pipelines.predict, "predict_batch", lambda *_, **__: pytest.fail("computed again"))
+    assert call(*command)[0] == 0
+
+
+def test_what_an_overwriting_did_not_replace_is_not_taken_for_its_own(call, weights, frames, tmp_path):
+    assert call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", *frames)[0] == 0
+    other = tmp_path / "other.safetensors"
+    torch.manual_seed(99)
+    save_weights(GMFlow(TINY), other)
+    command = (pipelines.predict, "--model", other, "--output", tmp_path / "o")
+    assert call(*command, "--overwrite", *frames[:2])[0] == 0
+    assert_one_line(call(*command, *frames), "frame_0001.flo is there already")
+
+
+def test_frames_and_truth_are_safe_whatever_way_leads_to_them(call, weights, frames, tmp_path):
+    (tmp_path / "way").symlink_to(tmp_path)
+    linked = [str(tmp_path / "way" / Path(path).name) for path in frames]
+    truth = tmp_path / "truth"
+    truth.mkdir()
+    command = (pipelines.predict, "--model", weights, "--output")
+    for way, other in ((tmp_path, tmp_path / "way"), (tmp_path / "way", tmp_path)):
+        given = frames if other == tmp_path else linked
+        assert_one_line(call(*command, way, "--formats", "color", *given), "frame_0000.png would replace a frame")
+        assert_one_line(call(*command, way, "--formats", "arrows", other), "would be taken for a frame of")
+        told = "frame_0000.flo would be taken for ground truth"
+        assert_one_line(call(*command, way / "truth", "--formats", "flo", "--truth", other / "truth", *frames), told)
+    assert not list(truth.iterdir())
+
+
+def test_a_videos_pictures_replace_no_frame_that_is_numbered_as_they_are(call, weights, frames, tmp_path):
+    (tmp_path / "in").mkdir()
+    write_video(tmp_path / "in" / "v.avi")
+    last = shutil.copy(frames[1], tmp_path / "v_000001.png")  # begins no pair, so no output has its name
+    command = (pipelines.predict, "--model", weights, "--output", tmp_path, "--formats", "color")
+    assert_one_line(call(*command, frames[0], last, tmp_path / "in" / "v.avi"), "v_*.png would replace a frame")
+
+
+def test_a_videos_truth_is_what_is_named_as_its_frames_are(tmp_path, monkeypatch):
+    write_video(tmp_path / "v[1].avi")
+    truth = tmp_path / "truth"
+    truth.mkdir()
+    clips = find_clips([str(tmp_path / "v[1].avi")])
+    options = PredictionOptions(("flo", "error"), truth=truth)
+    found = [inputs_of(clips, options)]
+    for name in ("v[1]_000000.txt", "v[1]_old.flo", "v1_000000.flo", "v[1]_000000.flo"):
+        (truth / name).write_bytes(b"")
+        found.append(inputs_of(clips, options))
+    assert found[:4] == [found[0]] * 4
+    assert {key for key in found[4] if found[4][key] != found[0][key]} == {"v[1]_*_error.png"}
+
+    def refused(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("pipelines.prediction_files.file_sha256", refused)
+    with pytest.raises(PipelineError, match=r"v\[1\]_000000\.flo: cannot be read"):
+        inputs_of(clips, options)
+
+
+def test_truth_of_another_size_than_a_videos_later_frame_is_said(call, weights, tmp_path):
+    write_video(tmp_path / "v.avi")
+    (tmp_path / "truth").mkdir()
+    for number, width in enumerate((64, 65)):
+        flow = formats.encode_flo(np.zeros((48, width, 2), np.float32))
+        (tmp_path / "truth" / f"v_{number:06d}.flo").write_bytes(flow)
+    command = (pipelines.predict, "--model", weights, "--output", tmp_path / "o", "--truth", tmp_path / "truth")
+    assert_one_line(call(*command, "--formats", "error", tmp_path / "v.avi"), "v_000001 is 64x48", "65x48")
 
 
 def test_both_flows_are_computed_again_where_the_first_run_had_one(call, weights, frames, tmp_path):
