@@ -64,7 +64,7 @@ def estimate(config: CurriculumConfig, stage: StageConfig) -> StepCost | None:
     return StepCost(micro_batch_s * a_rank / min(machine.micro_batch, a_rank), memory_gib)
 
 
-@ray.remote(max_calls=1)
+@ray.remote(max_calls=1, max_retries=0)  # Ray would retry for ever what it kills for its memory, and tell of none
 def _measure(config: CurriculumConfig, stage: StageConfig) -> tuple[float, float]:
     """Seconds of one micro-batch, and peak GiB of this process, which runs nothing else (`max_calls=1`)."""
     machine = config.machine

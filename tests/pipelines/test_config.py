@@ -1,8 +1,11 @@
 """Configs: what is written is what is run, and what is wrong is said with the way out."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -338,6 +341,62 @@ def test_a_step_that_cannot_be_measured_says_why(small, load, monkeypatch, error
     config = load(small)
     with pytest.raises(told):
         estimating.estimate(config, config.stages[0])
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_step_whose_worker_is_killed_for_its_memory_is_too_large_at_once(small, load, monkeypatch, tmp_path):
+    """Ray's default is to try it again: without end, where Ray itself killed it."""
+
+    def measure(config: CurriculumConfig, stage: object) -> None:
+        with (tmp_path / "tries").open("a") as tries:
+            tries.write("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(estimating, "_measure", ray.remote(**estimating._measure._default_options)(measure))
+    config = load(small)
+    with pytest.raises(estimating.TooLargeError):
+        estimating.estimate(config, config.stages[0])
+    assert (tmp_path / "tries").read_text() == "x"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_step_that_takes_too_long_or_has_no_room_is_not_estimated(small, load, monkeypatch, tmp_path):
+    @ray.remote
+    def measure(config: CurriculumConfig, stage: object) -> None:
+        time.sleep(1000)
+
+    monkeypatch.setattr(estimating, "_measure", measure)
+    monkeypatch.setattr(estimating, "_PATIENCE_S", 0.5)
+    config = load(small)
+    assert estimating.estimate(config, config.stages[0]) is None
+    monkeypatch.setattr(estimating, "_measure", None)
+    config = load(small, "machine.cpus_per_worker=1000")
+    assert estimating.estimate(config, config.stages[0]) is None
+
+
+@pytest.mark.parametrize(("workers", "micro_batch", "batch"), [(1, 3, 3), (2, 3, 2), (3, 9, 2)])
+def test_what_is_measured_is_a_workers_micro_batch_without_the_first_passes(
+    small, load, monkeypatch, workers, micro_batch, batch
+):
+    """A worker's share of a global batch of four may be less than a micro-batch; a first pass takes longer."""
+    now, shapes = 0.0, []
+
+    def forward(frames: torch.Tensor, other: torch.Tensor) -> SimpleNamespace:
+        nonlocal now
+        now += 100.0 if not shapes else 2.0
+        shapes.append(tuple(frames.shape))
+        flow = torch.zeros(len(frames), 2, *frames.shape[-2:], requires_grad=True)
+        return SimpleNamespace(predictions=[flow])
+
+    forward.train = lambda: forward
+    monkeypatch.setattr(estimating, "prepare_model", lambda *_: forward)
+    monkeypatch.setattr(estimating, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(estimating, "peak_bytes", lambda device: 3 * 2**29)
+    threads = torch.get_num_threads()
+    config = load(small, f"machine={{num_workers: {workers}, micro_batch: {micro_batch}, cpus_per_worker: {threads}}}")
+    found = estimating._measure._function(config, config.stages[0])
+    assert found == (2.0, 1.5)
+    assert shapes == [(batch, 3, 32, 48)] * len(shapes)
 
 
 def test_a_dry_run_shows_what_does_not_fit(small, load, monkeypatch):

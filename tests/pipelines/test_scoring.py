@@ -1,5 +1,6 @@
 """Errors on whole sets: pooled over pixels, their pairs read and drawn while the model computes."""
 
+import copy
 import functools
 import json
 import threading
@@ -141,7 +142,7 @@ class _Tasks:
         self.needs.append(needs)
         started = iter(range(1000))
         return lambda function: SimpleNamespace(
-            remote=lambda *arguments: (next(started), functools.partial(function, *arguments))
+            remote=lambda *arguments: (next(started), functools.partial(function, *copy.deepcopy(arguments)))
         )
 
     def wait(self, waiting: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
