@@ -277,6 +277,58 @@ def test_the_time_of_a_suspended_machine_passes_for_a_claim(folder: ObjectStore,
         assert read(folder).renewed == before + 1
 
 
+def test_a_renewal_is_as_old_as_its_beginning_and_one_that_failed_is_none(tmp_path: Path, monkeypatch):
+    """The machine may be suspended in the middle of it."""
+    folder = open_store(str(tmp_path))
+    passed = 0.0
+    clock, stored = claim._seconds_since_boot, folder.read
+
+    def suspended(key: str) -> bytes:
+        nonlocal passed
+        passed += 3600.0
+        return stored(key)
+
+    monkeypatch.setattr(claim, "_FIRST_RENEWAL_S", 1000.0)
+    monkeypatch.setattr(claim, "_RENEWAL_S", 1000.0)
+    monkeypatch.setattr(claim, "_ANSWERED_S", WAIT_SECONDS)
+    monkeypatch.setattr(claim, "_seconds_since_boot", lambda: clock() + passed)
+    with claimed({"stage chairs": folder}, pytest.fail) as held:
+        passed += 3600.0
+        attempts = []
+        for answer in (raising(DataError("storage is down")), suspended, stored, stored):
+            monkeypatch.setattr(folder, "read", answer)
+            assert held()
+            attempts.append(Claim(**json.loads(stored(CLAIM))).renewed)
+        assert attempts == [0, 2, 3, 3], "each is asked for anew, but the last, for the one before was whole and quick"
+
+
+def test_storage_that_is_down_lets_no_claim_on_another_lapse(tmp_path: Path, monkeypatch):
+    down, other = (open_store(str(tmp_path / name)) for name in "ab")
+    with claimed({"stage chairs": down, "stage things": other}, pytest.fail):
+        monkeypatch.setattr(down, "read", raising(DataError("storage is down")))
+        before = read(other).renewed
+        wait_until(lambda: read(other).renewed > before + 2)
+
+
+def test_who_claims_outside_the_main_thread_hears_of_a_loss_only_by_asking(tmp_path: Path):
+    """Nobody else in the process is interrupted, nor the process killed."""
+    folder, interrupted = open_store(str(tmp_path)), []
+
+    def work() -> None:
+        with claimed({"stage chairs": folder}, pytest.fail) as held:
+            wait_until(lambda: write(folder, ELSEWHERE) or not held())
+
+    before = signal.signal(claim._LOST, lambda *_: interrupted.append(True))
+    try:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    finally:
+        signal.signal(claim._LOST, before)
+    assert read(folder) == ELSEWHERE
+    assert not interrupted
+
+
 def raising(error: Exception) -> Callable[..., object]:
     def fail(*_: object) -> object:
         raise error
