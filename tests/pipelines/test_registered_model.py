@@ -10,6 +10,7 @@ import sys
 import traceback
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,13 @@ def encoded(suffix: str, dtype: type = np.uint8) -> bytes:
     return content
 
 
+def huge() -> bytes:
+    """A PNG whose header tells of more pixels than OpenCV takes."""
+    whole = encoded(".png")
+    header = b"IHDR" + struct.pack(">II", 50_000, 50_000) + whole[24:29]
+    return whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [
@@ -147,6 +155,7 @@ def encoded(suffix: str, dtype: type = np.uint8) -> bytes:
         (encoded(".png")[:-9], "without its end"),
         (encoded(".jpg")[:-9], "without its end"),
         (encoded(".png")[:20], "without its end"),
+        (huge(), "no PNG or JPEG"),
     ],
     ids=[
         "no image",
@@ -161,6 +170,7 @@ def encoded(suffix: str, dtype: type = np.uint8) -> bytes:
         "cut PNG",
         "cut JPEG",
         "cut header",
+        "huge",
     ],
 )
 def test_what_is_no_image_is_said_with_the_pairs_number(loaded, frames, image, message):
