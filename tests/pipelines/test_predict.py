@@ -24,6 +24,7 @@ import pipelines.sweep
 from datasets_etl import formats
 from datasets_etl.synthetic import synthetic_pair
 from gmflow import GMFlow, GMFlowConfig, Tiling, error_to_image, flow_to_image, load_model, predict_batch, save_weights
+from pipelines.continuation import any_frame
 from pipelines.errors import PipelineError
 from pipelines.flow_files import FLOW_FORMATS
 from pipelines.frames import find_clips
@@ -622,6 +623,11 @@ def test_a_videos_truth_is_what_is_named_as_its_frames_are(tmp_path, monkeypatch
     monkeypatch.setattr("pipelines.prediction_files.file_sha256", refused)
     with pytest.raises(PipelineError, match=r"v\[1\]_000000\.flo: cannot be read"):
         inputs_of(clips, options)
+
+
+def test_frames_of_a_video_are_known_by_their_numbers_however_long_it_is():
+    keys = ["a/v_000000.flo", "a/v_1000000.flo", "a/v_1000000_error.png", "a/v_12345.flo"]
+    assert [any_frame(key) for key in keys] == ["a/v_*.flo", "a/v_*.flo", "a/v_*_error.png", "a/v_12345.flo"]
 
 
 def test_truth_of_another_size_than_a_videos_later_frame_is_said(call, weights, tmp_path):

@@ -43,11 +43,13 @@ class Driver:
         self.workplace = workplace
         self.records = [(2, {"train/loss": 3.0}), (40, {"train/loss": 2.0}), (40, {EPE: 5.0})]
         self.ran: list[str] = []
+        self.jobs: list[StageJob] = []
         self.started_from: list[dict[str, torch.Tensor]] = []
         self.registered: list[registry.Lineage] = []
 
     def fit(self, job: StageJob, name: str) -> dict[str, Any]:
         self.ran.append(job.stage.name)
+        self.jobs.append(job)
         self.started_from.append(load(open_store(job.folder).read("init.safetensors")))
         torch.manual_seed(100 + len(self.ran))
         return snapshot(GMFlow(ModelConfig(**self.workplace.config["model"]).build()), self.records)
@@ -214,6 +216,14 @@ def test_only_the_first_stage_starts_from_the_given_weights_the_next_from_what_i
     ended = load_file(first.weights.removeprefix("file://"))
     for start, expected in zip(driver.started_from, (given.state_dict(), ended), strict=True):
         assert all(torch.equal(start[name], tensor) for name, tensor in expected.items())
+
+
+def test_workers_are_told_of_all_data_they_read_and_of_the_configs_seed_and_precision(driver: Driver):
+    driver.run("seed=9", "precision=bf16")
+    assert [(job.data, job.seed, job.precision) for job in driver.jobs] == [
+        ({name: driver.workplace.config["data"][name] for name in names}, 9, "bf16")
+        for names in (["chairs"], ["chairs", "kitti", "sintel"])
+    ]
 
 
 def test_what_an_attempt_that_was_killed_at_the_end_had_not_told_is_told(driver: Driver):
