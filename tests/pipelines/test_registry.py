@@ -15,6 +15,7 @@ from mlflow.tracking import MlflowClient
 
 import pipelines.export
 import pipelines.registry
+from datasets_etl.errors import DataError
 from datasets_etl.objects import file_sha256
 from gmflow import GMFlow, GMFlowError, load_model, save_weights
 from pipelines import references
@@ -238,6 +239,22 @@ def test_a_damaged_weights_file_is_named_as_it_was_given(tmp_path):
     given.write_bytes(b"no weights")
     with pytest.raises(GMFlowError, match=f"^{re.escape(str(given))}: damaged"):
         references.resolve_model(str(given))
+
+
+@pytest.mark.parametrize(
+    "error", [MlflowException("denied"), PipelineError("no such model"), DataError("no such file")], ids=type
+)
+def test_what_cannot_be_looked_up_is_not_said_to_have_moved(monkeypatch, error):
+    """Who pinned it has what it needs, and goes on."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(references, "stands_for", fail)
+    assert not references.has_moved("models:/gmflow@champion", "models:/gmflow/1")
+    monkeypatch.setattr(references, "stands_for", lambda *_: "models:/gmflow/2")
+    assert references.has_moved("models:/gmflow@champion", "models:/gmflow/1")
+    assert not references.has_moved("models:/gmflow@champion", "models:/gmflow/2")
 
 
 def test_a_version_whose_files_were_deleted_says_so(registered, tmp_path):
