@@ -25,7 +25,10 @@ class FileStore:
 
     def read(self, key: str, size: int | None = None) -> bytes:
         with self._errors(key):
-            data = (self.root / key).read_bytes()
+            try:
+                data = (self.root / key).read_bytes()
+            except IsADirectoryError:
+                raise NotFoundError(f"{self.root / key}: a folder, no file") from None
         require_size(len(data), f"{self.url}/{key}", size)
         return data
 

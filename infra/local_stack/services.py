@@ -25,6 +25,7 @@ from infra.local_stack import seaweedfs
 from infra.local_stack.errors import StackError
 from infra.local_stack.processes import Launch, ServerProcess
 from infra.local_stack.settings import BUCKETS, HOST, REGION, Stack, free_ports
+from pipelines.wording import counted
 
 _PROBE_SECONDS = 5
 _DATABASES = ("mlflow", "mlflow_auth")
@@ -217,7 +218,7 @@ def _mlflow(stack: Stack) -> Service:
         headers = {"Authorization": f"Basic {login}"}
         experiments = _get(f"{stack.mlflow_url}/api/2.0/mlflow/experiments/search?max_results=1000", headers)
         version = _get(f"{stack.mlflow_url}/version", headers).decode()
-        return f"MLflow {version}, {len(json.loads(experiments).get('experiments', []))} experiments"
+        return f"MLflow {version}, {counted(len(json.loads(experiments).get('experiments', [])), 'experiment')}"
 
     return Service("mlflow", stack.mlflow_url, {port: "--mlflow-port"}, launch, probe)
 

@@ -14,7 +14,7 @@ from pipelines.config_file import Frozen, RunName, Seed
 from pipelines.errors import PipelineError
 from pipelines.sweeping.settings import Setting, check_crop, check_size, grid_settings
 from pipelines.training.config import MlflowConfig, ModelConfig, StageConfig, not_reserved_alias
-from pipelines.training.data_config import DataName, MetricConfig, PartConfig, SetConfig, check_named_once
+from pipelines.training.data_config import DataName, MetricConfig, PartConfig, SetConfig, check_given, check_named_once
 from pipelines.training.machine_config import MachineConfig
 
 
@@ -246,8 +246,7 @@ class SweepConfig(Frozen):
         for used in self.reads:
             if used.data not in self.data:
                 raise ValueError(f"no data {used.data!r}; data has {', '.join(self.data)}")
-            if self.data[used.data] is None:
-                raise ValueError(f"data.{used.data} is not set; give the manifest's URL: data.{used.data}=URL")
+        check_given(self.data, self.reads)
         for phase, chosen in self._validated:
             if self.objective.set_name not in [one.name for one in chosen]:
                 raise ValueError(f"{phase}.validation lacks {self.objective.set_name}, the objective; add it")

@@ -13,7 +13,15 @@ from gmflow import GMFlowConfig
 from gmflow.execution import Precision
 from gmflow.loss import MAX_FLOW
 from pipelines.config_file import Frozen, RunName, Seed, spelt
-from pipelines.training.data_config import DataName, GateConfig, MetricConfig, PartConfig, SetConfig, check_named_once
+from pipelines.training.data_config import (
+    DataName,
+    GateConfig,
+    MetricConfig,
+    PartConfig,
+    SetConfig,
+    check_given,
+    check_named_once,
+)
 from pipelines.training.machine_config import MachineConfig
 
 
@@ -207,6 +215,7 @@ class CurriculumConfig(Frozen):
         for name in self.only or ():
             if name not in names:
                 raise ValueError(f"only: no stage {name!r}; stages are {', '.join(names)}")
+        check_given(self.data, [used for stage in self.selected_stages for used in stage.reads])
         multiple = self.model.build().size_multiple
         for stage in self.selected_stages:
             self._check_stage(stage, multiple)
@@ -223,8 +232,6 @@ class CurriculumConfig(Frozen):
         for used in stage.reads:
             if used.data not in self.data:
                 raise ValueError(f"stage {stage.name}: no data {used.data!r}; data has {', '.join(self.data)}")
-            if self.data[used.data] is None:
-                raise ValueError(f"data.{used.data} is not set; give the manifest's URL: data.{used.data}=URL")
         if stage.crop[0] % multiple or stage.crop[1] % multiple:
             raise ValueError(f"stage {stage.name}: crop {stage.crop} must be divisible by {multiple} for this model")
         if self.machine.num_workers > stage.global_batch:

@@ -1,6 +1,6 @@
 """The parts of a config that name data: mixtures, validation sets, and metrics of these sets."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -112,6 +112,15 @@ class SetConfig(SubsetConfig):
         return EvaluationSet(
             manifest, self.subset, min(limits, default=None), cache, only=self.only, without=self.without
         )
+
+
+def check_given(data: Mapping[str, str | None], reads: Iterable[SubsetConfig]) -> None:
+    """Raises ValueError that names every dataset that is read and has no manifest, so that one more try gives all."""
+    missing = [f"data.{name}" for name in dict.fromkeys(used.data for used in reads) if data.get(name, "") is None]
+    if missing:
+        are, whose = ("is", "manifest's URL") if len(missing) == 1 else ("are", "manifests' URLs")
+        given = " ".join(f"{name}=URL" for name in missing)
+        raise ValueError(f"{', '.join(missing)} {are} not set; give the {whose}: {given}")
 
 
 def check_named_once(sets: Sequence[SetConfig], whose: str) -> None:

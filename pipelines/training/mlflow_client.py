@@ -52,8 +52,9 @@ def connect(configured: str | None, *, answered: bool = False) -> MlflowClient:
     if folder is not None:
         if is_uploaded(folder.as_posix()):
             raise PipelineError(
-                f"MLflow at {uri}: lies in the folder that this job was uploaded into, and would be lost with it; set "
-                "MLFLOW_TRACKING_URI to a server, or to sqlite:/// and an absolute path, for the cluster's nodes"
+                f"MLflow at {uri}: lies in the folder that this job was uploaded into, and would be lost with it; "
+                + ("give mlflow.tracking_uri=null, and " if configured else "")
+                + "set MLFLOW_TRACKING_URI to a server, or to sqlite:/// and an absolute path, for the cluster's nodes"
             )
         folder.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(uri)

@@ -495,6 +495,8 @@ def test_a_manifest_that_was_tampered_with_is_refused(sharded_chairs: EtlResult,
 def test_a_missing_manifest_says_how_to_get_one(tmp_path):
     with pytest.raises(NotFoundError, match=r"no manifest: .*nothing\.json.*pipelines/etl\.py"):
         Manifest.load(str(tmp_path / "nothing.json"))
+    with pytest.raises(NotFoundError, match=r"no manifest: .*: a folder, no file; pipelines/etl\.py"):
+        Manifest.load(str(tmp_path))
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -64,6 +64,8 @@ class TestCurriculum:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs/mlflow.db")
         with pytest.raises(PipelineError, match=r"runs/mlflow\.db: lies in the folder .* MLFLOW_TRACKING_URI"):
             mlflow_client.connect(None)
+        with pytest.raises(PipelineError, match=r"mine\.db: .*; give mlflow\.tracking_uri=null, and set MLFLOW_"):
+            mlflow_client.connect("sqlite:///runs/mine.db")  # the config's, which comes before the environment's
         assert not list(uploaded.iterdir())
 
     @pytest.mark.parametrize("start", ["models:/gmflow@champion", "/no/weights.pth"])

@@ -20,6 +20,7 @@ from datasets_etl.manifest import Manifest, SampleEntry, ShardEntry
 from gmflow import GMFlowError
 from pipelines.config_file import Frozen, load_config
 from pipelines.errors import PipelineError
+from pipelines.sweeping.config import SweepConfig
 from pipelines.training import data_config, dry_run, machine_config
 from pipelines.training import estimate as estimating
 from pipelines.training.config import CurriculumConfig
@@ -189,6 +190,22 @@ def test_what_is_wrong_is_one_line_naming_it(small, load, override, message):
     with pytest.raises(PipelineError, match=message) as caught:
         load(small, override)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "given"),
+    [
+        (CurriculumConfig, "demo.yaml", "data.things=URL data.sintel=URL data.kitti=URL data.hd1k=URL"),
+        (SweepConfig, "sweep.yaml", "weights=w.pth data.kitti=URL"),
+    ],
+)
+def test_all_data_that_lacks_is_told_at_once(kind, file, given):
+    """Not one dataset a try, each of which takes seconds."""
+    with pytest.raises(PipelineError) as caught:
+        load_config(kind, str(CONFIGS / file), given.split())
+    told = str(caught.value).partition(f"with {given}: ")[2]
+    two = ["data.chairs", "data.sintel_unseen"] if kind is CurriculumConfig else ["data.sintel", "data.things"]
+    assert told == f"{two[0]}, {two[1]} are not set; give the manifests' URLs: {two[0]}=URL {two[1]}=URL"
 
 
 def test_what_is_wrong_is_laid_to_what_said_it(small, load):
