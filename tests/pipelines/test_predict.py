@@ -199,7 +199,7 @@ class TestPredict:
         assert call(*command, *frames)[0] == 0
         assert computed == [1]
         assert (output / "frame_0001.flo").read_bytes() == whole
-        assert call(*command, "--formats", "flo,color,arrows", *frames)[0] == 0
+        assert call(*command, "--formats", "arrows", *frames)[0] == 0
         assert computed == [1]  # other pictures of flow that is there
         assert (output / "frame_0000_arrows.png").exists()
         assert call(*command, "--overwrite", *frames)[0] == 0
@@ -450,6 +450,8 @@ class TestPredict:
         write_video(tmp_path / "v.avi")
         assert_one_line(call(*command, "--formats", "error", tmp_path / "v.avi"), "v_000000 has no ground truth")
         assert not (tmp_path / "o").exists()
+        (truth / "frame_0001.pfm").unlink()
+        assert call(*command, "--formats", "video", *frames)[0] == 0, "it shows what truth there is"
 
     def test_a_file_that_is_no_picture(self, call, weights, frames, tmp_path):
         Path(frames[1]).write_bytes(b"not a picture")
@@ -604,18 +606,31 @@ def test_a_videos_pictures_replace_no_frame_that_is_numbered_as_they_are(call, w
     assert_one_line(call(*command, frames[0], last, tmp_path / "in" / "v.avi"), "v_*.png would replace a frame")
 
 
+def test_a_video_is_no_place_for_another_ones_flow(call, weights, tmp_path):
+    for name, codec in (("v.avi", "MJPG"), ("v_flow.mp4", "mp4v")):
+        write_video(tmp_path / name, codec=codec)
+    before = (tmp_path / "v_flow.mp4").read_bytes()
+    command = (pipelines.predict, "--model", weights, "--output", tmp_path, "--formats", "video")
+    told = "v_flow.mp4 would replace a frame"
+    assert_one_line(call(*command, tmp_path / "v.avi", tmp_path / "v_flow.mp4"), told)
+    assert (tmp_path / "v_flow.mp4").read_bytes() == before
+
+
 def test_a_videos_truth_is_what_is_named_as_its_frames_are(tmp_path, monkeypatch):
     write_video(tmp_path / "v[1].avi")
     truth = tmp_path / "truth"
     truth.mkdir()
     clips = find_clips([str(tmp_path / "v[1].avi")])
-    options = PredictionOptions(("flo", "error"), truth=truth)
+    options = PredictionOptions(("flo", "error", "video"), truth=truth)
     found = [inputs_of(clips, options)]
     for name in ("v[1]_000000.txt", "v[1]_old.flo", "v1_000000.flo", "v[1]_000000.flo"):
         (truth / name).write_bytes(b"")
         found.append(inputs_of(clips, options))
     assert found[:4] == [found[0]] * 4
-    assert {key for key in found[4] if found[4][key] != found[0][key]} == {"v[1]_*_error.png"}
+    assert {key for key in found[4] if found[4][key] != found[0][key]} == {
+        "v[1]_*_error.png",
+        "v[1]_flow.mp4",
+    }
 
     def refused(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
