@@ -25,6 +25,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from pipelines.entry import OutageError, first_line, interrupted_by
+from pipelines.wording import counted
 
 Nodes = Sequence[Mapping[str, float]]
 """The resources of each node, as Ray names them."""
@@ -122,7 +123,7 @@ def slots(nodes: Nodes, cpus: int, use_gpu: bool, *, one_a_node: bool = False) -
 
 def listed(cpus: int, use_gpu: bool) -> str:
     """What one task or worker takes, as text for people."""
-    return f"{cpus} CPU(s)" + (" and a GPU" if use_gpu else "")
+    return counted(cpus, "CPU") + (" and a GPU" if use_gpu else "")
 
 
 def has_gpus() -> bool:

@@ -48,6 +48,7 @@ from pipelines.training.data_config import SetConfig
 from pipelines.training.launch import training_mark, write_training_mark
 from pipelines.training.mlflow_client import run_link
 from pipelines.training.plan import FINAL_WEIGHTS, check_measurable, learned_pairs
+from pipelines.wording import counted
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -215,7 +216,7 @@ def tune(
     """Train the trials. Returns a row for each, however it ended."""
     plan = plan_trials(sweep, weights)
     if retry:
-        sweep.view.say(f"{retry_failed(plan)} failed trial(s) will be tried again")
+        sweep.view.say(f"{counted(retry_failed(plan), 'failed trial')} will be tried again")
     for name in (setting.name for setting in seeds):
         sweep.view.say(f"the probe's front seeds {name}")
     if lack := driver_memory_lack(sweep.config, nodes(), own_node()):

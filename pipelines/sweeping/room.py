@@ -6,6 +6,7 @@ from pipelines.cluster import Nodes, listed, slots
 from pipelines.errors import PipelineError
 from pipelines.sweeping.config import SweepConfig
 from pipelines.training.launch import room_for_workers
+from pipelines.wording import counted
 
 # Memory of a trial's driver together with Ray Train's controller, which runs on the same node; and of what is there
 # once: the sweep's own driver, Ray's head and its dashboard.
@@ -41,7 +42,7 @@ def driver_memory_lack(config: SweepConfig, nodes: Nodes, own: Mapping[str, floa
     if fitting >= wanted:
         return ""
     return (
-        f"runs {fitting} trial(s) at once, not {wanted}: their drivers run on this node, which has "
+        f"runs {counted(fitting, 'trial')} at once, not {wanted}: their drivers run on this node, which has "
         f"{own.get('memory', 0) / 2**30:.1f} GiB for Ray; each takes {_DRIVER_BYTES / 2**30:g} GiB, and "
         f"{_ONCE_BYTES / 2**30:g} GiB are left to what is there once"
     )
@@ -61,8 +62,8 @@ def concurrent_trials(config: SweepConfig, nodes: Nodes) -> int:
     room, each = room_for_workers(machine, nodes)
     if room < machine.num_workers:
         raise PipelineError(
-            f"tune.machine: a trial needs {machine.num_workers} worker(s) with {each}; the cluster has room for "
-            f"{room}. Lower it or, where the cluster adds machines on demand, give cluster_grows=true and "
+            f"tune.machine: a trial needs {counted(machine.num_workers, 'worker')} with {each}; the cluster has room "
+            f"for {room}. Lower it or, where the cluster adds machines on demand, give cluster_grows=true and "
             "tune.max_concurrent"
         )
     fitting = room // machine.num_workers

