@@ -111,13 +111,6 @@ def test_a_jpeg_is_read_as_it_is_stored(registered, loaded, frames):
     np.testing.assert_array_equal(flow, predict_flow(registered.model, *read))
 
 
-def test_a_grey_file_is_an_image_too(registered, loaded, frames):
-    grey = [frame[..., 0] for frame in frames]
-    files = [cv2.imencode(".png", frame)[1].tobytes() for frame in grey]
-    (flow,) = loaded.predict([dict(zip(("image0", "image1"), files, strict=True))])
-    np.testing.assert_array_equal(flow, predict_flow(registered.model, *(np.dstack([frame] * 3) for frame in grey)))
-
-
 def test_pairs_may_differ_in_size_and_come_back_as_flo(registered, loaded, frames):
     small = [frame[:32, :48] for frame in frames]
     rows = [dict(zip(("image0", "image1"), map(png, pair), strict=True)) for pair in (frames, small)]

@@ -241,6 +241,17 @@ def test_a_damaged_weights_file_is_named_as_it_was_given(tmp_path):
         references.resolve_model(str(given))
 
 
+@pytest.mark.parametrize("look_up", [references.stands_for, references.check_reference, references.resolve_named])
+def test_a_model_is_looked_up_in_the_mlflow_that_was_given(registered, tmp_path, monkeypatch, look_up):
+    """A config may name another one than the environment does."""
+    other = f"sqlite:///{tmp_path}/other.db"
+    mlflow_client.connect(other).create_registered_model("gmflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
+    with pytest.raises(PipelineError):
+        look_up("models:/gmflow/1")
+    look_up("models:/gmflow/1", f"sqlite:///{registered}/mlflow.db")
+
+
 @pytest.mark.parametrize(
     "error", [MlflowException("denied"), PipelineError("no such model"), DataError("no such file")], ids=type
 )
