@@ -396,14 +396,13 @@ def test_what_is_measured_is_a_workers_micro_batch_without_the_first_passes(
     small, load, monkeypatch, workers, micro_batch, batch
 ):
     """A worker's share of a global batch of four may be less than a micro-batch; a first pass takes longer."""
-    now, shapes = 0.0, []
+    now, flows = 0.0, []
 
     def forward(frames: torch.Tensor, other: torch.Tensor) -> SimpleNamespace:
         nonlocal now
-        now += 100.0 if not shapes else 2.0
-        shapes.append(tuple(frames.shape))
-        flow = torch.zeros(len(frames), 2, *frames.shape[-2:], requires_grad=True)
-        return SimpleNamespace(predictions=[flow])
+        now += 2.0 * len(flows) if flows else 100.0
+        flows.append(torch.zeros(len(frames), 2, *frames.shape[-2:], requires_grad=True))
+        return SimpleNamespace(predictions=flows[-1:])
 
     forward.train = lambda: forward
     monkeypatch.setattr(estimating, "prepare_model", lambda *_: forward)
@@ -412,8 +411,9 @@ def test_what_is_measured_is_a_workers_micro_batch_without_the_first_passes(
     threads = torch.get_num_threads()
     config = load(small, f"machine={{num_workers: {workers}, micro_batch: {micro_batch}, cpus_per_worker: {threads}}}")
     found = estimating._measure._function(config, config.stages[0])
-    assert found == (2.0, 1.5)
-    assert shapes == [(batch, 3, 32, 48)] * len(shapes)
+    assert found == (3.0, 1.5)
+    assert [flow.shape for flow in flows] == [(batch, 2, 32, 48)] * 3
+    assert all(flow.grad is not None for flow in flows), "the backward pass counts"
 
 
 def test_a_dry_run_shows_what_does_not_fit(small, load, monkeypatch):
