@@ -32,6 +32,7 @@ from gmflow.execution import ExecutionConfig, prepare_model
 from gmflow.loss import sequence_loss
 from gmflow.replay import WARM_UPS
 from pipelines.arguments import device, positive
+from pipelines.wording import counted
 
 VARIANTS = {"base": GMFlowConfig.base(), "refine": GMFlowConfig.refine()}
 # Types of the matrix products that give the peak. On a GPU, tf32 differs from fp32 by a setting of the process, which
@@ -246,7 +247,9 @@ def main() -> None:
     chosen = [case for case in every if arguments.only in case.name]
     if not chosen:
         parser.error(f"no row's name holds {arguments.only!r}: {'; '.join(case.name for case in every)}")
-    print(f"torch {torch.__version__}, {arguments.device}, {arguments.threads} thread(s), {arguments.clock} time")
+    print(
+        f"torch {torch.__version__}, {arguments.device}, {counted(arguments.threads, 'thread')}, {arguments.clock} time"
+    )
     print(f"{'case':52} {'s':>8} {'GFLOP':>8} {'peak':>8} {'of peak':>8} {'saved':>9} {'memory':>9}")
     context = multiprocessing.get_context("spawn")
     for case in chosen:

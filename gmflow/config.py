@@ -73,7 +73,7 @@ class GMFlowConfig:
     def _check_per_scale(self, name: str, valid: Any, meaning: str) -> None:
         values = getattr(self, name)
         if len(values) != self.num_scales or not all(valid(value) for value in values):
-            raise GMFlowError(f"{name} must hold {self.num_scales} value(s), one a scale, each {meaning}; not {values}")
+            raise GMFlowError(f"{name} must hold a value for each scale ({self.num_scales}), {meaning}; not {values}")
 
     @property
     def strides(self) -> tuple[int, ...]:

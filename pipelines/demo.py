@@ -11,6 +11,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+# First: see pipelines/__init__.py.
+from pipelines.arguments import Parser
+
+# isort: split
 import cv2
 import ray
 import torch
@@ -21,7 +25,6 @@ from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
 from datasets_etl.storage import open_store
 from datasets_etl.synthetic import write_dataset
-from pipelines.arguments import Parser
 from pipelines.cluster import connected
 from pipelines.config_file import load_config
 from pipelines.curriculum import run_curriculum

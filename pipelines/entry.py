@@ -51,6 +51,8 @@ def command_for(
     def command(main: Main) -> Main:
         @functools.wraps(main)
         def run() -> None:
+            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see pipelines/__init__.py
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
             try:
                 main()

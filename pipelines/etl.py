@@ -11,6 +11,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+# First: see pipelines/__init__.py.
+from pipelines.arguments import Parser, positive
+
+# isort: split
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,7 +27,6 @@ from datasets_etl.loader import read_sample
 from datasets_etl.manifest import Manifest
 from datasets_etl.sources import EXPECTED_COUNTS, SOURCES, Source, chairs
 from datasets_etl.storage import split_url
-from pipelines.arguments import Parser, positive
 from pipelines.cluster import connected
 from pipelines.contact_sheet import contact_sheet
 from pipelines.errors import resumable_command

@@ -180,7 +180,7 @@ def show(scores: Scores) -> None:
     table = Table(title="EPE in pixels; WAUC, more is better, and outlier rates in percent")
     table.add_column("pair or scene", overflow="fold")
     for name in _SHOWN:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for title, (chosen, evaluation) in scores.items():
         rows = evaluation.images if len(chosen) <= _PAIRS_SHOWN else evaluation.scenes
         for key, metrics in rows.items():

@@ -13,12 +13,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+# First: see pipelines/__init__.py.
+from pipelines.arguments import Parser, add_model, local_path
+
+# isort: split
 from rich.console import Console
 from rich.markup import escape
 
 from gmflow import GMFlow, GMFlowConfig, save_published, save_weights
 from gmflow.export import ExportedModel, check_onnx, export_model
-from pipelines.arguments import Parser, add_model, local_path
 from pipelines.errors import PipelineError, command
 from pipelines.lasting import lasting_object
 from pipelines.references import resolve_model

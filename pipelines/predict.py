@@ -12,15 +12,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import get_args
 
-from rich.console import Console
-
-from datasets_etl import formats
-from datasets_etl.ahead import read_ahead
-from datasets_etl.objects import ObjectStore
-from datasets_etl.samples import check_size
-from gmflow import GMFlow, Prediction, Tiling, predict_batch
-from gmflow.execution import ExecutionConfig, prepare_model
-from gmflow.predict import PaddingMode
+# First: see pipelines/__init__.py.
 from pipelines.arguments import (
     Parser,
     add_device,
@@ -31,6 +23,17 @@ from pipelines.arguments import (
     positive_number,
     size,
 )
+
+# isort: split
+from rich.console import Console
+
+from datasets_etl import formats
+from datasets_etl.ahead import read_ahead
+from datasets_etl.objects import ObjectStore
+from datasets_etl.samples import check_size
+from gmflow import GMFlow, Prediction, Tiling, predict_batch
+from gmflow.execution import ExecutionConfig, prepare_model
+from gmflow.predict import PaddingMode
 from pipelines.behind import Behind
 from pipelines.continuation import claim_output
 from pipelines.errors import resumable_command
@@ -47,7 +50,7 @@ from pipelines.prediction_files import (
     inputs_of,
     video_key,
 )
-from pipelines.progress import Progress
+from pipelines.progress import Progress, print_line
 from pipelines.references import resolve_model
 from pipelines.side_by_side import SideBySideVideo
 from pipelines.training.memory import explaining_out_of_memory
@@ -203,7 +206,7 @@ def main() -> None:
             which = f" (clip {number} of {len(clips)})" if len(clips) > 1 else ""
             pairs = progress.counting(f"{clip.title}{which}", clip.count())
             predict_clip(model, clip, output, options, kept, pairs.advance)
-    console.print("flow and pictures:", end=" ")
+    print_line(console, "flow and pictures:")
     print(output.url)
 
 

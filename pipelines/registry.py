@@ -15,6 +15,10 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+# First: see pipelines/__init__.py.
+from pipelines.arguments import Parser, local_path
+
+# isort: split
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -23,7 +27,6 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
-from pipelines.arguments import Parser, local_path
 from pipelines.errors import PipelineError, command
 from pipelines.lasting import lasting_store
 from pipelines.training import mlflow_client, registry

@@ -16,6 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+# First: see pipelines/__init__.py.
+from pipelines.arguments import Parser, add_device, add_model, add_overwrite, add_precision, local_path
+
+# isort: split
 from rich.console import Console
 
 from datasets_etl import formats
@@ -28,7 +32,6 @@ from gmflow import GMFlow, Prediction, predict_batch
 from gmflow.execution import ExecutionConfig, Precision, prepare_model
 from gmflow.predict import PaddingMode
 from gmflow.weights import replace_file, weights_digest
-from pipelines.arguments import Parser, add_device, add_model, add_overwrite, add_precision, local_path
 from pipelines.behind import Behind
 from pipelines.continuation import claim_output
 from pipelines.errors import PipelineError, resumable_command

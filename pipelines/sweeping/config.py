@@ -16,6 +16,7 @@ from pipelines.sweeping.settings import Setting, check_crop, check_size, grid_se
 from pipelines.training.config import MlflowConfig, ModelConfig, StageConfig, not_reserved_alias
 from pipelines.training.data_config import DataName, MetricConfig, PartConfig, SetConfig, check_given, check_named_once
 from pipelines.training.machine_config import MachineConfig
+from pipelines.wording import counted
 
 
 class GridConfig(Frozen):
@@ -267,9 +268,8 @@ class SweepConfig(Frozen):
         scales = self.model.build().num_scales
         for phase, grid in self._grids:
             if grid.attn_splits is not None and len(grid.attn_splits) != scales:
-                raise ValueError(
-                    f"{phase}.attn_splits holds {len(grid.attn_splits)} list(s); this model has {scales} scale(s)"
-                )
+                given = counted(len(grid.attn_splits), "list")
+                raise ValueError(f"{phase}.attn_splits holds {given}; this model has {counted(scales, 'scale')}")
             if grid.corr_radius is not None and scales == 1:
                 raise ValueError(f"{phase}.corr_radius: a model of one scale matches globally; leave it out")
             for name in ("corr_radius", "prop_radius"):

@@ -83,7 +83,7 @@ def measure_costs(
             lost += 1
             if lost == _METERS:
                 raise OutageError(
-                    f"cost: the process that measures was lost {lost} time(s), the last: {last_line(error)}; what it "
+                    f"cost: the process that measures was lost {lost} times, the last: {last_line(error)}; what it "
                     "timed is kept, and the same command goes on"
                 ) from error
             on_measured("cost: the process that measures was lost; another goes on as soon as there is room for it")

@@ -15,7 +15,7 @@ from gmflow.replay import WARM_UPS
 from pipelines.cluster import nodes, slots
 from pipelines.task_results import fetched
 from pipelines.training.config import CurriculumConfig, StageConfig
-from pipelines.training.memory import peak_bytes
+from pipelines.training.memory import is_lack_of_memory, peak_bytes
 
 _REPEATS = 2
 _PATIENCE_S = 120
@@ -57,7 +57,7 @@ def estimate(config: CurriculumConfig, stage: StageConfig) -> StepCost | None:
     except (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError) as error:
         raise TooLargeError from error
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, torch.OutOfMemoryError):
+        if is_lack_of_memory(error.cause):
             raise TooLargeError from error
         raise
     a_rank = math.ceil(stage.global_batch / machine.num_workers)

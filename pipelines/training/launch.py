@@ -3,6 +3,7 @@
 The curriculum and the sweep both train through this module; there is no other training loop.
 """
 
+import contextlib
 import logging
 import tempfile
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ray.exceptions import RayActorError, RayError
 from ray.train import (
     ControllerError,
     FailureConfig,
@@ -238,9 +240,28 @@ def _trainer(job: StageJob, name: str, callbacks: Sequence[UserCallback], scratc
             name=name,
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=machine.max_failures),
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, _Failures(job)],
         ),
     )
+
+
+class _Failures(UserCallback):
+    """Says in the feed that workers failed, in one line: Ray says it in a thousand characters, or in its logs alone."""
+
+    def __init__(self, job: StageJob) -> None:
+        self._stage, self._feed = job.stage.name, job.feed
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Ray Train's controller calls this. Of several workers the one that is gone failed the others."""
+        gone = [rank for rank, error in worker_exceptions.items() if isinstance(error, RayActorError)]
+        rank = min(gone or worker_exceptions)
+        error = worker_exceptions[rank]
+        if isinstance(_user_error(error), LASTING_ERRORS):
+            return  # the command ends with it, and says it
+        why = "its process is gone: killed, out of memory, or its machine lost" if gone else last_line(error)
+        line = f"stage={self._stage} worker {rank} failed: {why}"
+        with contextlib.suppress(RayError, ValueError):  # the driver is gone, and its queue with it
+            FeedWriter(self._feed).send(Record(0, line=line, waiting=True))
 
 
 class _Wait:

@@ -18,8 +18,18 @@ def peak_bytes(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def explaining_out_of_memory(what: str, remedy: str) -> Iterator[None]:
-    """Raises PipelineError if a GPU's memory does not suffice for `what` within the block; it names the remedy."""
+    """Raises PipelineError if memory does not suffice for `what` within the block; it names the remedy."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise PipelineError(f"{what}: the GPU's memory does not suffice; try {remedy}") from error
+    except RuntimeError as error:
+        if not is_lack_of_memory(error):
+            raise
+        whose = "the GPU's" if isinstance(error, torch.OutOfMemoryError) else "this machine's"
+        raise PipelineError(f"{what}: {whose} memory does not suffice; try {remedy}") from error
+
+
+def is_lack_of_memory(error: BaseException | None) -> bool:
+    """Whether PyTorch raised this because a tensor did not fit. On a CPU that is a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )

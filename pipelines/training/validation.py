@@ -1,8 +1,11 @@
 """Metrics of a model on stored samples; a stage's validation and `evaluate.py` both use this code."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,7 +18,9 @@ from gmflow.geometry import forward_backward_occlusion
 from gmflow.loss import valid_pixels
 from gmflow.metrics import FlowMetrics
 from gmflow.predict import PaddingMode, evaluating, padded_forward
-from pipelines.training.group import WorkerGroup
+
+if TYPE_CHECKING:  # it needs Ray, which takes as long to load as all the rest
+    from pipelines.training.group import WorkerGroup
 
 
 @dataclass(frozen=True)

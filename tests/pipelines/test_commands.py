@@ -1,7 +1,9 @@
 """`pipelines/curriculum.py` and the other scripts as their user meets them: what a wrong input gets."""
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -192,3 +194,28 @@ def test_a_wrong_command_line_is_said_in_a_line(call, script):
     code, out, err = call(script, "--no-such-option")
     assert (code, out) == (2, "")
     assert re.fullmatch(r"error: [^\n]*; [^\n]* --help shows what there is\n", err)
+
+
+INTERRUPT = """
+import os, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("cv2", "mlflow", "numpy", "ray", "rich", "torch"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+"""
+
+
+@pytest.mark.parametrize("script", ["demo", *(module.__name__.rpartition(".")[2] for module in MODULES)])
+def test_ctrl_c_while_a_command_is_imported_ends_it_without_a_trace(script, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPT)  # Python imports it first
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "pipelines" / f"{script}.py")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

@@ -336,6 +336,11 @@ class TestPredict:
         said = call(pipelines.evaluate, "--model", weights, "--data", f"{manifests['chairs']}#val")
         assert_one_line(said, "set chairs/val: the GPU's memory does not suffice; try --precision bf16")
 
+    def test_a_machine_without_enough_memory_says_what_helps(self, call, weights, frames, tmp_path, monkeypatch):
+        monkeypatch.setattr(pipelines.predict, "predict_batch", lambda *_, **__: torch.empty(1 << 46))
+        said = call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", *frames)
+        assert_one_line(said, "frame frame_0000: this machine's memory does not suffice; try --tile")
+
     def test_frames_are_never_replaced_by_pictures(self, call, weights, frames, tmp_path):
         before = Path(frames[0]).read_bytes()
         result = call(pipelines.predict, "--model", weights, "--output", tmp_path, *frames)

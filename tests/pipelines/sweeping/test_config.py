@@ -19,7 +19,7 @@ from tests.pipelines.sweeping.made import REFINE
     ("overrides", "complaint"),
     [
         (["tune.space.attn_splits=[[3],[8]]"], r"attn_splits 3 at scale 1 .* 8×12 of crop 64×96 .* valid are 1, 2, 4"),
-        (["tune.space.attn_splits=[[2]]"], r"tune.space.attn_splits holds 1 list\(s\); this model has 2 scale"),
+        (["tune.space.attn_splits=[[2]]"], r"tune.space.attn_splits holds 1 list; this model has 2 scale"),
         (
             ["probe.grid.corr_radius=[0, 3]"],
             r"probe.grid.corr_radius: 0 makes no sense; valid are whole numbers from 1",

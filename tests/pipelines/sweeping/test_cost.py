@@ -131,7 +131,7 @@ def test_a_measuring_process_is_replaced_a_few_times_but_not_if_none_can_start(t
     assert cost.measure_costs(store, MODELS, CostConfig(rounds=2), "fp32", told.append).keys() == MODELS.keys()
     assert sum("was lost" in line for line in told) == 3
     meters.lost_at = {n: ActorDiedError() for n in range(6, 10)}
-    with pytest.raises(OutageError, match=r"was lost 4 time\(s\)"):
+    with pytest.raises(OutageError, match="was lost 4 times"):
         cost.measure_costs(store, MODELS, CostConfig(rounds=9), "fp32", told.append)
     meters.lost_at = {9: NoStartError()}
     with pytest.raises(NoStartError):
