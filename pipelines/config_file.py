@@ -90,6 +90,8 @@ def _read_yaml(path: Path, over: tuple[Path, ...]) -> dict[str, Any]:
     except FileNotFoundError:
         hint = "; what git ignores, such as runs/, is not uploaded with a job" if is_uploaded(str(Path.cwd())) else ""
         raise PipelineError(f"{path}: no such config file{hint}") from None
+    except IsADirectoryError:
+        raise PipelineError(f"{path}: a folder, no config file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise PipelineError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(tree, dict):

@@ -198,7 +198,8 @@ def main() -> None:
     console = Console(soft_wrap=False)
     match arguments.task:
         case "list":
-            console.print(list_versions(client, arguments.name))
+            table = list_versions(client, arguments.name)
+            console.print(table if table.row_count else f"no model is registered at {place_of(client)}")
         case "show":
             console.print(describe(client, registry.find_version(client, arguments.reference)))
         case "compare":

@@ -1,6 +1,7 @@
 """A real S3 server (SeaweedFS) with authentication, on loopback, that can be killed and started again."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ class S3Server(ServerProcess):
         self.folder = folder
         self.environment = {"AWS_ACCESS_KEY_ID": "tests-key", "AWS_SECRET_ACCESS_KEY": "tests-secret"}
         (self._port,) = free_ports(1)
+        self._ports: list[str] = []
         self.endpoint = f"http://127.0.0.1:{self._port}"
 
     @property
@@ -39,8 +41,16 @@ class S3Server(ServerProcess):
     def _try_to_start(self) -> None:
         access_key, secret_key = self.environment["AWS_ACCESS_KEY_ID"], self.environment["AWS_SECRET_ACCESS_KEY"]
         environment = seaweedfs.environment(access_key, secret_key, ("data",))
-        self.launch(seaweedfs.command(self.folder, self._port), environment)
+        command = seaweedfs.command(self.folder, self._port)
+        self._ports += re.findall(r"port(?:\.grpc)?=(\d+)", " ".join(command))
+        self.launch(command, environment)
         wait_until(lambda: self.ended or self._takes_objects(), lambda: self.said[-2000:], every_s=0.2)
+
+    def remove_sockets(self) -> None:
+        """When it is killed, it leaves one for each of its ports."""
+        for port in self._ports:
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                left.unlink(missing_ok=True)
 
     def client(self):
         return boto3.client(
@@ -69,3 +79,4 @@ def running(folder: Path) -> Iterator[S3Server]:
         yield server
     finally:
         server.kill()
+        server.remove_sockets()

@@ -253,7 +253,7 @@ class _Failures(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Ray Train's controller calls this. Of several workers the one that is gone failed the others."""
-        gone = [rank for rank, error in worker_exceptions.items() if isinstance(error, RayActorError)]
+        gone = [rank for rank, error in worker_exceptions.items() if _is_gone(error)]
         rank = min(gone or worker_exceptions)
         error = worker_exceptions[rank]
         if isinstance(_user_error(error), LASTING_ERRORS):
@@ -262,6 +262,11 @@ class _Failures(UserCallback):
         line = f"stage={self._stage} worker {rank} failed: {why}"
         with contextlib.suppress(RayError, ValueError):  # the driver is gone, and its queue with it
             FeedWriter(self._feed).send(Record(0, line=line, waiting=True))
+
+
+def _is_gone(error: Exception) -> bool:
+    """Whether the worker's process does not answer any more, rather than that it raised this."""
+    return isinstance(getattr(error, "health_check_failure", error), RayActorError)
 
 
 class _Wait:

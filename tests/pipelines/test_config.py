@@ -236,6 +236,8 @@ def test_a_missing_file_and_a_file_without_yaml_are_named(tmp_path, monkeypatch)
     (tmp_path / "broken.yaml").write_text("a: [1")
     with pytest.raises(PipelineError, match=r"broken\.yaml: not readable as YAML"):
         load_config(CurriculumConfig, str(tmp_path / "broken.yaml"), [])
+    with pytest.raises(PipelineError, match=r"runtime_resources: a folder, no config file$"):
+        load_config(CurriculumConfig, str(tmp_path / "runtime_resources"), [])
 
 
 def test_what_decides_the_weights_decides_the_hash_and_nothing_else(small, load):

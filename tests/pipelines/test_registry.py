@@ -66,6 +66,14 @@ def test_versions_are_listed_with_stage_metrics_lineage_and_aliases(call):
     assert len(re.findall(r" \d\d:\d\d UTC *$", out, re.MULTILINE)) >= 3
 
 
+def test_a_registry_without_models_says_so(call, monkeypatch, tmp_path):
+    uri = f"sqlite:///{tmp_path}/empty.db"
+    mlflow_client.connect(uri).search_experiments()  # makes the database
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    code, out, _ = call(pipelines.registry, "list")
+    assert (code, " ".join(out.split())) == (0, f"no model is registered at {uri}")
+
+
 def test_comparing_shows_metrics_with_their_difference_and_lineage_that_differs(call):
     code, out, _ = call(pipelines.registry, "compare", "models:/gmflow/1", "models:/gmflow/3")
     assert code == 0
