@@ -30,6 +30,7 @@ from pipelines.errors import OutageError
 from pipelines.sweeping.config import CostConfig
 from pipelines.task_results import fetched
 from pipelines.training.memory import explaining_out_of_memory
+from pipelines.wording import counted
 
 _METERS = 4  # at most this many processes, each started because the one before was lost
 
@@ -83,8 +84,8 @@ def measure_costs(
             lost += 1
             if lost == _METERS:
                 raise OutageError(
-                    f"cost: the process that measures was lost {lost} times, the last: {last_line(error)}; what it "
-                    "timed is kept, and the same command goes on"
+                    f"cost: the process that measures was lost {counted(lost, 'time')}, the last: {last_line(error)}; "
+                    "what it timed is kept, and the same command goes on"
                 ) from error
             on_measured("cost: the process that measures was lost; another goes on as soon as there is room for it")
 

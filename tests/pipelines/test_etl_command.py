@@ -96,7 +96,7 @@ class TestEtl:
         lines = call(pipelines.etl, *arguments)[2].splitlines()
         assert f"kitti: listing {samples / 'KITTI'} and reading the files' sizes" in lines
         assert "kitti: writing shards: 0 of 1 pair" in lines
-        assert any(line.startswith("kitti: writing shards: 1 of 1 pair ") for line in lines)
+        assert any(line.startswith("kitti: writing shards: 1 of 1 pair, ") for line in lines)
 
     def test_an_unknown_dataset(self, call, tmp_path):
         code, _, err = call(pipelines.etl, "--dataset", "middlebury", "--source", tmp_path, "--target", tmp_path)
