@@ -159,12 +159,12 @@ class EvaluationSet(Dataset[FlowSample]):
         A pattern need not match in every one of them.
         """
         every = cls(manifest, None, only=only, without=without)
+        every.part = part_label(only, without, limit)
         subsets = np.array([manifest.samples[index].subset for index in every.indices])
         sets = []
         for subset in dict.fromkeys(subsets.tolist()):
             own = copy.copy(every)
-            own.subset, own.part = subset, part_label(only, without, limit)
-            own.indices = every.indices[subsets == subset][:limit]
+            own.subset, own.indices = subset, every.indices[subsets == subset][:limit]
             sets.append(own)
         return sets
 

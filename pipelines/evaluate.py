@@ -16,6 +16,7 @@ from pipelines.cluster import connected, has_gpus  # sets Ray's environment, so 
 
 # isort: split
 from mlflow.tracking import MlflowClient
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -177,7 +178,8 @@ def _score(
 
 def show(scores: Scores) -> None:
     """Print a table of the sets: a row for each pair, or for each scene of a set with many pairs, and a pooled row."""
-    table = Table(title="EPE in pixels; WAUC, more is better, and outlier rates in percent")
+    title = "EPE in pixels; WAUC, more is better, and outlier rates in percent"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("pair or scene", overflow="fold")
     for name in _SHOWN:
         table.add_column(name, justify="right", no_wrap=True)

@@ -12,6 +12,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from pipelines.sweeping.cost import Cost
 from pipelines.sweeping.settings import Size
 from pipelines.sweeping.table import Row
 
@@ -28,13 +29,12 @@ def front_png(rows: Sequence[Row], metric: str, cost_size: Size) -> bytes:
     shown = [row for row in rows if row.cost is not None and metric in row.metrics]
     figure = Figure(figsize=(9, 5.5), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
-    memory = [_cost(row)[1] for row in shown]
+    memory = [_cost(row).peak_mib for row in shown]
     title = f"Accuracy against latency: {_setting_title(shown)}"
-    costs = [row.cost for row in shown if row.cost is not None]
     axes.hlines(
         [row.metrics[metric] for row in shown],
-        [cost.latency_q1_ms for cost in costs],
-        [cost.latency_q3_ms for cost in costs],
+        [_cost(row).latency_q1_ms for row in shown],
+        [_cost(row).latency_q3_ms for row in shown],
         color="silver",
         zorder=1,
         label="half of the timings",
@@ -43,9 +43,9 @@ def front_png(rows: Sequence[Row], metric: str, cost_size: Size) -> bytes:
         of_phase = [row for row in shown if row.phase == phase]
         if of_phase:
             points = axes.scatter(
-                [_cost(row)[0] for row in of_phase],
+                [_cost(row).latency_ms for row in of_phase],
                 [row.metrics[metric] for row in of_phase],
-                c=[_cost(row)[1] for row in of_phase],
+                c=[_cost(row).peak_mib for row in of_phase],
                 vmin=min(memory),
                 vmax=max(memory) + 1e-9,
                 s=[70 if row.front else 28 for row in of_phase],
@@ -64,14 +64,14 @@ def front_png(rows: Sequence[Row], metric: str, cost_size: Size) -> bytes:
         title += f"; {_MEMORY}: {memory[0]:.1f}" + (" each" if len(memory) > 1 else "")
     front = _front_in_sight(shown, metric)
     axes.plot(
-        [_cost(row)[0] for row in front],
+        [_cost(row).latency_ms for row in front],
         [row.metrics[metric] for row in front],
         color="grey",
         lw=1,
         label="front",
     )
     for row in (row for row in shown if row.reference):
-        place = (_cost(row)[0], row.metrics[metric])
+        place = (_cost(row).latency_ms, row.metrics[metric])
         axes.scatter(*place, s=240, facecolors="none", edgecolors=_REFERENCE, lw=2, zorder=4, label="reference")
     axes.set_xlabel(_latency_title(cost_size))
     axes.set_ylabel(_title(metric))
@@ -89,7 +89,7 @@ def front_png(rows: Sequence[Row], metric: str, cost_size: Size) -> bytes:
 def _front_in_sight(rows: Sequence[Row], metric: str) -> list[Row]:
     """The front if memory did not count, fastest first: each row is more accurate than all before it."""
     found: list[Row] = []
-    for row in sorted((row for row in rows if row.front), key=lambda row: (_cost(row)[0], row.metrics[metric])):
+    for row in sorted((row for row in rows if row.front), key=lambda row: (_cost(row).latency_ms, row.metrics[metric])):
         if not found or row.metrics[metric] < found[-1].metrics[metric]:
             found.append(row)
     return found
@@ -100,7 +100,7 @@ def _name(axes: Any, front: Sequence[Row], metric: str, *, with_radius: bool) ->
     axes.figure.draw_without_rendering()  # so that positions in pixels are known
     named: list[tuple[float, float]] = []
     for row in sorted(front, key=lambda row: not row.reference):
-        place = (_cost(row)[0], row.metrics[metric])
+        place = (_cost(row).latency_ms, row.metrics[metric])
         x, y = axes.transData.transform(place)
         if not any(abs(x - a) < 90 and abs(y - b) < 18 for a, b in named):
             named.append((x, y))
@@ -169,9 +169,9 @@ def _spreads(values: Sequence[float]) -> bool:
     return bool(values) and min(values) > 0 and max(values) > 6 * min(values)
 
 
-def _cost(row: Row) -> tuple[float, float]:
+def _cost(row: Row) -> Cost:
     assert row.cost is not None
-    return row.cost.latency_ms, row.cost.peak_mib
+    return row.cost
 
 
 def _tell_apart(values: Sequence[float]) -> bool:

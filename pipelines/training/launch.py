@@ -265,8 +265,8 @@ class _Failures(UserCallback):
 
 
 def _is_gone(error: Exception) -> bool:
-    """Whether the worker's process does not answer any more, rather than that it raised this."""
-    return isinstance(getattr(error, "health_check_failure", error), RayActorError)
+    """Whether the worker's process does not answer any more. What a worker raised may be of another actor's end."""
+    return isinstance(getattr(error, "health_check_failure", None), RayActorError)
 
 
 class _Wait:

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import io
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from rich.console import Console
 
 import pipelines.curriculum
 import pipelines.etl
@@ -306,3 +309,14 @@ def test_occlusion_is_shown_where_it_was_asked_for(call, weights, manifests, tmp
         assert call(*command, "--output", tmp_path / "s", *asked)[0] == 0
         page = (tmp_path / "s" / "report.html").read_text()
         assert ('"occlusion found": "data:' in page) == bool(asked)
+
+
+def test_a_narrow_terminal_gets_whole_figures_and_names_that_can_be_read(monkeypatch):
+    console = Console(width=60, file=io.StringIO())
+    monkeypatch.setattr(pipelines.evaluate, "console", console)
+    figures = dict.fromkeys(pipelines.evaluate._SHOWN, 12.345)
+    found = SimpleNamespace(images={"training-clean_market_5_frame_0002": figures}, pooled=figures)
+    pipelines.evaluate.show({"sintel/training-clean": (range(1), found)})
+    lines = console.file.getvalue().splitlines()
+    assert sum(line.count(" 12.345") for line in lines) == 2 * len(figures)
+    assert any(line.lstrip().startswith("training-c") for line in lines)

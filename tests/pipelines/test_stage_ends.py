@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
+from ray.exceptions import ActorDiedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from safetensors.torch import load, load_file
 
 import pipelines.curriculum
@@ -22,7 +24,7 @@ from pipelines import report
 from pipelines.config_file import load_config
 from pipelines.curriculum import run_curriculum
 from pipelines.errors import PipelineError
-from pipelines.training import registry, tracking
+from pipelines.training import launch, registry, tracking
 from pipelines.training.config import CurriculumConfig, ModelConfig
 from pipelines.training.launch import final_weights, provide_initial_weights
 from pipelines.training.plan import StageResult
@@ -311,3 +313,18 @@ def test_a_stage_that_was_finished_before_results_named_their_mlflow_is_found(dr
     path.write_text(json.dumps(content))
     (found,) = driver.run("only=[chairs]")
     assert (found.model, driver.ran) == (before.model, ["chairs"])
+
+
+def test_a_worker_that_is_gone_is_told_from_one_that_raised(monkeypatch):
+    """The others fail with it; and what a worker raised may be of the end of an actor that it asked."""
+    sent = []
+    monkeypatch.setattr(launch, "FeedWriter", lambda name: SimpleNamespace(send=sent.append))
+    failures = launch._Failures(SimpleNamespace(stage=SimpleNamespace(name="chairs"), feed="feed"))
+    cut_off = RuntimeError("gloo: connection reset by peer")
+    failures.after_exception(None, {0: cut_off, 2: WorkerHealthCheckFailedError("Worker(…)", ActorDiedError())})
+    failures.after_exception(None, {1: cut_off, 2: ActorDiedError()})
+    failures.after_exception(None, {0: PipelineError("the command ends with it, and says it")})
+    assert [record.line for record in sent] == [
+        "stage=chairs worker 2 failed: its process is gone: killed, out of memory, or its machine lost",
+        "stage=chairs worker 1 failed: gloo: connection reset by peer",
+    ]
