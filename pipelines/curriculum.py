@@ -26,21 +26,15 @@ from pipelines import report
 from pipelines.claim import claimed
 from pipelines.config_file import load_config
 from pipelines.errors import PipelineError, resumable_command
-from pipelines.training import mlflow_client, registry, tracking
+from pipelines.training import mlflow_client, registration, tracking
+from pipelines.training.beginning import moved_start, provide_initial_weights, training_mark, weights_are_pinned
 from pipelines.training.checkpoints import CheckpointStore
 from pipelines.training.code_version import code_version
 from pipelines.training.config import CurriculumConfig, StageConfig, shown_uri
 from pipelines.training.display import WAITING, Display, output
 from pipelines.training.dry_run import show_dry_run
 from pipelines.training.feed import Record, listening
-from pipelines.training.launch import (
-    final_weights,
-    fit_stage,
-    moved_start,
-    provide_initial_weights,
-    training_mark,
-    weights_are_pinned,
-)
+from pipelines.training.launch import final_weights, fit_stage
 from pipelines.training.mlflow_client import place_of, run_link
 from pipelines.training.plan import FINAL_WEIGHTS, StagePlan, StageResult, new_beside, plan_curriculum
 
@@ -173,7 +167,7 @@ def _run_stage(
             stage_run.log(Record(step, metrics))  # those that an attempt killed here did not log
         display.state(stage.name, "registering")
         metrics, version = _register(plan, last, parent.model if parent else source, run, stage_run.run_id)
-        display.say(f"stage={stage.name} {run.patience(registry.standing, run.client, version, config.promotion)}")
+        display.say(f"stage={stage.name} {run.patience(registration.standing, run.client, version, config.promotion)}")
     result = StageResult(
         stage=stage.name,
         config_hash=plan.hash,
@@ -214,7 +208,7 @@ def _register(
         lineage = _lineage(plan, parent, metrics)
         promotion = plan.config.promotion
         version = run.patience(
-            registry.register, run.client, mlflow_config.registered_model, run_id, weights, lineage, promotion
+            registration.register, run.client, mlflow_config.registered_model, run_id, weights, lineage, promotion
         )
     return metrics, version
 
@@ -235,15 +229,15 @@ def _check_gates(stage: StageConfig, metrics: Mapping[str, float]) -> None:
             )
 
 
-def _lineage(plan: StagePlan, parent: str, metrics: Mapping[str, float]) -> registry.Lineage:
-    return registry.Lineage(
+def _lineage(plan: StagePlan, parent: str, metrics: Mapping[str, float]) -> registration.Lineage:
+    return registration.Lineage(
         stage=plan.stage.name,
         parent=parent,
         manifests={part.data: plan.manifests[part.data].url for part in plan.stage.mixture},
         config_hash=plan.hash,
         code_version=code_version(),
         metrics={name: value for name, value in metrics.items() if name.startswith("val/")},
-        measured=registry.measured_on(plan.stage.validation, plan.versions),
+        measured=registration.measured_on(plan.stage.validation, plan.versions),
     )
 
 

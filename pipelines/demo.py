@@ -35,9 +35,9 @@ from pipelines.predict import predict_clip
 from pipelines.prediction_files import PredictionOptions
 from pipelines.references import resolve_model
 from pipelines.scoring import ScoringOptions, evaluate
+from pipelines.training.aliases import CHAMPION
 from pipelines.training.config import CurriculumConfig
 from pipelines.training.plan import StageResult
-from pipelines.training.registry import CHAMPION
 
 ROOT = Path("runs/demo")
 CONFIG = Path(__file__).with_name("configs") / "demo.yaml"

@@ -46,10 +46,10 @@ def fetch_weights(reference: str, folder: Path, tracking_uri: str | None = None)
         DataError: there is no such file.
     """
     if reference.startswith(_REGISTERED):
-        from pipelines.training import registry
+        from pipelines.training import model_versions
 
-        client, version = registry.look_up(reference, tracking_uri)
-        return registry.download(client, version, folder), registry.numbered(version)
+        client, version = model_versions.look_up(reference, tracking_uri)
+        return model_versions.download(client, version, folder), model_versions.numbered(version)
     store, name = _split_file(reference)
     path = folder / name
     if path.suffix == _CHECKPOINT:
@@ -63,9 +63,9 @@ def fetch_weights(reference: str, folder: Path, tracking_uri: str | None = None)
 def stands_for(reference: str, tracking_uri: str | None = None) -> str:
     """What a reference stands for now, as `fetch_weights` names it. A registered model is not fetched for this."""
     if reference.startswith(_REGISTERED):
-        from pipelines.training import registry
+        from pipelines.training import model_versions
 
-        return registry.numbered(registry.look_up(reference, tracking_uri)[1])
+        return model_versions.numbered(model_versions.look_up(reference, tracking_uri)[1])
     with tempfile.TemporaryDirectory(prefix="gmflow-model-") as folder:
         return fetch_weights(reference, Path(folder), tracking_uri)[1]
 
@@ -86,9 +86,9 @@ def has_moved(reference: str, pinned: str, tracking_uri: str | None = None) -> b
 def check_reference(reference: str, tracking_uri: str | None = None) -> None:
     """Check that a reference leads to a model or file, without fetching it. Raises PipelineError if it does not."""
     if reference.startswith(_REGISTERED):
-        from pipelines.training import registry
+        from pipelines.training import model_versions
 
-        registry.look_up(reference, tracking_uri)
+        model_versions.look_up(reference, tracking_uri)
         return
     store, name = _split_file(reference)
     if store.size(name) is None:

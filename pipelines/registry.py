@@ -29,9 +29,10 @@ from rich.table import Table
 
 from pipelines.errors import PipelineError, command
 from pipelines.lasting import lasting_store
-from pipelines.training import mlflow_client, registry
+from pipelines.training import aliases, mlflow_client, model_versions
+from pipelines.training.aliases import CHAMPION
 from pipelines.training.mlflow_client import place_of
-from pipelines.training.registry import CHAMPION
+from pipelines.training.registration import MEASURED_TAG
 
 DEFAULT_MODEL = "gmflow"
 
@@ -59,7 +60,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def list_versions(client: MlflowClient, name: str | None) -> Table:
     """A table of all versions, the newest of a model first."""
-    models = sorted(model.name for model in registry.registered_models(client))
+    models = sorted(model.name for model in model_versions.registered_models(client))
     if name is not None and name not in models:
         raise PipelineError(f"no model {name!r} at {place_of(client)}; there is {', '.join(models) or 'none'}")
     table = Table(title=place_of(client), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -68,7 +69,7 @@ def list_versions(client: MlflowClient, name: str | None) -> Table:
         table.add_column(column, overflow="fold", no_wrap=not column.startswith(("EPE", "from")))
     for model in [name] if name is not None else models:
         aliases = _aliases(client, model)
-        for version in sorted(registry.versions_of(client, model), key=lambda v: -int(v.version)):
+        for version in sorted(model_versions.versions_of(client, model), key=lambda v: -int(v.version)):
             scores = [f"{n[4:-4]} {float(v):.3f}" for n, v in _metrics(version).items() if n.endswith(".epe")]
             parent = _short(version.tags.get("parent", ""))
             table.add_row(
@@ -130,13 +131,13 @@ def compare(client: MlflowClient, first: ModelVersion, second: ModelVersion) -> 
 def promote(client: MlflowClient, version: ModelVersion, alias: str) -> str | None:
     """Move an alias. Returns the version it was on. Raises PipelineError if MLflow does not accept the alias."""
     with _naming_alias(alias):
-        return registry.move_alias(client, version.name, alias, version.version)
+        return aliases.move_alias(client, version.name, alias, version.version)
 
 
 def roll_back(client: MlflowClient, name: str, alias: str) -> tuple[str, str]:
-    """`registry.roll_back`. Raises PipelineError if MLflow does not move the alias, too."""
+    """`aliases.roll_back`. Raises PipelineError if MLflow does not move the alias, too."""
     with _naming_alias(alias):
-        return registry.roll_back(client, name, alias)
+        return aliases.roll_back(client, name, alias)
 
 
 @contextlib.contextmanager
@@ -150,7 +151,7 @@ def _naming_alias(alias: str) -> Iterator[None]:
 def pull(client: MlflowClient, version: ModelVersion, folder: Path) -> None:
     """Write `model.safetensors` and, last, `lineage.json` into a folder: one of another version is removed first."""
     store = lasting_store(str(folder.absolute()), "folder")
-    weights = registry.version_weights(client, version)
+    weights = model_versions.version_weights(client, version)
     store.delete("lineage.json")
     store.write("model.safetensors", weights)
     lineage = {**_facts(client, version), "metrics": {n: float(v) for n, v in _metrics(version).items()}}
@@ -181,9 +182,7 @@ def _facts(client: MlflowClient, version: ModelVersion) -> dict[str, str]:
     facts |= {name: version.tags[name] for name in known if name in version.tags}
     for data, url in json.loads(version.tags.get("manifests", "{}")).items():
         facts[f"data {data}"] = url
-    facts |= {
-        tag.replace(".", " ", 1): pairs for tag, pairs in version.tags.items() if tag.startswith(registry.MEASURED_TAG)
-    }
+    facts |= {tag.replace(".", " ", 1): pairs for tag, pairs in version.tags.items() if tag.startswith(MEASURED_TAG)}
     return facts
 
 
@@ -201,18 +200,18 @@ def main() -> None:
             table = list_versions(client, arguments.name)
             console.print(table if table.row_count else f"no model is registered at {place_of(client)}")
         case "show":
-            console.print(describe(client, registry.find_version(client, arguments.reference)))
+            console.print(describe(client, model_versions.find_version(client, arguments.reference)))
         case "compare":
-            first, second = (registry.find_version(client, reference) for reference in arguments.references)
+            first, second = (model_versions.find_version(client, reference) for reference in arguments.references)
             console.print(compare(client, first, second))
         case "promote":
-            version = registry.find_version(client, arguments.reference)
+            version = model_versions.find_version(client, arguments.reference)
             _say_moved(version.name, arguments.alias, promote(client, version, arguments.alias), version.version)
         case "rollback":
             before, after = roll_back(client, arguments.name, arguments.alias)
             _say_moved(arguments.name, arguments.alias, before, after)
         case "pull":
-            pull(client, registry.find_version(client, arguments.reference), arguments.folder)
+            pull(client, model_versions.find_version(client, arguments.reference), arguments.folder)
 
 
 def _say_moved(name: str, alias: str, before: str | None, after: str) -> None:

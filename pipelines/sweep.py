@@ -41,11 +41,11 @@ from pipelines.sweeping.tracking import SweepRun
 from pipelines.sweeping.trials import TrialPlan, retry_failed, seed_points
 from pipelines.sweeping.tuning import tune_trials
 from pipelines.sweeping.view import SweepView, front_table
-from pipelines.training import mlflow_client, registry
+from pipelines.training import mlflow_client, registration
+from pipelines.training.beginning import training_mark, write_training_mark
 from pipelines.training.code_version import code_version
 from pipelines.training.config import shown_uri
 from pipelines.training.data_config import SetConfig
-from pipelines.training.launch import training_mark, write_training_mark
 from pipelines.training.mlflow_client import run_link
 from pipelines.training.plan import FINAL_WEIGHTS, check_measurable, learned_pairs
 from pipelines.wording import counted
@@ -259,27 +259,27 @@ def register_best(sweep: Sweep, rows: Sequence[Row], run: SweepRun, plan: TrialP
     best = sorted(finished, key=lambda row: (row.metrics[config.metric], row.name))[: config.registration.best]
     for row in reversed(best):
         version = _register(plan, row, run)
-        standing = run.parent.patience(registry.standing, run.client, version, config.objective)
+        standing = run.parent.patience(registration.standing, run.client, version, config.objective)
         print(f"{row.name} {standing}")
 
 
 def _register(plan: TrialPlan, row: Row, run: SweepRun) -> ModelVersion:
     """Register the model of a finished trial."""
     config, trial = plan.config, plan.trial(row.point)
-    lineage = registry.Lineage(
+    lineage = registration.Lineage(
         stage=config.name,
         parent="random" if plan.weights is None else plan.weights.source,
         manifests={part.data: plan.data[part.data] for part in trial.stage.mixture},
         config_hash=trial.key,
         code_version=code_version(),
         metrics=row.metrics,
-        measured=registry.measured_on(trial.stage.validation, plan.versions),
+        measured=registration.measured_on(trial.stage.validation, plan.versions),
     )
     name, run_id = config.mlflow.registered_model, run.child(row).run_id
     with tempfile.TemporaryDirectory(prefix="gmflow-best-") as folder:
         path = Path(folder) / FINAL_WEIGHTS
         path.write_bytes(open_store(trial.folder).read(FINAL_WEIGHTS))
-        return run.parent.patience(registry.register, run.client, name, run_id, path, lineage, config.objective)
+        return run.parent.patience(registration.register, run.client, name, run_id, path, lineage, config.objective)
 
 
 @resumable_command

@@ -13,7 +13,7 @@ from pipelines.cluster import slots
 from pipelines.config_file import load_config
 from pipelines.sweeping.config import SweepConfig
 from pipelines.sweeping.room import check_room
-from pipelines.training import mlflow_client, registry, tracking
+from pipelines.training import mlflow_client, registration, tracking
 from pipelines.training.config import CurriculumConfig
 from tests.conftest import ROOT
 from tests.scripts import MODULES
@@ -162,8 +162,8 @@ def registered_model(tmp_path, monkeypatch):
     run = tracking.start_run(client, "readme", "readme", {})
     small = GMFlowConfig(backbone_channels=(8, 8, 8), feature_channels=16, num_layers=1)
     save_weights(GMFlow(small), tmp_path / "model.safetensors")
-    lineage = registry.Lineage("chairs", "random", {}, "h", "sources:x", {})
-    registry.register(client, "gmflow", run.info.run_id, tmp_path / "model.safetensors", lineage, None)
+    lineage = registration.Lineage("chairs", "random", {}, "h", "sources:x", {})
+    registration.register(client, "gmflow", run.info.run_id, tmp_path / "model.safetensors", lineage, None)
 
 
 def test_the_commands_are_targets_of_the_makefile():

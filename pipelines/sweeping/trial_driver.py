@@ -19,9 +19,10 @@ from datasets_etl.storage_retries import waiting_for_storage
 from pipelines.errors import LASTING_ERRORS, USER_ERRORS, PipelineError
 from pipelines.sweeping.search import OBJECTIVE, REPLAYED, STEP
 from pipelines.sweeping.trials import Trial, TrialPlan, TrialRecords, TrialResult
+from pipelines.training.beginning import provide_initial_weights
 from pipelines.training.checkpoints import CheckpointStore
 from pipelines.training.feed import FeedWriter, Record, listening
-from pipelines.training.launch import final_weights, fit_stage, provide_initial_weights
+from pipelines.training.launch import final_weights, fit_stage
 from pipelines.training.plan import FINAL_WEIGHTS
 from pipelines.training.stage import StageJob
 

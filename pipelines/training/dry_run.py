@@ -8,11 +8,12 @@ from rich.table import Table
 
 from pipelines.claim import standing_claims
 from pipelines.references import check_reference
+from pipelines.training.beginning import moved_start, weights_are_pinned
 from pipelines.training.checkpoints import CheckpointStore
 from pipelines.training.config import CurriculumConfig, StageConfig
 from pipelines.training.display import output
 from pipelines.training.estimate import TooLargeError, estimate
-from pipelines.training.launch import moved_start, room_lacking, weights_are_pinned
+from pipelines.training.launch import room_lacking
 from pipelines.training.plan import StagePlan, learned_pairs, new_beside, plan_curriculum
 
 _FINISHED = "finished"

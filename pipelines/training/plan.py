@@ -11,9 +11,9 @@ from datasets_etl.objects import ObjectStore
 from datasets_etl.storage import open_store, split_url
 from pipelines.errors import PipelineError
 from pipelines.lasting import lasting_store
+from pipelines.training.beginning import weights_are_pinned
 from pipelines.training.config import CurriculumConfig, StageConfig
 from pipelines.training.data_config import MetricConfig, PartConfig, SetConfig, SubsetConfig
-from pipelines.training.launch import weights_are_pinned
 from pipelines.training.stage import StageJob
 
 FINAL_WEIGHTS = "final.safetensors"

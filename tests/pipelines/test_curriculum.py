@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import copy
 import hashlib
 import json
 import os
@@ -19,11 +18,9 @@ import pytest
 import torch
 import yaml
 from mlflow.tracking import MlflowClient
-from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
 from safetensors.torch import load_file
 
 import pipelines.curriculum
-from datasets_etl.errors import DamagedError, DataError
 from datasets_etl.storage import open_store
 from datasets_etl.storage_retries import PATIENCE_VARIABLE
 from pipelines import report
@@ -33,14 +30,11 @@ from pipelines.config_file import load_config
 from pipelines.curriculum import run_curriculum
 from pipelines.errors import OutageError, PipelineError
 from pipelines.references import resolve_model
-from pipelines.training import launch, mlflow_client
+from pipelines.training import mlflow_client
+from pipelines.training.beginning import provide_initial_weights
 from pipelines.training.config import CurriculumConfig, ModelConfig
 from pipelines.training.dry_run import show_dry_run
-from pipelines.training.feed import Record
-from pipelines.training.launch import provide_initial_weights
-from pipelines.training.machine_config import MachineConfig
 from pipelines.training.plan import StagePlan, plan_curriculum
-from pipelines.training.stage import StageJob
 from tests.pipelines.conftest import Call, Workplace, workplace_in
 from tests.pipelines.machines import train_workers
 from tests.waiting import output_of, wait_until
@@ -303,17 +297,6 @@ def test_a_report_of_a_training_on_gpus_is_made_where_there_are_none(undisturbed
     client.delete_run(elsewhere)
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_workers_that_do_not_fit_are_told_of():
-    """Ray itself would wait without a word."""
-    assert launch.room_lacking(MachineConfig(num_workers=2)) == ""
-    told = launch.room_lacking(MachineConfig(num_workers=2, min_workers=1, cpus_per_worker=999, use_gpu=True))
-    assert "1 worker needs 999 CPUs and a GPU each, the cluster has room for 0" in told
-    told = launch.room_lacking(MachineConfig(num_workers=2, placement="strict_spread"))
-    assert "2 workers need 1 CPU each on a node of its own, the cluster has room for 1" in told
-    assert "machine.placement" in told
-
-
 def test_ctrl_c_ends_a_wait_for_room_which_a_second_driver_does_not_share(workplace: Workplace):
     """Just when somebody sees that the GPUs are missing."""
     workplace.config["machine"]["use_gpu"] = True
@@ -345,13 +328,6 @@ def below(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return []
 
 
-def test_a_users_error_in_ray_trains_controller_is_told_as_it_is():
-    mine = PipelineError("no luck")
-    assert launch._user_error(ControllerError(mine)) is mine
-    assert launch._user_error(copy.copy(ControllerError(mine))) is mine, "as it comes from another process"
-    assert launch._user_error(ControllerError(ValueError("a bug"))) is None
-
-
 @pytest.mark.usefixtures("local_ray")
 def test_the_driver_waits_for_storage_as_the_workers_do(undisturbed: Workplace, monkeypatch):
     """Once the curriculum has begun: before, what does not answer is a mistyped address."""
@@ -373,153 +349,6 @@ def test_weights_are_named_by_what_they_were(undisturbed: Workplace, tmp_path: P
     path = stage_folder(undisturbed, "mix") / "final.safetensors"
     named = provide_initial_weights(open_store(str(tmp_path / "other")), model, 0, str(path), uri)
     assert named == f"{path} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]})"
-
-
-def snapshot(step: int, validated: int = 0) -> dict[str, int]:
-    return {"step": step, "validated": validated}
-
-
-@pytest.mark.parametrize(
-    ("error", "is_lasting"),
-    [(DataError("storage is away"), False), (DamagedError("a flipped bit"), True), (PipelineError("a gate"), True)],
-    ids=str,
-)
-def test_only_what_lasts_ends_a_stage_at_once(error, is_lasting, workplace, tmp_path, monkeypatch):
-    """Storage that was away after three crashes within weeks is a failure like any other."""
-    job = StageJob(resolved(workplace).stages[0], MachineConfig(), {}, str(tmp_path), "feed", 0, "fp32")
-    failure = WorkerGroupError("workers failed", {1: error})
-
-    def train(*_: object) -> None:
-        raise failure
-
-    monkeypatch.setattr(launch, "FeedWriter", lambda name: _Queue())
-    monkeypatch.setattr(launch, "_train_interruptibly", train)
-    monkeypatch.setattr(launch, "TorchTrainer", lambda *_, **__: None)
-    if is_lasting:
-        with pytest.raises(type(error), match=str(error)):
-            launch._fit(job, "name", [])
-    else:
-        assert launch._fit(job, "name", []) is failure
-    monkeypatch.setattr(launch.CheckpointStore, "newest", lambda store, warn: None)
-    with pytest.raises(type(error), match=str(error)):
-        launch.fit_stage(job, "name")
-
-
-@pytest.mark.parametrize(
-    ("found", "max_failures", "fits", "told"),
-    [
-        ([None, None, None, snapshot(40, 40)], 2, 3, ""),
-        ([None, None, None, snapshot(10), snapshot(10), snapshot(40, 40)], 2, 5, ""),  # counted from a new checkpoint
-        ([None, None, None, None], 2, 3, " 3 times, the last: connection refused"),
-        ([None, None], 0, 1, ": connection refused"),
-    ],
-)
-def test_workers_that_cannot_be_connected_are_started_again(
-    found, max_failures, fits, told, workplace, tmp_path, monkeypatch
-):
-    """One that dies while they connect ends Ray Train's run, as a machine that is taken soon after another."""
-    machine = MachineConfig(max_failures=max_failures)
-    job = StageJob(resolved(workplace).stages[0], machine, {}, str(tmp_path), "feed", 0, "fp32")
-    seen, runs = iter(found), []
-    monkeypatch.setattr(launch, "FeedWriter", lambda name: _Queue())
-    monkeypatch.setattr(launch.CheckpointStore, "newest", lambda store, warn: next(seen))
-    refused = ControllerError(RuntimeError("connection refused"))
-    monkeypatch.setattr(launch, "_fit", lambda *_: runs.append(1) or refused)
-    if told:
-        with pytest.raises(OutageError, match=f"could not be started, or not be connected{told}"):
-            launch.fit_stage(job, "name")
-    else:
-        assert launch.fit_stage(job, "name") == found[-1]
-    assert len(runs) == fits
-
-
-def test_what_workers_wait_for_is_told_each_time_it_changes(workplace, tmp_path, monkeypatch):
-    job = StageJob(resolved(workplace).stages[0], MachineConfig(), {}, str(tmp_path), "feed", 0, "fp32")
-    queue, lacking = _Queue(), [""]
-    monkeypatch.setattr(launch, "room_lacking", lambda machine: lacking[0])
-    waiting = launch._Wait(job, queue)
-    told = []
-    for silent, lacks in (
-        *((1, "waits for room"), (20, "waits for room"), (40, ""), (300, ""), (320, "")),
-        (15, ""),  # a worker is there
-        (20, "waits for room"),  # a machine is lost
-        (25, ""),
-        (200, ""),  # there is another, but the workers do not come up on it: as after hours of training
-    ):
-        queue.silent, lacking[0] = silent, lacks
-        waiting.look()
-        told.append(len(queue.records))
-    assert told == [1, 1, 1, 2, 2, 2, 3, 3, 4]
-    assert all(record.waiting and not record.metrics for record in queue.records)
-    first, second, third, fourth = [record.line for record in queue.records]
-    assert first == third == "stage=chairs waits for room"
-    assert second == fourth
-    assert "the cluster could hold them, but none has come up for 180 s" in second
-
-
-class _Queue:
-    """The feed, as a driver asks it how workers are and how often they left, and tells it what they wait for."""
-
-    def __init__(self) -> None:
-        self.left = 0
-        self.silent = 0.0
-        self.records: list[Record] = []
-
-    def silent_s(self) -> float:
-        return self.silent
-
-    def send(self, record: Record) -> None:
-        self.records.append(record)
-
-    def gave_up_for(self) -> None:
-        return None
-
-    def departures(self) -> int:
-        return self.left
-
-
-def test_workers_may_leave_again_before_they_have_come_to_anything(workplace, tmp_path, monkeypatch):
-    """Notices may come in bursts: the second group is told to go while it makes up for the first one's validation."""
-    job = StageJob(resolved(workplace).stages[0], MachineConfig(), {}, str(tmp_path), "feed", 0, "fp32")
-    queue, seen = _Queue(), iter([snapshot(10), snapshot(10), snapshot(10), snapshot(40, 40)])
-    fits = iter([True, True, False])
-
-    def fit(*_: object) -> None:
-        queue.left += next(fits)
-
-    monkeypatch.setattr(launch, "FeedWriter", lambda name: queue)
-    monkeypatch.setattr(launch.CheckpointStore, "newest", lambda store, warn: next(seen))
-    monkeypatch.setattr(launch, "_fit", fit)
-    assert launch.fit_stage(job, "name") == snapshot(40, 40)
-    seen, fits = iter([snapshot(10), snapshot(10)]), iter([False])
-    with pytest.raises(OutageError, match="ended without a new checkpoint"):
-        launch.fit_stage(job, "name")
-
-
-@pytest.mark.parametrize(
-    ("found", "max_failures", "fits"),
-    [
-        ([None, snapshot(10), snapshot(20), snapshot(40, 40)], 1, 3),  # each failure after a new checkpoint
-        ([None, snapshot(10), snapshot(10)], 1, 2),
-        ([None, snapshot(10)], 0, 1),
-        ([None, snapshot(40), snapshot(40, 40)], 1, 2),  # killed in its last validation
-    ],
-)
-def test_failures_count_from_the_newest_checkpoint(found, max_failures, fits, workplace, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "FeedWriter", lambda name: _Queue())
-    stage = resolved(workplace).stages[0]
-    machine = MachineConfig(max_failures=max_failures)
-    job = StageJob(stage, machine, {}, str(tmp_path), "feed", 0, "fp32")
-    seen, runs = iter(found), []
-    monkeypatch.setattr(launch.CheckpointStore, "newest", lambda store, warn: next(seen))
-    monkeypatch.setattr(launch, "_fit", lambda *_: runs.append(1) or TrainingFailedError("a worker\ndied"))
-    if found[-1] == snapshot(40, 40):
-        assert launch.fit_stage(job, "name") == found[-1]
-    else:
-        told = "workers failed 2 times without a new checkpoint, the last" if max_failures else "a worker failed"
-        with pytest.raises(OutageError, match=f"stage chairs: {told}: died .*; the same command goes on"):
-            launch.fit_stage(job, "name")
-    assert len(runs) == fits
 
 
 @pytest.mark.parametrize(

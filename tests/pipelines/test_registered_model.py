@@ -26,7 +26,7 @@ import torch
 from datasets_etl import formats
 from datasets_etl.synthetic import synthetic_pair
 from gmflow import GMFlow, predict_flow, save_weights
-from pipelines.training import mlflow_client, registry, tracking
+from pipelines.training import mlflow_client, registration, tracking
 from tests.pipelines.commands import TINY
 from tests.seaweedfs import free_ports
 from tests.waiting import WAIT_SECONDS, answers, wait_until
@@ -60,8 +60,8 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Registered:
     run = tracking.start_run(client, "served", "chairs", {}).info
     model = GMFlow(TINY).eval()
     save_weights(model, folder / "model.safetensors")
-    lineage = registry.Lineage("chairs", "random", {}, "h", "sources:x", {"val/c/val/epe": 1.0})
-    registry.register(client, "gmflow", run.run_id, folder / "model.safetensors", lineage, None)
+    lineage = registration.Lineage("chairs", "random", {}, "h", "sources:x", {"val/c/val/epe": 1.0})
+    registration.register(client, "gmflow", run.run_id, folder / "model.safetensors", lineage, None)
     return Registered(model, uri, folder)
 
 
@@ -215,8 +215,8 @@ def test_registering_takes_no_gpu_from_the_workers(registered, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", look)
     client = mlflow_client.connect(registered.tracking_uri)
     run = tracking.start_run(client, "served", "things", {}).info
-    lineage = registry.Lineage("things", "random", {}, "h", "sources:x", {})
-    version = registry.register(client, "tried", run.run_id, registered.folder / "model.safetensors", lineage, None)
+    lineage = registration.Lineage("things", "random", {}, "h", "sources:x", {})
+    version = registration.register(client, "tried", run.run_id, registered.folder / "model.safetensors", lineage, None)
     assert not any(looked)
     loaded = mlflow.pyfunc.load_model(f"models:/tried/{version.version}")
     assert looked.count(True) == 1

@@ -20,7 +20,7 @@ from datasets_etl.objects import file_sha256
 from gmflow import GMFlow, GMFlowError, load_model, save_weights
 from pipelines import references
 from pipelines.errors import PipelineError
-from pipelines.training import mlflow_client, registry, tracking
+from pipelines.training import aliases, mlflow_client, model_versions, registration, tracking
 from pipelines.training.data_config import MetricConfig
 from tests.pipelines.commands import TINY
 
@@ -40,12 +40,12 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(number)
         save_weights(GMFlow(TINY), folder / f"{number}.safetensors")
         parent = "random" if number == 1 else f"models:/gmflow/{number - 1}"
-        lineage = registry.Lineage(
+        lineage = registration.Lineage(
             stage, parent, {"chairs": f"file:///c{number}"}, f"h{number}", "sources:x", {"val/c/val/epe": epe}
         )
         stage_run = tracking.start_run(client, "r", stage, {}).info.run_id
         rule = MetricConfig(data="c", subset="val")
-        registry.register(client, "gmflow", stage_run, folder / f"{number}.safetensors", lineage, rule)
+        registration.register(client, "gmflow", stage_run, folder / f"{number}.safetensors", lineage, rule)
     return folder
 
 
@@ -90,12 +90,12 @@ def test_nothing_is_cut_in_a_terminal_of_80_columns(call, monkeypatch, tmp_path)
     save_weights(GMFlow(TINY), weights)
     name, run_ids = "sintel.training-clean", []
     for number in ("1", "2"):
-        lineage = registry.Lineage(
+        lineage = registration.Lineage(
             *("sintel", f"models:/gmflow/{number}", {"sintel": f"s3://bucket/sets/sintel/manifest-{number * 16}.json"}),
             *(number * 12, "git:" + number * 40, {"val/sintel/training-clean/epe": 2.5}),
         )
         run_ids.append(tracking.start_run(client, "r", "sintel", {}).info.run_id)
-        registry.register(client, "gmflow", run_ids[-1], weights, lineage, None)
+        registration.register(client, "gmflow", run_ids[-1], weights, lineage, None)
     monkeypatch.setattr(mlflow_client, "tracking_uri", lambda configured: uri)
 
     def told(*arguments: str) -> str:
@@ -111,7 +111,7 @@ def test_nothing_is_cut_in_a_terminal_of_80_columns(call, monkeypatch, tmp_path)
     assert all(word in compared for word in (*run_ids, "1" * 12, "2" * 12, f"val.{name}.epe"))
     path = "/data/weights/gmflow_sintel.pth (sha256 0123456789abcdef)"
     run = tracking.start_run(client, "r", "chairs", {}).info.run_id
-    registry.register(client, "gmflow", run, weights, registry.Lineage("chairs", path, {}, "h", "c", {}), None)
+    registration.register(client, "gmflow", run, weights, registration.Lineage("chairs", path, {}, "h", "c", {}), None)
     listed = told("list").split()
     assert all(
         word in listed for word in ("gmflow/3", "champion", "gmflow_sintel.pth", f"{datetime.now(UTC):%Y-%m-%d}")
@@ -141,7 +141,7 @@ def test_a_version_that_was_deleted_is_rolled_back_over(call, tmp_path):
     client.create_registered_model("gmflow")
     for number in "123":
         client.create_model_version("gmflow", f"file://{tmp_path}")
-        registry.move_alias(client, "gmflow", "champion", number)
+        aliases.move_alias(client, "gmflow", "champion", number)
     client.delete_model_version("gmflow", "2")
     assert call(pipelines.registry, "rollback")[1] == "models:/gmflow@champion is version 1, was 3\n"
 
@@ -149,7 +149,7 @@ def test_a_version_that_was_deleted_is_rolled_back_over(call, tmp_path):
 def test_models_beyond_the_first_page_are_listed(monkeypatch):
     pages = {None: PagedList(["a", "b"], "next"), "next": PagedList(["c"], None)}
     client = SimpleNamespace(search_registered_models=lambda page_token: pages[page_token])
-    assert list(registry.registered_models(client)) == ["a", "b", "c"]
+    assert list(model_versions.registered_models(client)) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("alias", ["v3", "latest", "a b"])
@@ -166,8 +166,8 @@ def test_a_move_that_was_killed_halfway_leaves_one_step_to_roll_back(tmp_path, m
     run = tracking.start_run(client, "r", "chairs", {}).info.run_id
     for _ in range(3):
         client.create_model_version("m", f"file://{tmp_path}", run)
-    registry.move_alias(client, "m", "champion", "1")
-    registry.move_alias(client, "m", "champion", "2")
+    aliases.move_alias(client, "m", "champion", "1")
+    aliases.move_alias(client, "m", "champion", "2")
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -175,16 +175,16 @@ def test_a_move_that_was_killed_halfway_leaves_one_step_to_roll_back(tmp_path, m
     monkeypatch.setattr(client, "set_registered_model_alias", killed)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            registry.move_alias(client, "m", "champion", "3")
+            aliases.move_alias(client, "m", "champion", "3")
     monkeypatch.undo()
-    registry.move_alias(client, "m", "champion", "3")
-    monkeypatch.setattr(registry, "_remember", killed)
+    aliases.move_alias(client, "m", "champion", "3")
+    monkeypatch.setattr(aliases, "_remember", killed)
     with pytest.raises(KeyboardInterrupt):
-        registry.roll_back(client, "m", "champion")  # has moved, and not forgotten yet
+        aliases.roll_back(client, "m", "champion")  # has moved, and not forgotten yet
     monkeypatch.undo()
-    assert registry.roll_back(client, "m", "champion") == ("2", "1"), "3 was remembered once"
+    assert aliases.roll_back(client, "m", "champion") == ("2", "1"), "3 was remembered once"
     with pytest.raises(PipelineError, match="no earlier version is left; it is on 1"):
-        registry.roll_back(client, "m", "champion")
+        aliases.roll_back(client, "m", "champion")
 
 
 def test_files_are_not_written_to_a_url_as_if_it_were_a_folder(call, tmp_path, monkeypatch):
@@ -279,9 +279,9 @@ def test_what_cannot_be_looked_up_is_not_said_to_have_moved(monkeypatch, error):
 def test_a_version_whose_files_were_deleted_says_so(registered, tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = mlflow_client.connect(uri)
-    lineage = registry.Lineage("chairs", "random", {}, "h", "sources:x", {})
+    lineage = registration.Lineage("chairs", "random", {}, "h", "sources:x", {})
     stage_run = tracking.start_run(client, "r", "chairs", {}).info.run_id
-    version = registry.register(client, "gmflow", stage_run, registered / "1.safetensors", lineage, None)
+    version = registration.register(client, "gmflow", stage_run, registered / "1.safetensors", lineage, None)
     for file in (tmp_path / "mlflow-artifacts").rglob("*.safetensors"):
         file.unlink()
     with pytest.raises(PipelineError, match=f"models:/gmflow/{version.version}: .*its files were deleted"):
@@ -404,9 +404,9 @@ def test_a_champion_is_no_better_by_what_tags_do_not_hold(tmp_path):
     save_weights(GMFlow(TINY), tmp_path / "w.safetensors")
     rule = MetricConfig(data="c", subset="val")
     for number, epe in enumerate([2.50000049, 2.50000001, 2.49999951]):
-        lineage = registry.Lineage("chairs", "random", {}, f"h{number}", "sources:x", {"val/c/val/epe": epe})
+        lineage = registration.Lineage("chairs", "random", {}, f"h{number}", "sources:x", {"val/c/val/epe": epe})
         run = tracking.start_run(client, "r", "chairs", {}).info.run_id
-        registry.register(client, "gmflow", run, tmp_path / "w.safetensors", lineage, rule)
+        registration.register(client, "gmflow", run, tmp_path / "w.safetensors", lineage, rule)
     assert str(client.get_model_version_by_alias("gmflow", "champion").version) == "1"
 
 
@@ -417,10 +417,10 @@ def test_it_is_said_whether_a_new_version_is_the_champion(tmp_path):
     told = []
     for number, epe in enumerate([None, 3.0, 3.5, 2.5]):
         metrics = {} if epe is None else {"val/c/val/epe": epe}
-        lineage = registry.Lineage("chairs", "random", {}, f"h{number}", "sources:x", metrics)
+        lineage = registration.Lineage("chairs", "random", {}, f"h{number}", "sources:x", metrics)
         run = tracking.start_run(client, "r", "chairs", {}).info.run_id
-        version = registry.register(client, "gmflow", run, tmp_path / "w.safetensors", lineage, rule)
-        told.append(registry.standing(client, version, rule))
+        version = registration.register(client, "gmflow", run, tmp_path / "w.safetensors", lineage, rule)
+        told.append(registration.standing(client, version, rule))
     assert told == [
         "registered as models:/gmflow/1; there is no champion yet",
         "registered as models:/gmflow/2, now the champion, val/c/val/epe 3",
@@ -436,16 +436,16 @@ def test_a_model_whose_upload_was_cut_off_is_logged_again(tmp_path):
     run = tracking.start_run(client, "r", "chairs", {}).info
     tags = {"weights_sha256": file_sha256(tmp_path / "w.safetensors")}
     client.create_logged_model(run.experiment_id, source_run_id=run.run_id, tags=tags)  # which is not READY
-    lineage = registry.Lineage("chairs", "random", {}, "h", "sources:x", {})
-    version = registry.register(client, "gmflow", run.run_id, tmp_path / "w.safetensors", lineage, None)
-    assert registry.version_weights(client, version) == (tmp_path / "w.safetensors").read_bytes()
+    lineage = registration.Lineage("chairs", "random", {}, "h", "sources:x", {})
+    version = registration.register(client, "gmflow", run.run_id, tmp_path / "w.safetensors", lineage, None)
+    assert model_versions.version_weights(client, version) == (tmp_path / "w.safetensors").read_bytes()
 
 
 def test_a_runs_weights_under_two_names_are_a_version_of_each(tmp_path):
     client = mlflow_client.connect(f"sqlite:///{tmp_path}/mlflow.db")
     save_weights(GMFlow(TINY), tmp_path / "w.safetensors")
     run = tracking.start_run(client, "r", "chairs", {}).info.run_id
-    lineage = registry.Lineage("chairs", "random", {}, "h", "sources:x", {})
+    lineage = registration.Lineage("chairs", "random", {}, "h", "sources:x", {})
     for name in ("first", "second", "first"):
-        assert registry.register(client, name, run, tmp_path / "w.safetensors", lineage, None).name == name
-    assert [len(registry.versions_of(client, name)) for name in ("first", "second")] == [1, 1]
+        assert registration.register(client, name, run, tmp_path / "w.safetensors", lineage, None).name == name
+    assert [len(model_versions.versions_of(client, name)) for name in ("first", "second")] == [1, 1]

@@ -21,7 +21,7 @@ from gmflow.metrics import ErrorMetrics
 from pipelines.config_file import load_config
 from pipelines.errors import PipelineError
 from pipelines.scoring import evaluate
-from pipelines.training import group, interval, launch, stage, worker_log
+from pipelines.training import beginning, group, interval, launch, stage, worker_log
 from pipelines.training.config import CurriculumConfig
 from pipelines.training.data_config import PartConfig
 from pipelines.training.feed import Record
@@ -41,7 +41,7 @@ class Trained:
         self.config = config
         self.told: list[Record] = []
         (plan,) = plan_curriculum(config)
-        launch.provide_initial_weights(plan.folder, config.model, config.seed, None, None)
+        beginning.provide_initial_weights(plan.folder, config.model, config.seed, None, None)
         feed: Any = SimpleNamespace(send=self.told.append)
         self.worker = stage._Worker(plan.job, feed, Watchdog(900.0, lambda step, text: None, lambda: None))
 

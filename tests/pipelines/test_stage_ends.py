@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
-from ray.exceptions import ActorDiedError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from safetensors.torch import load, load_file
 
 import pipelines.curriculum
@@ -24,10 +22,12 @@ from pipelines import report
 from pipelines.config_file import load_config
 from pipelines.curriculum import run_curriculum
 from pipelines.errors import PipelineError
-from pipelines.training import launch, registry, tracking
+from pipelines.training import registration, tracking
+from pipelines.training.beginning import provide_initial_weights
 from pipelines.training.config import CurriculumConfig, ModelConfig
-from pipelines.training.launch import final_weights, provide_initial_weights
+from pipelines.training.launch import final_weights
 from pipelines.training.plan import StageResult
+from pipelines.training.registration import Lineage
 from pipelines.training.stage import StageJob
 from tests.pipelines.conftest import Workplace
 
@@ -47,7 +47,7 @@ class Driver:
         self.ran: list[str] = []
         self.jobs: list[StageJob] = []
         self.started_from: list[dict[str, torch.Tensor]] = []
-        self.registered: list[registry.Lineage] = []
+        self.registered: list[Lineage] = []
 
     def fit(self, job: StageJob, name: str) -> dict[str, Any]:
         self.ran.append(job.stage.name)
@@ -56,7 +56,7 @@ class Driver:
         torch.manual_seed(100 + len(self.ran))
         return snapshot(GMFlow(ModelConfig(**self.workplace.config["model"]).build()), self.records)
 
-    def register(self, client: Any, name: str, run_id: str, weights: Path, lineage: registry.Lineage, _: Any) -> Any:
+    def register(self, client: Any, name: str, run_id: str, weights: Path, lineage: Lineage, _: Any) -> Any:
         self.registered.append(lineage)
         return SimpleNamespace(name=name, version=str(len(self.registered)))
 
@@ -70,7 +70,7 @@ def driver(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> Driver:
     driver = Driver(workplace)
     monkeypatch.setattr(pipelines.curriculum, "fit_stage", driver.fit)
     monkeypatch.setattr(pipelines.curriculum, "listening", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(pipelines.curriculum.registry, "register", driver.register)
+    monkeypatch.setattr(registration, "register", driver.register)
     monkeypatch.setattr(pipelines.curriculum.report, "log_curriculum_report", lambda client, run_id: None)
     return driver
 
@@ -313,18 +313,3 @@ def test_a_stage_that_was_finished_before_results_named_their_mlflow_is_found(dr
     path.write_text(json.dumps(content))
     (found,) = driver.run("only=[chairs]")
     assert (found.model, driver.ran) == (before.model, ["chairs"])
-
-
-def test_a_worker_that_is_gone_is_told_from_one_that_raised(monkeypatch):
-    """The others fail with it; and what a worker raised may be of the end of an actor that it asked."""
-    sent = []
-    monkeypatch.setattr(launch, "FeedWriter", lambda name: SimpleNamespace(send=sent.append))
-    failures = launch._Failures(SimpleNamespace(stage=SimpleNamespace(name="chairs"), feed="feed"))
-    cut_off = RuntimeError("gloo: connection reset by peer")
-    failures.after_exception(None, {0: cut_off, 2: WorkerHealthCheckFailedError("Worker(…)", ActorDiedError())})
-    failures.after_exception(None, {1: cut_off, 2: ActorDiedError()})
-    failures.after_exception(None, {0: PipelineError("the command ends with it, and says it")})
-    assert [record.line for record in sent] == [
-        "stage=chairs worker 2 failed: its process is gone: killed, out of memory, or its machine lost",
-        "stage=chairs worker 1 failed: gloo: connection reset by peer",
-    ]

@@ -9,7 +9,7 @@ from mlflow.tracking import MlflowClient
 
 from gmflow import GMFlow, GMFlowConfig, save_weights
 from pipelines.references import resolve_model
-from pipelines.training import mlflow_client, registry, tracking
+from pipelines.training import mlflow_client, model_versions, registration, tracking
 from tests.pipelines.conftest import Workplace
 from tests.pipelines.sweeps import METRIC, run, runs_of, start, table_of, wait_for
 from tests.waiting import kill_tree
@@ -31,8 +31,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, manifests: dict[str, str]) -
     save_weights(GMFlow(GMFlowConfig.from_dict(GMFlowConfig.refine().to_dict() | small | setting)), weights)
     client = mlflow_client.connect(f"sqlite:///{folder}/mlflow.db")
     given = tracking.start_run(client, "given", "start", {}).info.run_id
-    registry.register(
-        client, "gmflow", given, weights, registry.Lineage("start", "random", {}, "h", "sources:x", {}), None
+    registration.register(
+        client, "gmflow", given, weights, registration.Lineage("start", "random", {}, "h", "sources:x", {}), None
     )
     config = {
         "name": "tune",
@@ -171,7 +171,7 @@ def test_the_best_trial_is_registered_with_its_setting(tuned):
 def test_a_sweep_that_has_ended_is_told_again_without_any_training(tuned):
     workplace, output = tuned
     kept = {path: path.stat().st_mtime_ns for path in (workplace.folder / "storage/tune").glob("trials/**/*.*")}
-    champion = registry.find_version(mlflow_client.connect(workplace.tracking_uri), "models:/gmflow@champion")
+    champion = model_versions.find_version(mlflow_client.connect(workplace.tracking_uri), "models:/gmflow@champion")
     assert int(champion.version) == 2, "the sweep did not move its own alias"
     again = run(workplace)
     assert "goes on with models:/gmflow/1, what models:/gmflow@champion was when this sweep began" in again

@@ -27,10 +27,11 @@ from mlflow.protos.databricks_pb2 import (
 from gmflow import GMFlow, predict_flow, save_weights
 from pipelines import references
 from pipelines.errors import OutageError, PipelineError
-from pipelines.training import feed, mlflow_client, mlflow_patience, registry, tracking
+from pipelines.training import aliases, feed, mlflow_client, mlflow_patience, registration, tracking
 from pipelines.training.config import MlflowConfig, shown_uri
 from pipelines.training.data_config import MetricConfig, SetConfig
 from pipelines.training.feed import FeedWriter, Record, listening
+from pipelines.training.registration import Lineage
 from tests.faulty_proxy import faulty_proxy
 from tests.mlflow_server import MlflowServer, mlflow_running
 from tests.pipelines.commands import TINY
@@ -66,8 +67,8 @@ def stage_run(server: str, request: pytest.FixtureRequest) -> tracking.TrackedRu
     return curriculum_run(server, request.node.name).child("chairs", key=f"{request.node.name}/chairs")
 
 
-def lineage(stage: str, config_hash: str, epe: float) -> registry.Lineage:
-    return registry.Lineage(stage, "random", {"chairs": "file:///c"}, config_hash, "sources:x", {"val/c/val/epe": epe})
+def lineage(stage: str, config_hash: str, epe: float) -> Lineage:
+    return Lineage(stage, "random", {"chairs": "file:///c"}, config_hash, "sources:x", {"val/c/val/epe": epe})
 
 
 def history(run: tracking.TrackedRun, metric: str) -> list[tuple[int, float]]:
@@ -98,7 +99,7 @@ def test_a_lost_answer_makes_no_run_version_or_experiment_twice(server, tmp_path
         run = curriculum_run(between.endpoint, "lost", told.append, experiment="lost answers")
         stage = run.child("chairs", key="lost/chairs")
         found = lineage("chairs", "h1", 3.0)
-        version = run.patience(registry.register, run.client, "lost", stage.run_id, weights, found, None)
+        version = run.patience(registration.register, run.client, "lost", stage.run_id, weights, found, None)
     assert {path.rpartition("2.0/mlflow/")[2] for path in met} == {
         *("experiments/create", "runs/create", "registered-models/create", "model-versions/create")
     }
@@ -181,7 +182,7 @@ def test_steps_told_again_after_a_resume_are_not_told_twice(server, stage_run, r
 def test_a_registered_model_is_the_same_one_and_opens_no_pickle(server, stage_run, tmp_path: Path, monkeypatch):
     model = GMFlow(TINY).eval()
     save_weights(model, tmp_path / "model.safetensors")
-    version = registry.register(
+    version = registration.register(
         stage_run.client, "pulled", stage_run.run_id, tmp_path / "model.safetensors", lineage("chairs", "h1", 3.0), None
     )
     pulled = references.resolve_model("models:/pulled@champion", server)
@@ -204,7 +205,7 @@ def test_registering_again_gives_the_first_version_and_champion_moves_only_when_
 
     def register(stage: str, config_hash: str, epe: float) -> str:
         found = lineage(stage, config_hash, epe)
-        return registry.register(stage_run.client, "ruled", stage_run.run_id, weights, found, rule).version
+        return registration.register(stage_run.client, "ruled", stage_run.run_id, weights, found, rule).version
 
     def alias(name: str) -> str:
         return stage_run.client.get_model_version_by_alias("ruled", name).version
@@ -219,7 +220,7 @@ def test_registering_again_gives_the_first_version_and_champion_moves_only_when_
     first = retrained
     stage_run.client.set_registered_model_alias("ruled", "champion", first)
     unmeasured = replace(lineage("chairs", "h9", 0.0), metrics={})
-    registry.register(stage_run.client, "ruled", stage_run.run_id, weights, unmeasured, rule)
+    registration.register(stage_run.client, "ruled", stage_run.run_id, weights, unmeasured, rule)
     assert alias("champion") == first
     stage_run.client.set_registered_model_alias("ruled", "chairs", first)
     worse = register("things", "h2", 3.5)
@@ -236,9 +237,9 @@ def test_figures_of_other_pairs_dethrone_no_champion(stage_run, tmp_path: Path, 
     versions = {"c": "0123456789abcdef"}
 
     def register(config_hash: str, epe: float, limit: int | None) -> str:
-        measured = registry.measured_on([SetConfig(data="c", subset="val", limit=limit)], versions)
+        measured = registration.measured_on([SetConfig(data="c", subset="val", limit=limit)], versions)
         found = replace(lineage("chairs", config_hash, epe), measured=measured)
-        return registry.register(stage_run.client, "measured", stage_run.run_id, weights, found, rule).version
+        return registration.register(stage_run.client, "measured", stage_run.run_id, weights, found, rule).version
 
     def champion() -> str:
         return stage_run.client.get_model_version_by_alias("measured", "champion").version
@@ -260,9 +261,9 @@ def test_a_champion_that_the_server_did_not_tell_of_is_not_dethroned(server, sta
     save_weights(GMFlow(TINY), weights)
     best, worse = lineage("chairs", "h1", 1.0), lineage("things", "h2", 99.0)
 
-    def register(run: tracking.CurriculumRun, found: registry.Lineage) -> str:
+    def register(run: tracking.CurriculumRun, found: Lineage) -> str:
         rule = MetricConfig(data="c", subset="val")
-        return run.patience(registry.register, run.client, "busy", stage_run.run_id, weights, found, rule).version
+        return run.patience(registration.register, run.client, "busy", stage_run.run_id, weights, found, rule).version
 
     champion = register(curriculum_run(server, "busy"), best)
     other = register(curriculum_run(server, "busy"), worse)
@@ -277,7 +278,7 @@ def test_a_champion_that_the_server_did_not_tell_of_is_not_dethroned(server, sta
 
 def test_a_missing_model_names_those_there_are(server, stage_run, tmp_path: Path):
     save_weights(GMFlow(TINY), tmp_path / "model.safetensors")
-    registry.register(
+    registration.register(
         stage_run.client, "named", stage_run.run_id, tmp_path / "model.safetensors", lineage("chairs", "h1", 1.0), None
     )
     with pytest.raises(PipelineError, match=r"models:/named@best: no such model.*models:/named@champion"):
@@ -612,15 +613,15 @@ def test_a_link_that_cannot_be_looked_up_is_the_runs_id(server, monkeypatch):
 
 def test_who_may_not_see_an_alias_is_not_told_that_there_is_none(stage_run, monkeypatch):
     """A model would take the place of a champion that was never compared with it."""
-    assert registry._version_by_alias(stage_run.client, "gmflow", "nobody") is None
-    assert registry._version_by_alias(stage_run.client, "no such model", "champion") is None
+    assert aliases.version_by_alias(stage_run.client, "gmflow", "nobody") is None
+    assert aliases.version_by_alias(stage_run.client, "no such model", "champion") is None
 
     def refuse(*_: object) -> None:
         raise MlflowException("not yours", error_code=PERMISSION_DENIED)
 
     monkeypatch.setattr(stage_run.client, "get_model_version_by_alias", refuse)
     with pytest.raises(MlflowException, match="not yours"):
-        registry._version_by_alias(stage_run.client, "gmflow", "champion")
+        aliases.version_by_alias(stage_run.client, "gmflow", "champion")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from pipelines.sweeping.trials import (
     listed_points,
     retry_failed,
 )
-from pipelines.training import mlflow_client, registry
+from pipelines.training import mlflow_client, model_versions, registration
 from pipelines.training.plan import FINAL_WEIGHTS
 from tests.pipelines.sweeping.made import MANIFESTS, METRIC, REFINE, TINY, row
 
@@ -166,12 +166,12 @@ def test_of_several_registered_trials_the_best_is_the_last_and_has_the_alias(tra
         rows.append(Row(trial.name, "trial", trial.key, trial.model.build(), "finished", metrics={METRIC: epe}))
     told = []
 
-    def register(client: Any, name: str, run_id: str, path: Path, lineage: registry.Lineage, rule: Any) -> Any:
+    def register(client: Any, name: str, run_id: str, path: Path, lineage: registration.Lineage, rule: Any) -> Any:
         told.append((lineage.metrics[METRIC], lineage.stage, lineage.measured))
         return SimpleNamespace(name=name, version="1")
 
-    monkeypatch.setattr(registry, "register", register)
-    monkeypatch.setattr(registry, "standing", lambda client, version, rule: registry.numbered(version))
+    monkeypatch.setattr(registration, "register", register)
+    monkeypatch.setattr(registration, "standing", lambda client, version, rule: model_versions.numbered(version))
     run: Any = SimpleNamespace(
         client=None,
         parent=SimpleNamespace(patience=lambda work, *a: work(*a)),

@@ -1,22 +1,19 @@
-"""Registered models with their lineage."""
+"""Registration of what a stage or trial ended with, with its lineage."""
 
 import base64
 import contextlib
 import io
 import json
 import logging
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from importlib.metadata import version as package_version
 from pathlib import Path
 
 import mlflow
 import numpy as np
 from mlflow.entities import LoggedModelStatus
-from mlflow.entities.model_registry import ModelVersion, RegisteredModel
-from mlflow.exceptions import MlflowException
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -25,15 +22,12 @@ from mlflow.types.schema import AnyType
 import gmflow
 from datasets_etl.formats import encode_frame_png
 from datasets_etl.objects import file_sha256
-from pipelines.entry import first_line
-from pipelines.errors import OutageError, PipelineError
-from pipelines.training import mlflow_client, mlflow_patience
+from pipelines.training import mlflow_client
+from pipelines.training.aliases import CHAMPION, earlier_versions, move_alias, version_by_alias
 from pipelines.training.data_config import MetricConfig, SetConfig
-from pipelines.training.mlflow_client import place_of
+from pipelines.training.model_versions import numbered
 
 log = logging.getLogger(__name__)
-
-CHAMPION = "champion"
 
 _FIGURE = ".6g"  # how tags hold figures
 MEASURED_TAG = "measured."
@@ -42,8 +36,6 @@ MEASURED_TAG = "measured."
 _WEIGHTS_TAG = "weights_sha256"
 
 _LOADED_WITH = "MLFLOW_PYFUNC_INFERENCE_CONFIG"
-
-_REMEMBERED = 100  # how many versions an alias can be rolled back
 
 # AnyType stands for an array, or the bytes of an image file, plain or in base64: MLflow has no type for "one of these".
 _SIGNATURE = ModelSignature(
@@ -135,77 +127,6 @@ def register(
     return version
 
 
-def move_alias(client: MlflowClient, model_name: str, alias: str, version: str) -> str | None:
-    """Point an alias to a version, and keep the one before in the model's tags. Returns that; None for a new alias."""
-    before = _alias(client, model_name, alias)
-    if before == str(version):
-        return before
-    earlier = _earlier_versions(client, model_name, alias)
-    if before is not None and earlier[-1:] != [before]:  # otherwise an attempt that was then killed has stored it
-        _remember(client, model_name, alias, [*earlier, before])
-    client.set_registered_model_alias(model_name, alias, version)
-    return before
-
-
-def roll_back(client: MlflowClient, model_name: str, alias: str) -> tuple[str, str]:
-    """Point an alias to its previous version; a second call goes to the one before that. Returns (old, new) version.
-
-    Raises PipelineError if there is no such alias, or no earlier version.
-    """
-    before = _alias(client, model_name, alias)
-    if before is None:
-        raise PipelineError(
-            f"models:/{model_name}@{alias}: no such model at {place_of(client)}; there is: {_known(client)}"
-        )
-    versions = _earlier_versions(client, model_name, alias)
-    # The same one is left by a rollback that was killed halfway.
-    while versions and (versions[-1] == before or not _exists(client, model_name, versions[-1])):
-        versions.pop()
-    if not versions:
-        raise PipelineError(f"models:/{model_name}@{alias}: no earlier version is left; it is on {before}")
-    *earlier, wanted = versions
-    client.set_registered_model_alias(model_name, alias, wanted)
-    _remember(client, model_name, alias, earlier)
-    return before, wanted
-
-
-def _exists(client: MlflowClient, model_name: str, version: str) -> bool:
-    """Whether a version was not deleted. Raises MLflow's error if it does not say so."""
-    try:
-        client.get_model_version(model_name, version)
-    except MlflowException as error:
-        if error.get_http_status_code() != HTTPStatus.NOT_FOUND:
-            raise
-        return False
-    return True
-
-
-def _alias(client: MlflowClient, model_name: str, alias: str) -> str | None:
-    found = _version_by_alias(client, model_name, alias)
-    return None if found is None else str(found.version)
-
-
-def _version_by_alias(client: MlflowClient, model_name: str, alias: str) -> ModelVersion | None:
-    """None if there is no such alias or model. Raises MLflow's error if it does not say so: it is away, or refuses."""
-    try:
-        return client.get_model_version_by_alias(model_name, alias)
-    except MlflowException as error:
-        if error.get_http_status_code() not in (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND):
-            raise
-        return None
-
-
-def _earlier_versions(client: MlflowClient, model_name: str, alias: str) -> list[str]:
-    """Versions that an alias pointed to before, the most recent one last."""
-    tags = client.get_registered_model(model_name).tags
-    found: list[str] = json.loads(tags.get(f"earlier.{alias}", "[]"))
-    return found
-
-
-def _remember(client: MlflowClient, model_name: str, alias: str, versions: list[str]) -> None:
-    client.set_registered_model_tag(model_name, f"earlier.{alias}", json.dumps(versions[-_REMEMBERED:]))
-
-
 def _registered(client: MlflowClient, model_name: str, run_id: str, tags: Mapping[str, str]) -> ModelVersion | None:
     """The version that an earlier attempt registered before it could store its result; None if there is none."""
     versions = client.search_model_versions(f"run_id = '{run_id}'")
@@ -267,7 +188,7 @@ def _improves(client: MlflowClient, model_name: str, lineage: Lineage, promotion
     figure = lineage.metrics.get(promotion.name)
     if figure is None:  # a model that was not measured replaces no champion
         return False
-    champion = _version_by_alias(client, model_name, CHAMPION)
+    champion = version_by_alias(client, model_name, CHAMPION)
     reigning = None if champion is None else champion.tags.get(_figure_tag(promotion.name))
     if champion is None or reigning is None:
         return True
@@ -284,7 +205,7 @@ def _improves(client: MlflowClient, model_name: str, lineage: Lineage, promotion
 
 def standing(client: MlflowClient, version: ModelVersion, promotion: MetricConfig | None) -> str:
     """A line that says as what a version is registered, and whether it is the champion or which version is."""
-    champion = _version_by_alias(client, version.name, CHAMPION)
+    champion = version_by_alias(client, version.name, CHAMPION)
     registered = f"registered as {numbered(version)}"
     if champion is None:
         return f"{registered}; there is no {CHAMPION} yet"
@@ -292,84 +213,5 @@ def standing(client: MlflowClient, version: ModelVersion, promotion: MetricConfi
     by = "" if promotion is None or figure is None else f", {promotion.name} {figure}"
     if str(champion.version) != str(version.version):
         return f"{registered}; the {CHAMPION} is still version {champion.version}{by}"
-    before = [one for one in _earlier_versions(client, version.name, CHAMPION) if one != str(champion.version)]
+    before = [one for one in earlier_versions(client, version.name, CHAMPION) if one != str(champion.version)]
     return f"{registered}, now the {CHAMPION}{by}" + (f" (before: version {before[-1]})" if before else "")
-
-
-def numbered(version: ModelVersion) -> str:
-    """A version's reference by number."""
-    return f"models:/{version.name}/{version.version}"
-
-
-def look_up(reference: str, tracking_uri: str | None) -> tuple[MlflowClient, ModelVersion]:
-    """A client of the registry, and the version that a reference stands for. Raises PipelineError if there is none.
-
-    Args:
-        reference: models:/NAME@ALIAS or models:/NAME/VERSION.
-        tracking_uri: URI of the registry; for None, see `mlflow_client.tracking_uri`.
-    """
-    try:
-        client = mlflow_client.connect_existing(tracking_uri)
-    except PipelineError as error:
-        raise type(error)(f"{reference}: {error}") from error
-    return client, find_version(client, reference)
-
-
-def find_version(client: MlflowClient, reference: str) -> ModelVersion:
-    """The version of `models:/NAME@ALIAS` or `models:/NAME/VERSION`. Raises PipelineError if there is none."""
-    name, _, alias = reference.removeprefix("models:/").partition("@")
-    name, _, number = name.partition("/")
-    if not reference.startswith("models:/") or not name or not (alias or number):
-        raise PipelineError(f"{reference}: no registered model; write models:/NAME@ALIAS or models:/NAME/VERSION")
-    try:
-        return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
-    except MlflowException as error:
-        if mlflow_patience.may_pass(error):
-            raise OutageError(f"{reference}: {place_of(client)} does not answer: {error.message}") from error
-        known = _known(client)
-        raise PipelineError(f"{reference}: no such model at {place_of(client)}; there is: {known}") from error
-
-
-def version_weights(client: MlflowClient, version: ModelVersion) -> bytes:
-    """Content of the `.safetensors` of a version. Raises PipelineError if it has none."""
-    with tempfile.TemporaryDirectory(prefix="gmflow-model-") as folder:
-        return download(client, version, Path(folder)).read_bytes()
-
-
-def download(client: MlflowClient, version: ModelVersion, folder: Path) -> Path:
-    """Download a version; returns the path of its `.safetensors`. Raises PipelineError if it has none."""
-    uri = numbered(version)
-    try:
-        local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
-    except mlflow_patience.MLFLOW_ERRORS as error:
-        text = f"{uri}: its files cannot be had from {place_of(client)}: {first_line(error)}"
-        raise mlflow_patience.as_error(error, text) from error
-    found = sorted(local.rglob("*.safetensors"))
-    if not found:
-        raise PipelineError(
-            f"{uri}: no safetensors in it: its files were deleted, or something else than this pipeline registered it"
-        )
-    return found[0]
-
-
-def registered_models(client: MlflowClient) -> Iterator[RegisteredModel]:
-    """All of them; MLflow answers with a hundred at a time."""
-    token = None
-    while True:
-        page = client.search_registered_models(page_token=token)
-        yield from page
-        if not (token := page.token):
-            return
-
-
-def _known(client: MlflowClient) -> str:
-    references = [
-        f"models:/{model.name}@{alias}" for model in registered_models(client) for alias in sorted(model.aliases)
-    ]
-    return ", ".join(references) or "nothing is registered"
-
-
-def versions_of(client: MlflowClient, name: str) -> Sequence[ModelVersion]:
-    """Every version of a model, in no order."""
-    quote = '"' if "'" in name else "'"  # others' models may be named in ways that ours are not
-    return client.search_model_versions(f"name = {quote}{name}{quote}")

@@ -1,0 +1,198 @@
+"""How a stage is launched: what workers wait for, which failures are counted, and what ends it."""
+
+import copy
+from pathlib import Path
+
+import pytest
+from ray.exceptions import ActorDiedError
+from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+from datasets_etl.errors import DamagedError, DataError
+from pipelines.errors import OutageError, PipelineError
+from pipelines.training import launch
+from pipelines.training.config import StageConfig
+from pipelines.training.feed import Record
+from pipelines.training.machine_config import MachineConfig
+from pipelines.training.stage import StageJob
+from tests.pipelines.conftest import workplace_in
+
+
+def job_in(folder: Path, max_failures: int = 3) -> StageJob:
+    stage = StageConfig.model_validate(workplace_in(folder, {}).config["stages"][0])
+    return StageJob(stage, MachineConfig(max_failures=max_failures), {}, str(folder), "feed", 0, "fp32")
+
+
+def snapshot(step: int, validated: int = 0) -> dict[str, int]:
+    return {"step": step, "validated": validated}
+
+
+class _Queue:
+    """The feed, as a driver asks it how workers are and how often they left, and tells it what they wait for."""
+
+    def __init__(self) -> None:
+        self.left = 0
+        self.silent = 0.0
+        self.records: list[Record] = []
+
+    def silent_s(self) -> float:
+        return self.silent
+
+    def send(self, record: Record) -> None:
+        self.records.append(record)
+
+    def gave_up_for(self) -> None:
+        return None
+
+    def departures(self) -> int:
+        return self.left
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_workers_that_do_not_fit_are_told_of():
+    """Ray itself would wait without a word."""
+    assert launch.room_lacking(MachineConfig(num_workers=2)) == ""
+    told = launch.room_lacking(MachineConfig(num_workers=2, min_workers=1, cpus_per_worker=999, use_gpu=True))
+    assert "1 worker needs 999 CPUs and a GPU each, the cluster has room for 0" in told
+    told = launch.room_lacking(MachineConfig(num_workers=2, placement="strict_spread"))
+    assert "2 workers need 1 CPU each on a node of its own, the cluster has room for 1" in told
+    assert "machine.placement" in told
+
+
+def test_a_users_error_in_ray_trains_controller_is_told_as_it_is():
+    mine = PipelineError("no luck")
+    assert launch._user_error(ControllerError(mine)) is mine
+    assert launch._user_error(copy.copy(ControllerError(mine))) is mine, "as it comes from another process"
+    assert launch._user_error(ControllerError(ValueError("a bug"))) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lasting"),
+    [(DataError("storage is away"), False), (DamagedError("a flipped bit"), True), (PipelineError("a gate"), True)],
+    ids=str,
+)
+def test_only_what_lasts_ends_a_stage_at_once(error, is_lasting, tmp_path, monkeypatch):
+    """Storage that was away after three crashes within weeks is a failure like any other."""
+    job = job_in(tmp_path)
+    failure = WorkerGroupError("workers failed", {1: error})
+
+    def train(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(launch, "FeedWriter", lambda name: _Queue())
+    monkeypatch.setattr(launch, "_train_interruptibly", train)
+    monkeypatch.setattr(launch, "TorchTrainer", lambda *_, **__: None)
+    if is_lasting:
+        with pytest.raises(type(error), match=str(error)):
+            launch._fit(job, "name", [])
+    else:
+        assert launch._fit(job, "name", []) is failure
+    monkeypatch.setattr(launch.CheckpointStore, "newest", lambda store, warn: None)
+    with pytest.raises(type(error), match=str(error)):
+        launch.fit_stage(job, "name")
+
+
+@pytest.mark.parametrize(
+    ("found", "max_failures", "fits", "told"),
+    [
+        ([None, None, None, snapshot(40, 40)], 2, 3, ""),
+        ([None, None, None, snapshot(10), snapshot(10), snapshot(40, 40)], 2, 5, ""),  # counted from a new checkpoint
+        ([None, None, None, None], 2, 3, " 3 times, the last: connection refused"),
+        ([None, None], 0, 1, ": connection refused"),
+    ],
+)
+def test_workers_that_cannot_be_connected_are_started_again(found, max_failures, fits, told, tmp_path, monkeypatch):
+    """One that dies while they connect ends Ray Train's run, as a machine that is taken soon after another."""
+    job = job_in(tmp_path, max_failures=max_failures)
+    seen, runs = iter(found), []
+    monkeypatch.setattr(launch, "FeedWriter", lambda name: _Queue())
+    monkeypatch.setattr(launch.CheckpointStore, "newest", lambda store, warn: next(seen))
+    refused = ControllerError(RuntimeError("connection refused"))
+    monkeypatch.setattr(launch, "_fit", lambda *_: runs.append(1) or refused)
+    if told:
+        with pytest.raises(OutageError, match=f"could not be started, or not be connected{told}"):
+            launch.fit_stage(job, "name")
+    else:
+        assert launch.fit_stage(job, "name") == found[-1]
+    assert len(runs) == fits
+
+
+def test_what_workers_wait_for_is_told_each_time_it_changes(tmp_path, monkeypatch):
+    job = job_in(tmp_path)
+    queue, lacking = _Queue(), [""]
+    monkeypatch.setattr(launch, "room_lacking", lambda machine: lacking[0])
+    waiting = launch._Wait(job, queue)
+    told = []
+    for silent, lacks in (
+        *((1, "waits for room"), (20, "waits for room"), (40, ""), (300, ""), (320, "")),
+        (15, ""),  # a worker is there
+        (20, "waits for room"),  # a machine is lost
+        (25, ""),
+        (200, ""),  # there is another, but the workers do not come up on it: as after hours of training
+    ):
+        queue.silent, lacking[0] = silent, lacks
+        waiting.look()
+        told.append(len(queue.records))
+    assert told == [1, 1, 1, 2, 2, 2, 3, 3, 4]
+    assert all(record.waiting and not record.metrics for record in queue.records)
+    first, second, third, fourth = [record.line for record in queue.records]
+    assert first == third == "stage=chairs waits for room"
+    assert second == fourth
+    assert "the cluster could hold them, but none has come up for 180 s" in second
+
+
+def test_workers_may_leave_again_before_they_have_come_to_anything(tmp_path, monkeypatch):
+    """Notices may come in bursts: the second group is told to go while it makes up for the first one's validation."""
+    job = job_in(tmp_path)
+    queue, seen = _Queue(), iter([snapshot(10), snapshot(10), snapshot(10), snapshot(40, 40)])
+    fits = iter([True, True, False])
+
+    def fit(*_: object) -> None:
+        queue.left += next(fits)
+
+    monkeypatch.setattr(launch, "FeedWriter", lambda name: queue)
+    monkeypatch.setattr(launch.CheckpointStore, "newest", lambda store, warn: next(seen))
+    monkeypatch.setattr(launch, "_fit", fit)
+    assert launch.fit_stage(job, "name") == snapshot(40, 40)
+    seen, fits = iter([snapshot(10), snapshot(10)]), iter([False])
+    with pytest.raises(OutageError, match="ended without a new checkpoint"):
+        launch.fit_stage(job, "name")
+
+
+@pytest.mark.parametrize(
+    ("found", "max_failures", "fits"),
+    [
+        ([None, snapshot(10), snapshot(20), snapshot(40, 40)], 1, 3),  # each failure after a new checkpoint
+        ([None, snapshot(10), snapshot(10)], 1, 2),
+        ([None, snapshot(10)], 0, 1),
+        ([None, snapshot(40), snapshot(40, 40)], 1, 2),  # killed in its last validation
+    ],
+)
+def test_failures_count_from_the_newest_checkpoint(found, max_failures, fits, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "FeedWriter", lambda name: _Queue())
+    job = job_in(tmp_path, max_failures=max_failures)
+    seen, runs = iter(found), []
+    monkeypatch.setattr(launch.CheckpointStore, "newest", lambda store, warn: next(seen))
+    monkeypatch.setattr(launch, "_fit", lambda *_: runs.append(1) or TrainingFailedError("a worker\ndied"))
+    if found[-1] == snapshot(40, 40):
+        assert launch.fit_stage(job, "name") == found[-1]
+    else:
+        told = "workers failed 2 times without a new checkpoint, the last" if max_failures else "a worker failed"
+        with pytest.raises(OutageError, match=f"stage chairs: {told}: died .*; the same command goes on"):
+            launch.fit_stage(job, "name")
+    assert len(runs) == fits
+
+
+def test_a_worker_that_is_gone_is_told_from_one_that_raised(tmp_path, monkeypatch):
+    """The others fail with it; and what a worker raised may be of the end of an actor that it asked."""
+    queue = _Queue()
+    monkeypatch.setattr(launch, "FeedWriter", lambda name: queue)
+    failures = launch._Failures(job_in(tmp_path))
+    cut_off = RuntimeError("gloo: connection reset by peer")
+    failures.after_exception(None, {0: cut_off, 2: WorkerHealthCheckFailedError("Worker(…)", ActorDiedError())})
+    failures.after_exception(None, {1: cut_off, 2: ActorDiedError()})
+    failures.after_exception(None, {0: PipelineError("the command ends with it, and says it")})
+    assert [record.line for record in queue.records] == [
+        "stage=chairs worker 2 failed: its process is gone: killed, out of memory, or its machine lost",
+        "stage=chairs worker 1 failed: gloo: connection reset by peer",
+    ]
