@@ -6,6 +6,7 @@ Every worker of a cluster imports this module before Ray sets how many threads i
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +18,14 @@ if not os.environ.get("RAY_ADDRESS"):
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, os.cpu_count() or 1)))
 # Ray would otherwise warn about a change of defaults for workers without a GPU.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# What its node kills for memory, Ray repeats without end by default; ten times take some five minutes.
+os.environ.setdefault("RAY_task_oom_retries", "10")
 # Ray Train notices a finished or lost worker after this long; its default of 2 s adds up over four stages.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 import psutil
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
 from pipelines.entry import OutageError, first_line, interrupted_by
 from pipelines.wording import counted
@@ -53,7 +56,8 @@ def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool
             group when a trial is stopped early.
 
     `RAY_ADDRESS` (set by `ray job submit`) names the cluster; without it a local Ray is started and stopped. SIGTERM is
-    handled like Ctrl-C. Raises OutageError if Ray does not start or answer, RayLostError if it is lost on the way.
+    handled like Ctrl-C. Raises OutageError if Ray does not start or answer, or a task's process died whenever it was
+    tried; RayLostError if Ray is lost on the way.
     """
     if ray.is_initialized():  # by a caller or a test
         yield
@@ -85,11 +89,28 @@ def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool
     except RayError as error:
         if isinstance(error, RayTaskError):
             raise  # a task failed, but Ray was not lost
+        if isinstance(error, (OutOfMemoryError, WorkerCrashedError)):
+            raise OutageError(_of_killed_task(error)) from error
         raise RayLostError(first_line(error)) from error
     finally:
         ray.shutdown()
         if port is not None:
             os.environ.pop(_DASHBOARD_VARIABLE, None)
+
+
+def _of_killed_task(error: RayError) -> str:
+    """A line about a task that Ray gave up, because its process died each time."""
+    if isinstance(error, WorkerCrashedError):
+        return (
+            "the process of a Ray task died each time it was tried, perhaps for lack of memory; Ray's logs on its node "
+            "say more (session_latest/logs)"
+        )
+    found = re.search(r"\(IP: ([^,)]+)[^)]*\) was (\S+) used / (\S+)", str(error))
+    where = "its node" if found is None else f"node {found[1]} ({found[2]} of {found[3]} in use)"
+    return (
+        f"Ray killed a task each time it was tried, because {where} ran out of memory; give it more, or less to do at "
+        "a time, and give the same command again"
+    )
 
 
 def nodes() -> Nodes:

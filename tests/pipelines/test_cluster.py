@@ -24,7 +24,8 @@ from pipelines.errors import resumable_command
 def main():
     with connected():
         print("connected", flush=True)
-        time.sleep(1000)
+        while True:  # in short: one that comes just before a sleep begins is handled behind it
+            time.sleep(0.1)
 
 main()
 """
@@ -41,6 +42,57 @@ def test_who_is_told_to_end_ends_with_a_line(told: signal.Signals):
     process.send_signal(told)
     _, errors = output_of(process)
     assert (process.returncode, errors) == (130, "interrupted; the same command goes on from here\n")
+
+
+DYING = """
+import os, time
+from pipelines.cluster import connected
+import ray
+from pipelines.errors import command
+
+@ray.remote(max_retries=1)
+def task():
+    {body}
+
+@command
+def main():
+    with connected():
+        ray.get(task.remote(), timeout=60)
+
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "settings", "told"),
+    [
+        (
+            "os._exit(7)",
+            {},
+            "the process of a Ray task died each time it was tried, .*; Ray's logs on its node say more",
+        ),
+        (
+            "time.sleep(50)",
+            {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100", "RAY_task_oom_retries": "1"},
+            r"Ray killed a task each time it was tried, because node 127\.0\.0\.1 \(\S+GB of \S+GB in use\) ran out of",
+        ),
+    ],
+    ids=["dies", "is killed for memory"],
+)
+def test_a_task_that_always_dies_is_said_in_a_line(body: str, settings: dict[str, str], told: str):
+    """By itself Ray would try one that it kills for memory without end."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", DYING.format(body=body)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **settings},
+    )
+    _, errors = output_of(process)
+    assert process.returncode == 1, errors
+    assert re.fullmatch(f"error: {told}.*\n", errors), errors
 
 
 @pytest.fixture
