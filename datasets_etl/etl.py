@@ -165,7 +165,7 @@ def run_tasks(
     """
     remote = ray.remote(num_cpus=1, max_retries=3)(work)
     waiting = list(reversed(tasks))
-    running: dict[ray.ObjectRef, _Task] = {}
+    running: dict[ray.ObjectRef[_Result | DataError], _Task] = {}
     try:
         while waiting or running:
             most = at_once or _submitted_at_once()

@@ -7,7 +7,7 @@ import ray
 from pipelines.errors import USER_ERRORS
 
 
-def fetched(reference: ray.ObjectRef) -> Any:
+def fetched(reference: ray.ObjectRef[Any]) -> Any:
     """What a task returned. A user error is raised as the task raised it, without Ray's traceback around it."""
     try:
         return ray.get(reference)

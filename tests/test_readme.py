@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from typing import Any
 
 import numpy as np
 import pytest
@@ -149,7 +150,7 @@ def test_the_registered_models_example_runs(registered_model, tmp_path, monkeypa
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     for number in (1, 2):
         (tmp_path / f"frame_000{number}.png").write_bytes(encode_frame_png(np.full((40, 50, 3), 99 * number, np.uint8)))
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(code, names)
     assert names["flow"].shape == (40, 50, 2)
 

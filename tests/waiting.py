@@ -41,6 +41,8 @@ def output_of(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 def kill_tree(process: subprocess.Popen[str]) -> None:
     """SIGKILL for a process and all below it: Ray's workers outlive their driver."""
-    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+    below = psutil.Process(process.pid).children(recursive=True)
+    each: psutil.Process | subprocess.Popen[str]
+    for each in (*below, process):
         with contextlib.suppress(psutil.NoSuchProcess):  # some end by themselves at any time
             each.kill()

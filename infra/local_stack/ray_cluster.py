@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # read when Ray is imported: stay on loopback
 
@@ -33,7 +34,7 @@ def main() -> None:
     ended = threading.Event()
     for sent in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sent, lambda *_: ended.set())
-    common = {"node_ip_address": HOST, "object_store_memory": _OBJECT_STORE_BYTES}
+    common: dict[str, Any] = {"node_ip_address": HOST, "object_store_memory": _OBJECT_STORE_BYTES}
     head = {
         "num_cpus": 0,  # drivers and the dashboard only: training belongs to the workers
         "gcs_server_port": arguments.port,

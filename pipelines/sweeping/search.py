@@ -74,19 +74,20 @@ class DistinctOptuna(OptunaSearch):
             seed=(plan.config.seed + drawn) % 2**32,  # Optuna takes no larger one
         )
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # Tune takes the text too
         """A point that was not suggested before; `Searcher.FINISHED` if none is found."""
+        study: Any = self._ot_study
         for _ in range(_REDRAWS):
             found: dict[str, Any] | None = super().suggest(trial_id)
             if found is None or found["point"] not in self._seen:
                 if found is not None:
                     self._seen.append(found["point"])
                 return found
-            self._ot_study.tell(self._ot_trials.pop(trial_id), state=self._failed_state)
+            study.tell(self._ot_trials.pop(trial_id), state=self._failed_state)
             if left := [point for point in self._all if point not in self._seen]:
                 # TPE would draw its favourites again and again, and the search would end with most points untried.
                 point = left[int(self._generator.integers(len(left)))]
-                self._ot_study.enqueue_trial({f"point/{name}": value for name, value in point.items()})
+                study.enqueue_trial({f"point/{name}": value for name, value in point.items()})
         return str(Searcher.FINISHED)
 
 

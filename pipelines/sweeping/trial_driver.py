@@ -156,7 +156,7 @@ class _ReportValidations(TuneReportCallback):
     """
 
     def __init__(self, trial: Trial, plan: TrialPlan) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trial = trial
         self.plan = plan
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _POLL_SECONDS = 0.5
@@ -83,7 +83,7 @@ class FeedWriter:
     """The sending end of the queue, for workers."""
 
     def __init__(self, name: str) -> None:
-        self._queue = ray.get_actor(name)
+        self._queue: Any = ray.get_actor(name)
 
     def send(self, record: Record) -> None:
         """Send a record, in order, without waiting for the driver."""
@@ -147,7 +147,8 @@ def listening(name: str, show: Callable[[Record], None], keep: Callable[[Record]
         raise keeper.failure
 
 
-def _start_queue(name: str) -> ActorHandle:
+def _start_queue(name: str) -> Any:
+    """A handle of the queue. Its type is Any, because to mypy the methods of Ray's handles never return."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # Ray restarts a queue that dies, under the same name. The metrics it held come again with the next record.
     options = {"scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
@@ -157,7 +158,7 @@ def _start_queue(name: str) -> ActorHandle:
 
 
 @contextlib.contextmanager
-def _draining(queue: ActorHandle, receive: Callable[[Record], None]) -> Iterator[None]:
+def _draining(queue: Any, receive: Callable[[Record], None]) -> Iterator[None]:
     """Hand each record in the queue to `receive`, in a thread, for the length of a `with`; at its end the last ones.
 
     Then the queue is killed, and an error of the thread is raised, unless the block raised one.

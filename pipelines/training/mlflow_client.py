@@ -16,7 +16,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.tracking import MlflowClient
 
-from pipelines.errors import PipelineError
+from pipelines.errors import OutageError, PipelineError
 from pipelines.lasting import is_uploaded
 from pipelines.training import mlflow_patience
 from pipelines.training.config import shown_uri
@@ -107,6 +107,8 @@ def experiment_id(client: MlflowClient, name: str) -> str:
         # Another job was faster, or the answer to an earlier request of ours was lost.
         found = client.get_experiment_by_name(name)
     where = f"MLflow at {place_of(client)}: experiment {name!r}"
+    if found is None:
+        raise OutageError(f"{where} was there, and is no longer; give the same command again")
     if found.lifecycle_stage != LifecycleStage.ACTIVE:
         raise PipelineError(
             f"{where} was deleted: restore it (mlflow experiments restore --experiment-id {found.experiment_id}), or "

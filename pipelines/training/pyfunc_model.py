@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 from mlflow.exceptions import MlflowException
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc import PythonModel, PythonModelContext  # type: ignore[attr-defined]  # public, though not listed
 
 from gmflow import load_model, predict_flow
 

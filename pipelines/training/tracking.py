@@ -214,7 +214,12 @@ def run_status(
         yield
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        _for_a_moment(lambda: held() and client.set_terminated(run_id, status))
+
+        def mark() -> None:
+            if held():
+                client.set_terminated(run_id, status)
+
+        _for_a_moment(mark)
         raise
     call(client.set_terminated, run_id, "FINISHED")
 

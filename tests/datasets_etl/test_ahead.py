@@ -51,6 +51,6 @@ def test_who_leaves_early_waits_for_nothing_that_is_being_read():
     ahead = read_ahead(items(), held=2)
     assert next(ahead) == 1
     assert begun.wait(PATIENCE_S)
-    ahead.close()
+    ahead.close()  # type: ignore[attr-defined]  # it is a generator
     assert waited == [], "it was waited for"
     left.set()

@@ -248,7 +248,8 @@ class TestMetadataService:
 
         def end_soon() -> None:
             """Within the quarter of an hour in which botocore renews them before each request."""
-            held: Any = s3_client.s3_client()._request_signer._credentials
+            client: Any = s3_client.s3_client()
+            held = client._request_signer._credentials
             held._expiry_time = datetime.now(UTC) + timedelta(minutes=12)
 
         role.broken = True

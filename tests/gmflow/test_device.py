@@ -93,7 +93,7 @@ def test_attention_on_an_accelerator_takes_no_mask_and_memory_that_grows_with_th
         transformer = FeatureTransformer(config)
         features = [torch.empty(1, height, width, config.feature_channels, requires_grad=True) for _ in range(2)]
     with Largest() as largest:
-        sum(one.sum() for one in transformer(*features, splits)).backward()  # type: ignore[union-attr]
+        sum(one.sum() for one in transformer(*features, splits)).backward()
     assert masks
     assert not [mask for mask in masks if mask is not None]
     assert largest.values < (height * width // splits**2) ** 2 / 2

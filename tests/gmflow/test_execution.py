@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from gmflow import (
@@ -240,7 +240,7 @@ def test_a_prepared_models_copy_computes_with_its_own_weights(precision: Any, ch
 @pytest.fixture
 def tf32_settings() -> Iterator[tuple[Any, Any]]:
     """Of the process, and afterwards as they were before."""
-    settings = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    settings: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [flags.allow_tf32 for flags in settings]
     yield settings
     for flags, allowed in zip(settings, before, strict=True):
@@ -292,7 +292,7 @@ def test_ranks_under_ddp_get_the_same_gradients_in_their_first_step_and_later(
     precision: str, checkpointing: str, tmp_path: Path
 ) -> None:
     """To the bit, as a resumed run's first step needs: from three ranks on, the order of a sum may show."""
-    mp.spawn(_train_rank, (str(tmp_path), precision, checkpointing), nprocs=3)
+    spawn(_train_rank, (str(tmp_path), precision, checkpointing), nprocs=3)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
     assert len(ranks[0][0]) == len(list(tiny().parameters()))
     for number, own in enumerate(zip(*(rank[0] for rank in ranks), strict=True)):

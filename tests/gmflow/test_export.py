@@ -111,7 +111,7 @@ def test_a_model_that_was_prepared_is_refused() -> None:
 
 
 def test_wrong_suffixes_and_folders_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
-    nothing = ExportedModel(None, {})  # type: ignore[arg-type]
+    nothing = ExportedModel(None, {})
     with pytest.raises(GMFlowError, match=r"\.onnx"):
         nothing.save_onnx(tmp_path / "model.pt2")
     with pytest.raises(GMFlowError, match="does not exist"):

@@ -149,7 +149,7 @@ def test_replayed_steps_under_ddp(reference: Path, reference_crop: Pair, tmp_pat
     try:
         model = prepared(reference, "refine", "bf16", same_bits=True, replay=True, ddp=True).train()
         for _ in range(4):
-            with model.no_sync():  # type: ignore[operator]
+            with model.no_sync():
                 step(model, pair)
             step(model, pair)
             assert torch.equal(taken_gradients(model), 2 * wanted)

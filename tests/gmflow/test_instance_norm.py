@@ -47,7 +47,7 @@ def test_what_the_backbones_maps_are_like_on_a_cpu(precision: Any, layout: str) 
     model = prepare_model(GMFlow(GMFlowConfig.base()).eval(), ExecutionConfig(precision))
     found: list[bool] = []
     memory_format = getattr(torch, f"{layout}_format" if layout == "contiguous" else layout)
-    for block in model.backbone.stages:  # type: ignore[union-attr]
+    for block in model.backbone.stages:
         block.register_forward_hook(lambda _, __, out: found.append(out.is_contiguous(memory_format=memory_format)))
     images = 255 * torch.rand(2, 1, 64, 96, 3)
     with torch.no_grad():

@@ -313,21 +313,21 @@ def test_position_encoding() -> None:
 
 SMALL = {"backbone_channels": (4, 6, 8), "feature_channels": CHANNELS, "num_layers": 2}
 CONFIGS = [
-    GMFlowConfig(**SMALL),  # type: ignore[arg-type]
-    GMFlowConfig(**SMALL, attn_splits=(1,), corr_radius=(2,), prop_radius=(1,)),  # type: ignore[arg-type]
+    GMFlowConfig(**SMALL),
+    GMFlowConfig(**SMALL, attn_splits=(1,), corr_radius=(2,), prop_radius=(1,)),
     GMFlowConfig(
         num_scales=2,
         **SMALL,
         attn_splits=(2, 4),
         corr_radius=(-1, 3),
-        prop_radius=(-1, 1),  # type: ignore[arg-type]
+        prop_radius=(-1, 1),
     ),
     GMFlowConfig(
         num_scales=2,
         **SMALL,
         attn_splits=(1, 2),
         corr_radius=(2, -1),
-        prop_radius=(2, -1),  # type: ignore[arg-type]
+        prop_radius=(2, -1),
     ),
 ]
 
@@ -375,8 +375,8 @@ def assert_near_oracle(
         torch.testing.assert_close(out.backward_flow, theirs[-1][2:], rtol=1e-3, atol=pixels)
 
     parameters = list(model.parameters())
-    ours_grad = torch.autograd.grad(sum(p.abs().mean() for p in out.predictions), parameters)  # type: ignore[arg-type]
-    theirs_grad = torch.autograd.grad(sum(p[:2].abs().mean() for p in theirs), parameters)  # type: ignore[arg-type]
+    ours_grad = torch.autograd.grad(sum(p.abs().mean() for p in out.predictions), parameters)
+    theirs_grad = torch.autograd.grad(sum(p[:2].abs().mean() for p in theirs), parameters)
     ours_flat, theirs_flat = (torch.cat([g.flatten() for g in gradients]) for gradients in (ours_grad, theirs_grad))
     assert (ours_flat - theirs_flat).norm() <= 5e-3 * theirs_flat.norm()
 

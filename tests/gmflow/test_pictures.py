@@ -51,7 +51,7 @@ def test_unknown_truth_is_black_and_shapes_must_fit(unknown: float) -> None:
     with pytest.raises(GMFlowError, match="error map needs"):
         error_to_image(flow, target, valid[:1])
     with pytest.raises(GMFlowError, match="error map needs"):
-        error_to_image(flow, target, valid.astype(np.uint8))  # type: ignore[arg-type]
+        error_to_image(flow, target, valid.astype(np.uint8))
 
 
 def test_arrows_go_where_the_flow_goes() -> None:

@@ -77,9 +77,9 @@ def test_frames_of_different_size_unknown_padding_and_precision_are_refused() ->
     with pytest.raises(GMFlowError, match="one size, not 32x32, 32x40 "):
         predict_batch(tiny(), [(one, one), (one, other), (other, other)])
     with pytest.raises(GMFlowError, match="padding must be one of sintel, kitti"):
-        predict_flow(tiny(), one, one, padding="reflect")  # type: ignore[arg-type]
+        predict_flow(tiny(), one, one, padding="reflect")
     with pytest.raises(GMFlowError, match="precision must be one of fp32, tf32, bf16, fp16"):
-        predict_flow(tiny(), one, one, precision="int8")  # type: ignore[arg-type]
+        predict_flow(tiny(), one, one, precision="int8")
 
 
 def test_frames_may_be_read_only_and_of_any_memory_layout() -> None:
@@ -113,7 +113,7 @@ def test_a_prepared_model_runs_as_it_was_prepared_or_not_at_all(precision: Any) 
     np.testing.assert_array_equal(predict_flow(model, *pair, precision=precision), wanted)
     for other in {"fp32", "tf32", "bf16", "fp16"} - {precision}:
         with pytest.raises(GMFlowError, match=f"prepared for {precision} and does not run in {other}"):
-            predict_flow(model, *pair, precision=other)  # type: ignore[arg-type]
+            predict_flow(model, *pair, precision=other)
 
 
 def test_of_no_pairs_there_are_no_predictions() -> None:

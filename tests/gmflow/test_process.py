@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -58,12 +59,15 @@ def test_a_prepared_model_flushes_denormals_on_every_thread_that_computes_for_it
     assert run.stdout.split() == ["0.0", "1.0", "2"]
 
 
+deterministic: Any = torch.utils.deterministic  # its setting is a property of the module, which mypy does not see
+
+
 @pytest.fixture
 def deterministic_settings() -> Iterator[None]:
     """Of the process, and afterwards as they were before."""
-    filled, on = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    filled, on = deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
     yield
-    torch.utils.deterministic.fill_uninitialized_memory = filled
+    deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(on)
 
 
@@ -79,4 +83,4 @@ def test_sums_in_order_need_a_workspace_of_cublas_which_the_user_may_choose(
     sum_in_order()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (named or ":4096:8")
     assert torch.are_deterministic_algorithms_enabled()
-    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert not deterministic.fill_uninitialized_memory

@@ -59,7 +59,7 @@ def test_what_is_seen_twice_is_recorded_and_what_was_used_last_is_kept() -> None
 def test_a_copy_has_no_recordings(copied: Callable[[Recordings], Recordings]) -> None:
     recordings = Recordings()
     recordings.saw("key")
-    assert recordings.of("key", lambda: lambda *_: None) is not None  # type: ignore[arg-type,return-value]
+    assert recordings.of("key", lambda: lambda *_: None) is not None
     assert copied(recordings).of("key", lambda: pytest.fail("recorded at once")) is None
 
 
@@ -290,7 +290,7 @@ def test_where_memory_runs_out_all_recordings_go_and_their_passes_run_as_they_ar
         full = False
 
     monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
-    replayed.forward = allocate  # type: ignore[method-assign]
+    replayed.forward = allocate
     replay_passes(replayed)
     recorded, large, other = images(), images(height=96), images(height=128)
 
@@ -321,7 +321,7 @@ def test_memory_that_runs_out_takes_the_recordings_of_all_models() -> None:
     validated, trained = Recordings(), Recordings()
 
     def asks(recordings: Recordings, key: str) -> Any:
-        found = recordings.of(key, lambda: f"{key}, recorded")  # type: ignore[arg-type, return-value]
+        found = recordings.of(key, lambda: f"{key}, recorded")
         if found is None:
             recordings.saw(key)
         return found

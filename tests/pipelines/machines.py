@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 from ray.cluster_utils import Cluster
@@ -70,21 +71,21 @@ class Machines:
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         self.address = self.cluster.address
 
-    def add(self) -> object:
+    def add(self) -> Any:
         return self.cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
 
-    def at_work(self, machines: list[object]) -> list[object]:
+    def at_work(self, machines: list[Any]) -> list[Any]:
         """Those that host a worker."""
         return [machine for machine in machines if train_workers(self._raylet(machine))]
 
-    def give_notice(self, machine: object) -> None:
+    def give_notice(self, machine: Any) -> None:
         """What a cloud says before it takes a machine away."""
         ray = Path(sys.executable).with_name("ray")  # the virtual environment need not be on the PATH
         command = [str(ray), "drain-node", "--address", self.address, "--node-id", machine.node_id]
         command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
         subprocess.run([*command, "--deadline-remaining-seconds", "600"], check=True, capture_output=True)
 
-    def lose(self, machine: object) -> None:
+    def lose(self, machine: Any) -> None:
         """At once, with all that runs on it."""
         victims = train_workers(self._raylet(machine))
         self.cluster.remove_node(machine, allow_graceful=False)
@@ -98,7 +99,7 @@ class Machines:
             node.kill_all_processes(check_alive=False, allow_graceful=False)
 
     @contextlib.contextmanager
-    def standing_still(self, machine: object) -> Iterator[None]:
+    def standing_still(self, machine: Any) -> Iterator[None]:
         """No worker of a machine makes a step for the length of a `with`."""
         workers = train_workers(self._raylet(machine))
         for worker in workers:
@@ -110,7 +111,7 @@ class Machines:
                 os.kill(worker, signal.SIGCONT)
 
     @staticmethod
-    def _raylet(machine: object) -> int:
+    def _raylet(machine: Any) -> int:
         return machine.all_processes["raylet"][0].process.pid
 
 

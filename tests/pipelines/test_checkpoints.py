@@ -165,7 +165,7 @@ class _Gate:
 
 def test_training_does_not_wait_for_slow_storage_and_the_newest_snapshot_is_written(tmp_path: Path):
     slow = _Gate(tmp_path)
-    store = CheckpointStore(slow)  # type: ignore[arg-type]
+    store = CheckpointStore(slow)
     writer = CheckpointWriter(store, KeepPolicy(last=9), pytest.fail)
     writer.submit(snapshot(1), {})
     assert slow.writing.wait(WAIT_SECONDS)
@@ -182,7 +182,7 @@ def test_training_does_not_wait_for_slow_storage_and_the_newest_snapshot_is_writ
 def test_who_waits_for_the_writer_waits_for_all_of_it(tmp_path: Path, waits: Callable[..., None]):
     """The end of a stage, which is registered from its last checkpoint."""
     slow = _Gate(tmp_path)
-    store = CheckpointStore(slow)  # type: ignore[arg-type]
+    store = CheckpointStore(slow)
     writer = CheckpointWriter(store, KeepPolicy(last=9), pytest.fail)
     writer.submit(snapshot(1), {})
     assert slow.writing.wait(WAIT_SECONDS)
@@ -199,7 +199,7 @@ def test_who_waits_for_the_writer_waits_for_all_of_it(tmp_path: Path, waits: Cal
 
 def test_the_best_is_written_though_newer_ones_come_while_storage_is_slow(tmp_path: Path):
     slow = _Gate(tmp_path)
-    store = CheckpointStore(slow)  # type: ignore[arg-type]
+    store = CheckpointStore(slow)
     writer = CheckpointWriter(store, KeepPolicy(last=1, best_by="val/c/val/epe"), pytest.fail)
     writer.submit(snapshot(1), {"val/c/val/epe": 5.0})
     assert slow.writing.wait(WAIT_SECONDS)

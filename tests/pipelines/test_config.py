@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -27,6 +28,8 @@ from pipelines.training.config import CurriculumConfig
 from pipelines.training.data_config import PartConfig, SetConfig
 from pipelines.training.plan import learned_pairs
 from tests.conftest import ROOT
+
+MEASURE: Any = estimating._measure
 
 CONFIGS = ROOT / "pipelines" / "configs"
 URLS = [f"data.{name}=file:///x/{name}.json" for name in ("chairs", "things", "sintel", "kitti", "hd1k")]
@@ -372,7 +375,7 @@ def test_a_step_whose_worker_is_killed_for_its_memory_is_too_large_at_once(small
             tries.write("x")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(estimating, "_measure", ray.remote(**estimating._measure._default_options)(measure))
+    monkeypatch.setattr(estimating, "_measure", ray.remote(**MEASURE._default_options)(measure))
     config = load(small)
     with pytest.raises(estimating.TooLargeError):
         estimating.estimate(config, config.stages[0])
@@ -401,19 +404,18 @@ def test_what_is_measured_is_a_workers_micro_batch_without_the_first_passes(
     """A worker's share of a global batch of four may be less than a micro-batch; a first pass takes longer."""
     now, flows = 0.0, []
 
-    def forward(frames: torch.Tensor, other: torch.Tensor) -> SimpleNamespace:
+    def compute(frames: torch.Tensor, other: torch.Tensor) -> SimpleNamespace:
         nonlocal now
         now += 2.0 * len(flows) if flows else 100.0
         flows.append(torch.zeros(len(frames), 2, *frames.shape[-2:], requires_grad=True))
         return SimpleNamespace(predictions=flows[-1:])
 
-    forward.train = lambda: forward
-    monkeypatch.setattr(estimating, "prepare_model", lambda *_: forward)
+    monkeypatch.setattr(estimating, "prepare_model", lambda *_: SimpleNamespace(train=lambda: compute))
     monkeypatch.setattr(estimating, "time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(estimating, "peak_bytes", lambda device: 3 * 2**29)
     threads = torch.get_num_threads()
     config = load(small, f"machine={{num_workers: {workers}, micro_batch: {micro_batch}, cpus_per_worker: {threads}}}")
-    found = estimating._measure._function(config, config.stages[0])
+    found = MEASURE._function(config, config.stages[0])
     assert found == (3.0, 1.5)
     assert [flow.shape for flow in flows] == [(batch, 2, 32, 48)] * 3
     assert all(flow.grad is not None for flow in flows), "the backward pass counts"

@@ -312,11 +312,12 @@ def test_occlusion_is_shown_where_it_was_asked_for(call, weights, manifests, tmp
 
 
 def test_a_narrow_terminal_gets_whole_figures_and_names_that_can_be_read(monkeypatch):
-    console = Console(width=60, file=io.StringIO())
+    shown = io.StringIO()
+    console = Console(width=60, file=shown)
     monkeypatch.setattr(pipelines.evaluate, "console", console)
     figures = dict.fromkeys(pipelines.evaluate._SHOWN, 12.345)
     found = SimpleNamespace(images={"training-clean_market_5_frame_0002": figures}, pooled=figures)
     pipelines.evaluate.show({"sintel/training-clean": (range(1), found)})
-    lines = console.file.getvalue().splitlines()
+    lines = shown.getvalue().splitlines()
     assert sum(line.count(" 12.345") for line in lines) == 2 * len(figures)
     assert any(line.lstrip().startswith("training-c") for line in lines)

@@ -25,8 +25,13 @@ def log() -> Console:
     return Console(file=io.StringIO(), width=40, force_terminal=False)
 
 
+def shown_on(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
 def lines_of(console: Console) -> list[str]:
-    return console.file.getvalue().splitlines()
+    return shown_on(console).splitlines()
 
 
 def test_a_log_gets_a_line_every_30_seconds_and_one_at_the_end(clock):
@@ -79,7 +84,7 @@ def test_a_terminal_gets_a_bar_and_no_lines():
         task = progress.counting("a [clip]", 2)
         task.advance()
         task.advance()
-    shown = console.file.getvalue()
+    shown = shown_on(console)
     assert "a [clip] " in shown
     assert "2/2" in shown
     assert "of 2 pairs" not in shown

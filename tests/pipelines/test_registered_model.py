@@ -26,9 +26,9 @@ import torch
 from datasets_etl import formats
 from datasets_etl.synthetic import synthetic_pair
 from gmflow import GMFlow, predict_flow, save_weights
+from infra.local_stack.settings import free_ports
 from pipelines.training import mlflow_client, registration, tracking
 from tests.pipelines.commands import TINY
-from tests.seaweedfs import free_ports
 from tests.waiting import WAIT_SECONDS, answers, wait_until
 
 

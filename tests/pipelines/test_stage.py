@@ -282,7 +282,7 @@ def test_so_many_skipped_steps_in_a_row_end_a_stage(begin):
     bad = iter([True, False, True, False, False, True, True, False])
     real = trained.worker.step.accumulate
     trained.worker.step.accumulate = lambda batches: (
-        real(batches)._replace(loss=math.nan) if next(bad) else real(batches)  # type: ignore[method-assign]
+        real(batches)._replace(loss=math.nan) if next(bad) else real(batches)
     )
     with pytest.raises(PipelineError, match="2 steps in a row with a non-finite loss or gradient, the last at step 6"):
         trained.run()

@@ -19,6 +19,8 @@ from pipelines.sweeping.settings import Setting
 from pipelines.training.data_config import SetConfig
 from tests.pipelines.sweeping.made import MANIFESTS, REFINE
 
+SCORE: Any = accuracy.score_settings
+
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_settings_that_share_their_features_are_computed_as_alone_to_the_bit(precision: Precision):
@@ -45,7 +47,7 @@ def test_a_probes_task_waits_for_storage_as_the_sweep_does(tree, load, monkeypat
     monkeypatch.setattr(accuracy, "_scores", lambda job, device: waits.append(os.environ[PATIENCE_VARIABLE]))
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     (chosen,) = config.probe.validation
-    accuracy.score_settings._function(SimpleNamespace(chosen=chosen), config.probe, config.storage_patience_s)
+    SCORE._function(SimpleNamespace(chosen=chosen), config.probe, config.storage_patience_s)
     assert waits == ["33.0"]
 
 
@@ -74,4 +76,4 @@ def test_a_gpu_that_is_too_small_for_the_probe_is_said_in_words(monkeypatch):
     (job,) = score_jobs(Weights("w", "v", "w.pth"), [Setting.of(REFINE)], chosen, MANIFESTS["chairs"], "fp32")
     probe: Any = SimpleNamespace(cpus=torch.get_num_threads(), use_gpu=False)
     with pytest.raises(PipelineError, match=r"probe on chairs/val: the GPU's memory does not suffice"):
-        accuracy.score_settings._function(job, probe, 1.0)
+        SCORE._function(job, probe, 1.0)

@@ -17,6 +17,8 @@ from pipelines.sweeping.config import CostConfig
 from pipelines.sweeping.cost import _allocated_on_cpu
 from tests.pipelines.sweeping.made import REFINE
 
+METER: Any = cost._Meter
+
 MODELS = {replace(REFINE, attn_splits=(splits, 8)): name for splits, name in ((1, "a"), (2, "b"), (4, "c"))}
 
 
@@ -67,7 +69,7 @@ def test_a_costs_model_runs_as_others_do_but_leaves_the_allocator_it_measures_al
         execution, "keep_freed_memory_for_reuse", lambda: pytest.fail("the process keeps what is freed")
     )
     measured = CostConfig(height=32, width=32, cpus=torch.get_num_threads())
-    meter = cost._Meter.__ray_metadata__.modified_class(measured, precision)
+    meter = METER.__ray_metadata__.modified_class(measured, precision)
     meter.measure(replace(REFINE, backbone_channels=(4, 4, 4), feature_channels=4, num_layers=1))
     assert ran == [precision] * 2
 
@@ -105,7 +107,7 @@ def test_a_gpu_that_is_too_small_is_said_in_words(monkeypatch):
 
     monkeypatch.setattr(cost, "padded_flow", lacks)
     measured = CostConfig(height=32, width=48, cpus=torch.get_num_threads())
-    meter = cost._Meter.__ray_metadata__.modified_class(measured, "fp32")
+    meter = METER.__ray_metadata__.modified_class(measured, "fp32")
     with pytest.raises(PipelineError, match=r"cost at 32×48: the GPU's memory does not suffice; try .*cost\.height"):
         meter.measure(replace(REFINE, backbone_channels=(4, 4, 4), feature_channels=4, num_layers=1))
 
@@ -146,7 +148,7 @@ def test_a_pass_is_timed_by_the_clock_that_was_asked_for_and_warms_up_once(monke
     monkeypatch.setattr(cost, "time", SimpleNamespace(**fakes))
     monkeypatch.setattr(cost, "padded_flow", lambda model, *images: passed.append(images[0].shape[-2:]))
     measured = CostConfig(height=32, width=48, cpus=torch.get_num_threads(), clock=clock)
-    meter = cost._Meter.__ray_metadata__.modified_class(measured, "fp32")
+    meter = METER.__ray_metadata__.modified_class(measured, "fp32")
     model = replace(REFINE, backbone_channels=(4, 4, 4), feature_channels=4, num_layers=1)
     assert [meter.measure(model)[1] for _ in range(2)] == [seconds] * 2
     assert passed == [(32, 48)] * 3

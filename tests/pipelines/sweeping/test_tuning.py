@@ -116,16 +116,16 @@ def test_a_trial_that_was_stopped_stays_so_whatever_its_driver_still_meets(tree,
 
 
 def test_asha_stops_by_the_configs_rungs(tree, load):
-    asha = search.scheduler_of(plan_of(load(tree, "tune.reduction_factor=2", "tune.grace_steps=7")))
+    asha: Any = search.scheduler_of(plan_of(load(tree, "tune.reduction_factor=2", "tune.grace_steps=7")))
     assert (asha._time_attr, asha._max_t, asha._reduction_factor) == ("step", 30, 2)
     assert [milestone for milestone, _ in asha._brackets[0]._rungs] == [28, 14, 7]
-    usual = search.scheduler_of(plan_of(load(tree)))
+    usual: Any = search.scheduler_of(plan_of(load(tree)))
     assert [milestone for milestone, _ in usual._brackets[0]._rungs] == [30, 10]
 
 
 def asha_of(config: SweepConfig, *names: str) -> tuple[Any, dict[str, Any]]:
     """The sweep's scheduler, and trials that it knows."""
-    asha = search.scheduler_of(plan_of(config))
+    asha: Any = search.scheduler_of(plan_of(config))
     asha.set_search_properties(search.OBJECTIVE, "min")
     trials = {name: SimpleNamespace(trial_id=name) for name in names}
     for trial in trials.values():
