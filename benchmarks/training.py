@@ -36,8 +36,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR
 
 from benchmarks.turns import Mark, Program, take_turns, warmed_up
+from datasets_etl.batches import collate
 from datasets_etl.etl import run_etl
-from datasets_etl.loader import PositionDataset, TrainingStream, collate
+from datasets_etl.loader import PositionDataset, TrainingStream
 from datasets_etl.manifest import Manifest
 from datasets_etl.synthetic import write_dataset
 from gmflow import GMFlow, load_model

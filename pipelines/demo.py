@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from datasets_etl.loader import EvaluationSet
+from datasets_etl.evaluation_set import EvaluationSet
 from datasets_etl.manifest import Manifest
 from datasets_etl.storage import open_store
 from datasets_etl.synthetic import write_dataset

@@ -23,8 +23,8 @@ from datasets_etl.errors import DataError
 from datasets_etl.etl import DEFAULT_SHARD_BYTES, EtlResult, run_etl
 from datasets_etl.formats import encode_frame_png
 from datasets_etl.inspection import MOTION_EDGES, motion_histogram, spread, verify_manifest
-from datasets_etl.loader import read_sample
 from datasets_etl.manifest import Manifest
+from datasets_etl.reading import read_sample
 from datasets_etl.sources import EXPECTED_COUNTS, SOURCES, Source, chairs
 from datasets_etl.storage import split_url
 from pipelines.cluster import connected

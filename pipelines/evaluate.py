@@ -20,7 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from datasets_etl.loader import EvaluationSet
+from datasets_etl.evaluation_set import EvaluationSet
 from datasets_etl.manifest import Manifest
 from datasets_etl.objects import ObjectStore
 from gmflow import GMFlow

@@ -20,7 +20,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from datasets_etl.loader import EvaluationSet
+from datasets_etl.evaluation_set import EvaluationSet
 from datasets_etl.manifest import Manifest
 from gmflow import GMFlowConfig
 from pipelines.arguments import Parser, not_negative

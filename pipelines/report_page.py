@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets_etl.loader import EvaluationSet
+from datasets_etl.evaluation_set import EvaluationSet
 from gmflow import GMFlowConfig
 from gmflow.visualize import KITTI_BANDS
 from pipelines.gallery import Card, badness

@@ -13,8 +13,9 @@ import ray
 import torch
 
 from datasets_etl.ahead import read_ahead
-from datasets_etl.loader import EvaluationSet, read_sample
+from datasets_etl.evaluation_set import EvaluationSet
 from datasets_etl.manifest import Manifest
+from datasets_etl.reading import read_sample
 from datasets_etl.samples import FlowSample
 from gmflow import GMFlow
 from gmflow.execution import ExecutionConfig, Precision, prepare_model

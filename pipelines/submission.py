@@ -25,8 +25,8 @@ from rich.console import Console
 from datasets_etl import formats
 from datasets_etl.ahead import read_ahead
 from datasets_etl.file_store import FileStore
-from datasets_etl.loader import read_sample
 from datasets_etl.manifest import Manifest
+from datasets_etl.reading import read_sample
 from datasets_etl.samples import FlowSample
 from gmflow import GMFlow, Prediction, predict_batch
 from gmflow.execution import ExecutionConfig, Precision, prepare_model

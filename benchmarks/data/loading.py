@@ -11,9 +11,10 @@ from benchmarks.data.naive import naive_sample
 from benchmarks.data.raw import Raw
 from benchmarks.data.rounds import taking_turns
 from datasets_etl.augment import AugmentConfig, augment
-from datasets_etl.loader import collate, read_sample, to_tensors
+from datasets_etl.batches import collate, to_tensors
 from datasets_etl.manifest import Manifest
 from datasets_etl.order import sample_generator
+from datasets_etl.reading import read_sample
 from datasets_etl.sources import SampleRef, SourceTree
 
 # Crops and scales of the paper's recipes, samples per second of the reference loader, and the multiple to reach.

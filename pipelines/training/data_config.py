@@ -10,7 +10,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from datasets_etl.augment import AugmentConfig
 from datasets_etl.cache import SampleCache
-from datasets_etl.loader import EvaluationSet, MixturePart, part_label
+from datasets_etl.evaluation_set import EvaluationSet, part_label
+from datasets_etl.loader import MixturePart
 from datasets_etl.manifest import Manifest, patterns_label
 from pipelines.config_file import Frozen, spelt
 

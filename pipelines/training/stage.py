@@ -11,8 +11,9 @@ import ray.train
 from ray.train.collective import broadcast_from_rank_zero
 from torch import nn
 
+from datasets_etl.batches import FlowBatch
 from datasets_etl.errors import DataError
-from datasets_etl.loader import FlowBatch, PositionDataset, TrainingStream
+from datasets_etl.loader import PositionDataset, TrainingStream
 from datasets_etl.manifest import Manifest
 from datasets_etl.storage import open_store
 from datasets_etl.storage_retries import PATIENCE_VARIABLE

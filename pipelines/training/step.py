@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from datasets_etl.loader import FlowBatch
+from datasets_etl.batches import FlowBatch
 from gmflow.loss import sequence_loss
 from gmflow.metrics import ErrorMetrics
 from pipelines.errors import PipelineError

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from datasets_etl.ahead import read_ahead
-from datasets_etl.loader import EvaluationSet, to_tensors
+from datasets_etl.batches import to_tensors
+from datasets_etl.evaluation_set import EvaluationSet
 from datasets_etl.samples import FlowSample
 from datasets_etl.sources import is_sparse
 from gmflow import GMFlow

@@ -18,9 +18,9 @@ import pytest
 from datasets_etl import etl, formats, shards
 from datasets_etl.errors import DamagedError, DataError, NotFoundError
 from datasets_etl.etl import EtlResult, ShardTask, run_etl, run_tasks
+from datasets_etl.evaluation_set import EvaluationSet
 from datasets_etl.file_store import FileStore
 from datasets_etl.inspection import MOTION_EDGES, Damage, _problems, motion_histogram, spread, verify_manifest
-from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import FORMAT_VERSION, Manifest, build
 from datasets_etl.shards import plan_shards, write_shard
 from datasets_etl.sources import SOURCES, SampleRef, SourceTree

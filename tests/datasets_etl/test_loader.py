@@ -9,22 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from datasets_etl import loader
+from datasets_etl import loader, reading
 from datasets_etl.augment import AugmentConfig, augment
+from datasets_etl.batches import FlowBatch
 from datasets_etl.cache import SampleCache
 from datasets_etl.errors import DataError
-from datasets_etl.loader import (
-    EvaluationSet,
-    FlowBatch,
-    MixturePart,
-    PositionDataset,
-    TrainingStream,
-    _MicroBatches,
-    _read_stored,
-    read_sample,
-)
+from datasets_etl.evaluation_set import EvaluationSet
+from datasets_etl.loader import MixturePart, PositionDataset, TrainingStream, _MicroBatches
 from datasets_etl.manifest import Manifest
 from datasets_etl.order import Order, rank_positions, sample_generator
+from datasets_etl.reading import read_sample, stored_sample
 
 AUGMENTATION = AugmentConfig(crop=(32, 48), min_log2_scale=-0.1, max_log2_scale=0.4, hflip=0.5, vflip=0.1)
 
@@ -108,9 +102,9 @@ def test_samples_are_read_before_they_are_asked_for_and_once(dataset, monkeypatc
 
     def counting(manifest, index, cache):
         read.append((manifest.url, index))
-        return _read_stored(manifest, index, cache)
+        return stored_sample(manifest, index, cache)
 
-    monkeypatch.setattr(loader, "_read_stored", counting)
+    monkeypatch.setattr(loader, "stored_sample", counting)
     batches = iter(_MicroBatches(range(4), 6, micro_batch, rank=0, world_size=1, workers=0))
     dataset.__getitems__(next(batches))
     for begun in dataset._reads.values():
@@ -163,7 +157,7 @@ def test_an_evaluation_set_reads_each_sample_from_storage_once_where_it_is_cache
     cache = SampleCache(tmp_path / "cache", 1 << 30)
     cached = EvaluationSet(manifest, "val", cache=cache)
     first = [cached[number].flow for number in range(len(cached))]
-    monkeypatch.setattr(loader, "read_sample_bytes", lambda *_: pytest.fail("read from storage again"))
+    monkeypatch.setattr(reading, "read_sample_bytes", lambda *_: pytest.fail("read from storage again"))
     again = [cached[number].flow for number in range(len(cached))]
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 

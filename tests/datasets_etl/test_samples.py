@@ -16,8 +16,8 @@ import zstandard
 from datasets_etl import formats, rowcode
 from datasets_etl.errors import DataError
 from datasets_etl.etl import EtlResult
-from datasets_etl.loader import read_sample
 from datasets_etl.manifest import Manifest
+from datasets_etl.reading import read_sample
 from datasets_etl.samples import decode_sample, encode_sample
 from datasets_etl.sources import SOURCES, SampleRef, SourceTree
 from tests.conftest import ROOT

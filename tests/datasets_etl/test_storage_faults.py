@@ -13,8 +13,8 @@ import pytest
 from datasets_etl import etl, s3_client
 from datasets_etl.errors import DamagedError, DataError, StorageOutageError
 from datasets_etl.etl import run_etl
+from datasets_etl.evaluation_set import EvaluationSet
 from datasets_etl.file_store import FileStore
-from datasets_etl.loader import EvaluationSet
 from datasets_etl.manifest import Manifest
 from datasets_etl.objects import ObjectStore
 from datasets_etl.range_reads import RangeReader

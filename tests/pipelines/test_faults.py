@@ -15,8 +15,9 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import OneCycleLR
 
+from datasets_etl.batches import collate
 from datasets_etl.etl import run_etl
-from datasets_etl.loader import PositionDataset, collate
+from datasets_etl.loader import PositionDataset
 from datasets_etl.manifest import Manifest
 from datasets_etl.synthetic import write_dataset
 from gmflow import load_model

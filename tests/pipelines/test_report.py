@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import pipelines.report
-from datasets_etl.loader import EvaluationSet
+from datasets_etl.evaluation_set import EvaluationSet
 from datasets_etl.manifest import Manifest
 from datasets_etl.synthetic import synthetic_pair
 from gmflow import GMFlowConfig

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasets_etl.loader import EvaluationSet
+from datasets_etl.evaluation_set import EvaluationSet
 from datasets_etl.manifest import Manifest
 from gmflow import GMFlow, GMFlowConfig
 from pipelines import scoring

@@ -13,7 +13,7 @@ import ray.train.torch
 import torch
 
 from datasets_etl.augment import AugmentConfig
-from datasets_etl.loader import EvaluationSet
+from datasets_etl.evaluation_set import EvaluationSet
 from datasets_etl.manifest import Manifest
 from gmflow import load_model
 from gmflow.execution import ExecutionConfig
