@@ -85,14 +85,14 @@ def run_etl(
     """Shard one dataset. Ray must be connected.
 
     Args:
-        dataset: a key of `SOURCES`.
+        dataset: a key of `SOURCES`; with an `index`, perhaps the name of a dataset of one's own.
         source: `file://` or `s3://` URL or path of the raw dataset in its official layout.
         target: URL or path; the dataset goes to `target/dataset/`.
         workers: number of shards written at a time; None: one for each CPU of the cluster.
         shard_bytes: about how many raw bytes of pixels and flow go into a shard. A shard lies in a temporary folder
             while it is written.
         strict: whether a damaged pair stops the run. Otherwise it is left out, and the manifest says why.
-        index: lists the pairs instead of `SOURCES[dataset]`, for example `chairs.index_by_hash`.
+        index: lists the pairs instead of `SOURCES[dataset]`, for example `chairs.index_by_hash` or `listed.index`.
         on_progress: called with the number of samples done and the number of all samples.
 
     Raises:

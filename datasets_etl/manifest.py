@@ -66,7 +66,7 @@ class Manifest:
     """A dataset version.
 
     Attributes:
-        dataset: "chairs", "things", "sintel", "kitti" or "hd1k".
+        dataset: "chairs", "things", "sintel", "kitti" or "hd1k", or the name of a dataset of one's own.
         shards: the shards in order; samples are numbered from 0 across all of them.
         quarantined: raw pairs left out because they are damaged: sample key → the reason, in one line.
         url: the absolute URL that the manifest was loaded from, so that workers in other folders find it; empty for a

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from datasets_etl import formats, rowcode
 from datasets_etl.errors import DamagedError, DataError
-from datasets_etl.sources import SampleRef, SourceTree, is_sparse
+from datasets_etl.sources import SampleRef, SourceTree
 
 SCHEMA_VERSION = 2
 
@@ -41,7 +41,7 @@ class FlowSample:
 
     Attributes:
         key: the sample's name within its dataset.
-        dataset: "chairs", "things", "sintel", "kitti" or "hd1k".
+        dataset: "chairs", "things", "sintel", "kitti" or "hd1k", or the name of a dataset of one's own.
         subset: the subset's name, such as "train" or "training-clean".
         sparse: whether ground truth exists only at some pixels (KITTI, HD1K), so that it must never be interpolated.
         image0, image1: RGB, uint8 [H, W, 3].
@@ -122,7 +122,7 @@ def _encode_truth(
     if ref.flow is None:
         return {}, None
     data = raw.read(ref.flow)
-    if is_sparse(ref.dataset):
+    if ref.is_sparse:
         flow, valid = formats.decode_kitti_flow(data, ref.flow)
         members = {"flow.png": data}
     else:

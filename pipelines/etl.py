@@ -1,12 +1,14 @@
 """Shard a raw dataset, and look back at what was written.
 
 python pipelines/etl.py --dataset sintel --source DIR --target URL      # the last line on stdout: the manifest's URL
+python pipelines/etl.py --dataset mine --list pairs.csv --source DIR --target URL                   # any other dataset
 python pipelines/etl.py verify MANIFEST                                 # read everything back
 python pipelines/etl.py inspect MANIFEST --output sheet.png             # counts, motion, a few pictures
 """
 
 import argparse
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +27,8 @@ from datasets_etl.formats import encode_frame_png
 from datasets_etl.inspection import MOTION_EDGES, motion_histogram, spread, verify_manifest
 from datasets_etl.manifest import Manifest
 from datasets_etl.reading import read_sample
-from datasets_etl.sources import EXPECTED_COUNTS, SOURCES, Source, chairs
+from datasets_etl.sources import EXPECTED_COUNTS, SOURCES, Source, chairs, listed
+from datasets_etl.sources.layout import decoded_text
 from datasets_etl.storage import split_url
 from pipelines.cluster import connected
 from pipelines.contact_sheet import contact_sheet
@@ -37,6 +40,7 @@ from pipelines.wording import counted
 # Progress and reports go to stderr, because stdout is for output that scripts read.
 console = Console(stderr=True)
 
+_DATASET = re.compile(r"[\w-]+", re.ASCII)  # it becomes part of URLs, and of metrics' names
 _REPORTED = 20  # damaged pairs listed; the manifest has them all
 
 
@@ -50,9 +54,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = _shard_parser()
     arguments = parser.parse_args(argv)
     arguments.task = "shard"
-    if arguments.dataset != "chairs" and (arguments.split_list or arguments.split_by_hash):
-        parser.error("--split-list and --split-by-hash are for --dataset chairs; the others' subsets are their folders")
+    _check_dataset(parser, arguments)
     return arguments
+
+
+def _check_dataset(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    name = arguments.dataset
+    if name != "chairs" and (arguments.split_list or arguments.split_by_hash):
+        parser.error("--split-list and --split-by-hash are for --dataset chairs; the others' subsets are their folders")
+    if arguments.list is None and name not in SOURCES:
+        known = ", ".join(sorted(SOURCES))
+        parser.error(f"--dataset {name}: there is {known}; of any other dataset give the pairs by --list")
+    if arguments.list is not None and name in SOURCES:
+        parser.error(f"--dataset {name}: its layout is known; give a dataset that you --list another name")
+    if not _DATASET.fullmatch(name):
+        parser.error(f"--dataset {name}: letters, digits, _ and - make a name")
 
 
 def _shard_parser() -> argparse.ArgumentParser:
@@ -60,7 +76,12 @@ def _shard_parser() -> argparse.ArgumentParser:
         description="Shard a raw optical-flow dataset into WebDataset tars by Ray tasks.",
         epilog="etl.py verify MANIFEST reads a written dataset back; etl.py inspect MANIFEST shows what is in it.",
     )
-    parser.add_argument("--dataset", required=True, choices=sorted(SOURCES))
+    parser.add_argument(
+        "--dataset", required=True, help=f"{', '.join(sorted(SOURCES))}; or a name for one of your own, with --list"
+    )
+    parser.add_argument(
+        "--list", metavar="CSV|URL", help="of a dataset of your own: columns subset, image0, image1, flow"
+    )
     parser.add_argument("--source", required=True, help="the unpacked dataset: a folder, file:// or s3:// URL")
     parser.add_argument("--target", required=True, help="where shards and manifest go: a folder, file:// or s3:// URL")
     parser.add_argument("--workers", type=positive, help="shards written at a time (default: the cluster's CPUs)")
@@ -143,14 +164,24 @@ def shard_dataset(
         )
 
 
-def chosen_index(split_list: str | None, split_by_hash: bool) -> Source | None:
-    """How to split chairs; None to use the list in their folder. Raises DataError if the given list does not exist."""
-    if split_by_hash:
+def chosen_index(arguments: argparse.Namespace) -> Source | None:
+    """What lists the pairs: a list, or another split of chairs; None for the dataset's own layout.
+
+    Raises DataError if a given list does not exist.
+    """
+    if arguments.list is not None:
+        text = _read_text(arguments.list)
+        return functools.partial(listed.index, dataset=arguments.dataset, text=text, where=arguments.list)
+    if arguments.split_by_hash:
         return chairs.index_by_hash
-    if split_list is not None:
-        store, name = split_url(split_list)
-        return functools.partial(chairs.index, split_list=chairs.decoded(store.read(name)))
+    if arguments.split_list is not None:
+        return functools.partial(chairs.index, split_list=_read_text(arguments.split_list))
     return None
+
+
+def _read_text(place: str) -> str:
+    store, name = split_url(place)
+    return decoded_text(store.read(name))
 
 
 def show_summary(dataset: str, result: EtlResult) -> None:
@@ -159,7 +190,7 @@ def show_summary(dataset: str, result: EtlResult) -> None:
     table.add_column("pairs", justify="right")
     table.add_column("whole dataset", justify="right")
     for subset, count in result.subsets.items():
-        whole = EXPECTED_COUNTS[dataset].get(subset)
+        whole = EXPECTED_COUNTS.get(dataset, {}).get(subset)
         table.add_row(
             subset, f"{count:,}", "" if whole in (None, count) else f"[yellow]{whole:,}: not complete[/yellow]"
         )
@@ -264,7 +295,7 @@ def _motion_table(manifest: Manifest, chosen: Mapping[str, list[int]]) -> Table:
 
 
 def shard(arguments: argparse.Namespace) -> None:
-    index = chosen_index(arguments.split_list, arguments.split_by_hash)
+    index = chosen_index(arguments)
     target = lasting_store(arguments.target, "--target")
     with connected(arguments.workers, verbose=arguments.verbose):
         result = shard_dataset(

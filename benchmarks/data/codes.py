@@ -9,13 +9,12 @@ from benchmarks.data.candidates import FLOW_CODES, FRAME_CODES, Array, Code
 from benchmarks.data.raw import Raw, read_flow
 from benchmarks.data.rounds import taking_turns
 from datasets_etl import formats
-from datasets_etl.sources import is_sparse
 
 
 def compare_codes(raws: Sequence[Raw], rounds: int) -> Iterator[Table]:
     frames = {raw.name: _some_frames(raw) for raw in raws}
     yield _table("Frames", FRAME_CODES, frames, rounds)
-    flows = {raw.name: _some_flows(raw) for raw in raws if not is_sparse(raw.name)}
+    flows = {raw.name: _some_flows(raw) for raw in raws if not raw.refs[0].is_sparse}
     yield _table("Dense flow", FLOW_CODES, flows, rounds)
 
 

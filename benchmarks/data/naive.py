@@ -9,7 +9,7 @@ from datasets_etl import formats
 from datasets_etl.augment import AugmentConfig, draw_geometry
 from datasets_etl.colour_jitter import apply_jitters, draw_jitters
 from datasets_etl.samples import FlowSample
-from datasets_etl.sources import SampleRef, SourceTree, is_sparse
+from datasets_etl.sources import SampleRef, SourceTree
 
 
 def naive_sample(tree: SourceTree, ref: SampleRef, config: AugmentConfig, rng: np.random.Generator) -> FlowSample:
@@ -19,11 +19,10 @@ def naive_sample(tree: SourceTree, ref: SampleRef, config: AugmentConfig, rng: n
     """
     frames = [formats.decode_frame(tree.read(path), path) for path in (ref.image0, ref.image1)]
     flow, valid = read_flow(tree, ref)
-    sparse = is_sparse(ref.dataset)
-    frames = apply_jitters(frames, frames, draw_jitters(sparse, rng))
-    drawn = draw_geometry(valid.shape, sparse, config, rng)
+    frames = apply_jitters(frames, frames, draw_jitters(ref.is_sparse, rng))
+    drawn = draw_geometry(valid.shape, ref.is_sparse, config, rng)
     scale_y, scale_x = drawn.scale
-    if sparse:
+    if ref.is_sparse:
         frames, flow, valid = _resized_sparse(frames, flow, valid, scale_y, scale_x)
     else:
         frames = [cv2.resize(frame, None, fx=scale_x, fy=scale_y) for frame in frames]
@@ -41,7 +40,7 @@ def naive_sample(tree: SourceTree, ref: SampleRef, config: AugmentConfig, rng: n
     window = np.s_[y : y + height, x : x + width]
     image0, image1 = (np.ascontiguousarray(frame[window]) for frame in frames)
     flow, valid = np.ascontiguousarray(flow[window]), np.ascontiguousarray(valid[window])
-    return FlowSample(ref.key, ref.dataset, ref.subset, sparse, image0, image1, flow, valid)
+    return FlowSample(ref.key, ref.dataset, ref.subset, ref.is_sparse, image0, image1, flow, valid)
 
 
 def _resized_sparse(

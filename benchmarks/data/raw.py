@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from datasets_etl import formats
 from datasets_etl.samples import dense_valid
-from datasets_etl.sources import SOURCES, SampleRef, SourceTree, is_sparse
+from datasets_etl.sources import SOURCES, SampleRef, SourceTree
 
 _FOLDERS = {
     "chairs": ("GMFLOW_SAMPLES", "FlyingChairs_release"),
@@ -54,7 +54,7 @@ def read_flow(tree: SourceTree, ref: SampleRef) -> tuple[npt.NDArray[np.float32]
     if ref.flow is None:
         raise ValueError(f"{ref.key} has no flow")
     data = tree.read(ref.flow)
-    if is_sparse(ref.dataset):
+    if ref.is_sparse:
         return formats.decode_kitti_flow(data, ref.flow)
     flow = formats.decode_pfm(data, ref.flow) if ref.flow.endswith(".pfm") else formats.decode_flo(data, ref.flow)
     return flow, dense_valid(flow)

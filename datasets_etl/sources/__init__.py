@@ -1,4 +1,4 @@
-"""The five raw datasets in their official layouts. To add one, write its index() and add it here."""
+"""The five raw datasets in their official layouts, and lists of pairs (`listed`) for any other."""
 
 from datasets_etl.sources import chairs, hd1k, kitti, sintel, things
 from datasets_etl.sources.ref import SampleRef, Source, SourceTree
@@ -27,12 +27,4 @@ EXPECTED_COUNTS: dict[str, dict[str, int]] = {
 }
 """Pairs in each subset of a complete download. Any other count deserves a message: an excerpt, or a broken copy."""
 
-_SPARSE = frozenset({"kitti", "hd1k"})
-
-
-def is_sparse(dataset: str) -> bool:
-    """Whether a dataset's flow exists only at some pixels, and so must never be interpolated."""
-    return dataset in _SPARSE
-
-
-__all__ = ["EXPECTED_COUNTS", "SOURCES", "SampleRef", "Source", "SourceTree", "is_sparse"]
+__all__ = ["EXPECTED_COUNTS", "SOURCES", "SampleRef", "Source", "SourceTree"]

@@ -11,7 +11,7 @@ import re
 from pathlib import PurePosixPath
 
 from datasets_etl.errors import DataError
-from datasets_etl.sources.layout import finished, matches, one_prefix, require
+from datasets_etl.sources.layout import decoded_text, finished, matches, one_prefix, require
 from datasets_etl.sources.ref import SampleRef, SourceTree
 
 SPLIT_FILES = ("FlyingChairs_train_val.txt", "chairs_split.txt")
@@ -35,7 +35,7 @@ def index(tree: SourceTree, *, split_list: str | None = None) -> list[SampleRef]
     """
     prefix, numbers = _pairs(tree)
     where = "the given split list" if split_list is not None else _split_path(tree)
-    text = split_list if split_list is not None else decoded(tree.read(where))
+    text = split_list if split_list is not None else decoded_text(tree.read(where))
     lines = text.split()
     wrong = next((line for line in lines if line not in _SUBSETS), None)
     if wrong is not None:
@@ -48,11 +48,6 @@ def index(tree: SourceTree, *, split_list: str | None = None) -> list[SampleRef]
     # By pair number, not by position in the listing: an excerpt of the dataset keeps the official split.
     subsets = {number: _SUBSETS[lines[int(number) - 1]] for number in numbers}
     return _refs(tree, prefix, subsets)
-
-
-def decoded(split_list: bytes) -> str:
-    """The text of a list's file, without the byte order mark that Windows editors write at its beginning."""
-    return split_list.decode("utf-8-sig", "replace")
 
 
 def index_by_hash(tree: SourceTree) -> list[SampleRef]:

@@ -1,10 +1,15 @@
-"""What the sources share: finding a layout below a root, requiring partner files, finishing an index."""
+"""What the sources share: lists, finding a layout below a root, requiring partner files, finishing an index."""
 
 import re
 from collections.abc import Collection, Iterable
 
 from datasets_etl.errors import DataError
 from datasets_etl.sources.ref import SampleRef, SourceTree
+
+
+def decoded_text(data: bytes) -> str:
+    """The text of a list's file, without the byte order mark that Windows editors write at its beginning."""
+    return data.decode("utf-8-sig", "replace")
 
 
 def matches(tree: SourceTree, pattern: re.Pattern[str]) -> list[re.Match[str]]:

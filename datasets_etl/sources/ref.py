@@ -4,6 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+SPARSE_SUFFIX = ".png"
+"""That of KITTI's and HD1K's flow, which says at which pixels there is any."""
+
 
 @dataclass(frozen=True)
 class SourceTree:
@@ -25,7 +28,7 @@ class SampleRef:
     """One frame pair of a raw dataset; paths are relative to the dataset's root.
 
     Attributes:
-        dataset: "chairs", "things", "sintel", "kitti" or "hd1k".
+        dataset: "chairs", "things", "sintel", "kitti" or "hd1k", or the name of a dataset of one's own.
         subset: the name by which mixtures and evaluations select pairs, such as "train" or "training-clean".
         key: a WebDataset key, without dots and unique within the dataset; keys sort in index order.
         scene: the sequence the pair belongs to.
@@ -48,6 +51,11 @@ class SampleRef:
     occlusion: str | None = None
     invalid: str | None = None
     flow_noc: str | None = None
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether its flow exists only at some pixels, and so must never be interpolated."""
+        return self.flow is not None and self.flow.endswith(SPARSE_SUFFIX)
 
 
 class Source(Protocol):

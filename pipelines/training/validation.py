@@ -13,7 +13,6 @@ from datasets_etl.ahead import read_ahead
 from datasets_etl.batches import to_tensors
 from datasets_etl.evaluation_set import EvaluationSet
 from datasets_etl.samples import FlowSample
-from datasets_etl.sources import is_sparse
 from gmflow import GMFlow
 from gmflow.geometry import forward_backward_occlusion
 from gmflow.loss import valid_pixels
@@ -48,9 +47,9 @@ def score(
 ) -> Iterator[Scored]:
     """Predict and measure samples one by one; without a model the prediction is zero flow.
 
-    KITTI and HD1K are padded as KITTI, the others as Sintel. For FlyingThings3D, pixels whose true flow is 400 px or
-    longer do not count, as in the published figures. With `bidirectional` both flows are computed, and `occluded` marks
-    where they disagree; the metrics are those of the forward flow.
+    Where flow is sparse (KITTI, HD1K), frames are padded as KITTI's, else as Sintel's. For FlyingThings3D, pixels whose
+    true flow is 400 px or longer do not count, as in the published figures. With `bidirectional` both flows are
+    computed, and `occluded` marks where they disagree; the metrics are those of the forward flow.
     """
     for sample in samples:
         batch = to_tensors(sample)
@@ -58,7 +57,7 @@ def score(
         flow, hidden = torch.zeros_like(batch.flow)[None], None
         if model is not None:
             image0, image1 = (image[None].to(device).float() for image in (batch.image0, batch.image1))  # [1, 3, H, W]
-            padding: PaddingMode = "kitti" if is_sparse(sample.dataset) else "sintel"
+            padding: PaddingMode = "kitti" if sample.sparse else "sintel"
             with torch.inference_mode():
                 out = padded_forward(model, image0, image1, padding=padding, bidirectional=bidirectional)
                 flow = out.flow.float().cpu()

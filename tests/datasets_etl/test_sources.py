@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from datasets_etl.sources import EXPECTED_COUNTS, SOURCES, SampleRef, SourceTree, chairs, is_sparse
+from datasets_etl.sources import EXPECTED_COUNTS, SOURCES, SampleRef, SourceTree, chairs
 from tests.datasets_etl.layouts import (
     chairs_files,
     chairs_split,
@@ -203,8 +203,10 @@ def test_hd1k_frames_around_a_gap_are_no_pair(step: int) -> None:
     ]
 
 
-def test_only_kitti_and_hd1k_are_sparse() -> None:
-    assert [name for name in SOURCES if is_sparse(name)] == ["kitti", "hd1k"]
+@each_dataset
+def test_the_flow_of_kitti_and_hd1k_alone_is_sparse(dataset: str) -> None:
+    refs = [ref for ref in SOURCES[dataset](whole_dataset(dataset)) if ref.flow is not None]
+    assert {ref.is_sparse for ref in refs} == {dataset in ("kitti", "hd1k")}
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from pipelines.errors import PipelineError
 from pipelines.sweeping.config import SweepConfig
 from pipelines.training import data_config, dry_run, machine_config
 from pipelines.training import estimate as estimating
-from pipelines.training.config import CurriculumConfig
+from pipelines.training.config import CurriculumConfig, MlflowConfig
 from pipelines.training.data_config import PartConfig, SetConfig
 from pipelines.training.plan import learned_pairs
 from tests.conftest import ROOT
@@ -84,6 +84,12 @@ def test_the_ready_configs_are_the_papers_recipe(file, variant):
         "kitti": (-0.3, 0.5, 0.5, 0.0),
         "hd1k": (-0.5, 0.2, 0.5, 0.0),
     }
+
+
+def test_the_config_for_data_of_ones_own_needs_nothing_but_the_data(load):
+    config = load_config(CurriculumConfig, str(CONFIGS / "finetune.yaml"), ["data.mine=m.json"])
+    assert [stage.name for stage in config.selected_stages] == ["mine"]
+    assert config.mlflow.registered_model != MlflowConfig().registered_model, "the paper's models keep their aliases"
 
 
 @pytest.mark.parametrize(("variant", "known"), [("base", "afb2db5e6651"), ("refine", "15edde0b881f")])
