@@ -6,6 +6,7 @@ pooled over all sets together, and the metrics of each set are under "sets".
 
 import argparse
 import contextlib
+import fnmatch
 import json
 import math
 import os
@@ -114,16 +115,24 @@ def chosen_sets(
 ) -> dict[str, EvaluationSet]:
     """The sets to score, by unique names: dataset and subset, with the version added if that name is already taken.
 
-    A manifest without a subset gives a set for each of its subsets.
+    A manifest without a subset gives a set for each of its subsets. A pattern need not match in every manifest; one in
+    which no pattern of `only` matches gives no set.
     """
-    sets: dict[str, EvaluationSet] = {}
+    manifests = []
     for reference in data:
         url, own = _split_subset(reference)
-        manifest = Manifest.load(url)
-        if wanted := own or subset:
-            found = [EvaluationSet(manifest, wanted, limit, only=only, without=without)]
+        manifests.append((reference, Manifest.load(url), own or subset))
+    matching = _matching([(manifest, wanted) for _, manifest, wanted in manifests], [*only, *without])
+    sets: dict[str, EvaluationSet] = {}
+    for (reference, manifest, wanted), here in zip(manifests, matching, strict=True):
+        chosen_here = [pattern for pattern in only if pattern in here]
+        left_out_here = [pattern for pattern in without if pattern in here]
+        if only and not chosen_here:
+            continue
+        if wanted:
+            found = [EvaluationSet(manifest, wanted, limit, only=chosen_here, without=left_out_here)]
         else:
-            found = EvaluationSet.by_subset(manifest, limit, only=only, without=without)
+            found = EvaluationSet.by_subset(manifest, limit, only=chosen_here, without=left_out_here)
         for chosen in found:
             for name, other in sets.items():
                 if (other.manifest.version, other.subset) == (manifest.version, chosen.subset):
@@ -131,6 +140,23 @@ def chosen_sets(
             name = f"{manifest.dataset}/{chosen.subset}"
             sets[f"{name}@{manifest.version}" if name in sets else name] = chosen
     return sets
+
+
+def _matching(chosen: Sequence[tuple[Manifest, str | None]], patterns: Sequence[str]) -> list[set[str]]:
+    """The patterns that match in each of the manifests and subsets. Raises PipelineError if one matches in none."""
+    if len(chosen) == 1:
+        return [set(patterns)]  # to choose by them says more about one that matches nothing
+    matching = []
+    examples = []
+    for manifest, subset in chosen:
+        names = [manifest.samples[number].name for number in manifest.select(subset)]
+        matching.append({pattern for pattern in patterns if any(fnmatch.fnmatchcase(name, pattern) for name in names)})
+        examples.append(names[0])
+    for pattern in patterns:
+        if not any(pattern in here for here in matching):
+            shown = ", ".join(dict.fromkeys(examples))
+            raise PipelineError(f"no sample of any --data matches {pattern!r}; names are such as {shown}")
+    return matching
 
 
 def _split_subset(reference: str) -> tuple[str, str]:

@@ -235,6 +235,20 @@ def test_a_pattern_need_not_match_in_every_subset_of_a_manifest(manifests):
         choose([one, "x*"])
 
 
+def test_a_pattern_need_not_match_in_every_manifest(manifests):
+    choose = functools.partial(pipelines.evaluate.chosen_sets, [manifests["sintel"], manifests["kitti"]], None, None)
+    clean, final = "sintel/training-clean", "sintel/training-final"
+    assert {name: len(chosen) for name, chosen in choose(["scene_0000*"]).items()} == {clean: 2, final: 2}
+    assert list(choose(["scene_0000*", "000001*"])) == [clean, final, "kitti/training"]
+    left = choose((), ["scene_0000*"])
+    assert (left["kitti/training"].is_whole, left[clean].is_whole) == (True, False)
+    assert (left["kitti/training"].part, left[clean].part) == ("", "without scene_0000*")
+    with pytest.raises(
+        PipelineError, match=r"no sample of any --data matches 'x\*'; names are such as scene_0000_frame_0001, 000000_10"
+    ):
+        choose(["scene_0000*"], ["x*"])
+
+
 def test_pairs_are_chosen_by_name(call, weights, manifests, tmp_path):
     command = (pipelines.evaluate, "--model", weights, "--data", f"{manifests['sintel']}#training-clean")
     output = tmp_path / "scores"
