@@ -209,7 +209,7 @@ def _clips_of(paths: Sequence[Path]) -> list[Clip]:
 
 
 def _frames_of(folder: Path) -> list[Path]:
-    named = (path for path in folder.iterdir() if path.suffix.lower() in FRAME_SUFFIXES and not path.is_dir())
+    named = (path for path in folder.iterdir() if _named_as_a_frame(path) and not path.is_dir())
     found = sorted(named, key=_by_numbers)
     for path in found:
         if not path.exists():
@@ -230,8 +230,13 @@ def _clip_folders(folder: Path) -> list[Path]:
 
 
 def _holds_a_pair(folder: Path) -> bool:
-    frames = (path for path in folder.iterdir() if path.suffix.lower() in FRAME_SUFFIXES and path.is_file())
+    frames = (path for path in folder.iterdir() if _named_as_a_frame(path) and path.is_file())
     return len(list(itertools.islice(frames, 2))) == 2
+
+
+def _named_as_a_frame(path: Path) -> bool:
+    """Hidden files are none: beside each `frame.png`, macOS writes a `._frame.png` without pixels on foreign disks."""
+    return path.suffix.lower() in FRAME_SUFFIXES and not path.name.startswith(".")
 
 
 def _by_numbers(file: Path) -> tuple[list[str | int], str]:

@@ -244,7 +244,8 @@ def test_a_pattern_need_not_match_in_every_manifest(manifests):
     assert (left["kitti/training"].is_whole, left[clean].is_whole) == (True, False)
     assert (left["kitti/training"].part, left[clean].part) == ("", "without scene_0000*")
     with pytest.raises(
-        PipelineError, match=r"no sample of any --data matches 'x\*'; names are such as scene_0000_frame_0001, 000000_10"
+        PipelineError,
+        match=r"no sample of any --data matches 'x\*'; names are such as scene_0000_frame_0001, 000000_10",
     ):
         choose(["scene_0000*"], ["x*"])
 

@@ -362,6 +362,12 @@ class TestPredict:
         with pytest.raises(PipelineError, match=r"gone\.png: a link to nowhere\.png, which is not there"):
             find_clips([str(tmp_path)])
 
+    def test_hidden_files_are_no_frames(self, frames, tmp_path):
+        for frame in frames:
+            Path(frame).with_name(f"._{Path(frame).name}").write_bytes(b"\0\5\x16\7, as macOS writes beside a file")
+        (clip,) = find_clips([str(tmp_path)])
+        assert [str(file) for file in clip.files] == frames
+
     def test_a_folder_of_folders_says_which_of_them_to_give(self, frames, tmp_path):
         names = ["clip10", "clip2", "clip1", "clip3", "one frame", "none"]
         for name, count in zip(names, (2, 2, 3, 2, 1, 0), strict=True):
