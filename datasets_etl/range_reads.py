@@ -53,7 +53,7 @@ class RangeReader:
                 return None
             data = answer.read()
         except (OSError, http.client.HTTPException) as error:
-            raise ConnectionError(f"{parts.scheme}://{parts.netloc}: {error or type(error).__name__}") from error
+            raise ConnectionError(f"{parts.scheme}://{parts.netloc}: {error}") from error
         if not answer.will_close:
             open_connections[place] = connection
         return data

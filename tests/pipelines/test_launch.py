@@ -1,11 +1,13 @@
 """How a stage is launched: what workers wait for, which failures are counted, and what ends it."""
 
 import copy
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from ray.exceptions import ActorDiedError
-from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from datasets_etl.errors import DamagedError, DataError
@@ -34,6 +36,7 @@ class _Queue:
         self.left = 0
         self.silent = 0.0
         self.records: list[Record] = []
+        self.reason: Exception | None = None
 
     def silent_s(self) -> float:
         return self.silent
@@ -41,8 +44,8 @@ class _Queue:
     def send(self, record: Record) -> None:
         self.records.append(record)
 
-    def gave_up_for(self) -> None:
-        return None
+    def gave_up_for(self) -> Exception | None:
+        return self.reason
 
     def departures(self) -> int:
         return self.left
@@ -57,6 +60,31 @@ def test_workers_that_do_not_fit_are_told_of():
     told = launch.room_lacking(MachineConfig(num_workers=2, placement="strict_spread"))
     assert "2 workers need 1 CPU each on a node of its own, the cluster has room for 1" in told
     assert "machine.placement" in told
+
+
+def test_ray_train_is_told_what_the_config_says_of_machines(tmp_path):
+    """And waits for a collective longer than the watchdog, which says what it was."""
+    gpus = MachineConfig(
+        num_workers=4,
+        min_workers=2,
+        grow_interval_s=7.0,
+        use_gpu=True,
+        cpus_per_worker=3,
+        placement="spread",
+        max_failures=5,
+        hang_timeout_s=600.0,
+    )
+    heard = UserCallback()
+    trainer = launch._trainer(replace(job_in(tmp_path), machine=gpus), "name", [heard], str(tmp_path))
+    scaling = trainer.scaling_config
+    assert (scaling.num_workers, scaling.elastic_resize_monitor_interval_s) == ((2, 4), 7.0)
+    assert (scaling.use_gpu, scaling.resources_per_worker) == (True, {"CPU": 3, "GPU": 1})
+    assert scaling.placement_strategy == "SPREAD"
+    assert trainer.run_config.failure_config.max_failures == 5
+    assert heard in trainer.run_config.callbacks
+    assert trainer.backend_config.timeout_s > 600
+    alone = launch._trainer(job_in(tmp_path), "name", [], str(tmp_path)).scaling_config
+    assert (alone.num_workers, alone.use_gpu, alone.resources_per_worker) == (1, False, {"CPU": 1})
 
 
 def test_a_users_error_in_ray_trains_controller_is_told_as_it_is():
@@ -90,6 +118,16 @@ def test_only_what_lasts_ends_a_stage_at_once(error, is_lasting, tmp_path, monke
     monkeypatch.setattr(launch.CheckpointStore, "newest", lambda store, warn: None)
     with pytest.raises(type(error), match=str(error)):
         launch.fit_stage(job, "name")
+
+
+def test_what_a_worker_gave_up_for_ends_a_stage_though_ray_train_knows_of_no_failure(tmp_path, monkeypatch):
+    queue = _Queue()
+    queue.reason = PipelineError("stage chairs: 20 steps in a row had no finite gradients")
+    monkeypatch.setattr(launch, "FeedWriter", lambda name: queue)
+    monkeypatch.setattr(launch, "_train_interruptibly", lambda *_: None)
+    monkeypatch.setattr(launch.CheckpointStore, "newest", lambda store, warn: snapshot(10))
+    with pytest.raises(PipelineError, match="20 steps in a row"):
+        launch.fit_stage(job_in(tmp_path), "name")
 
 
 @pytest.mark.parametrize(
@@ -196,3 +234,30 @@ def test_a_worker_that_is_gone_is_told_from_one_that_raised(tmp_path, monkeypatc
         "stage=chairs worker 2 failed: its process is gone: killed, out of memory, or its machine lost",
         "stage=chairs worker 1 failed: gloo: connection reset by peer",
     ]
+
+
+def test_ray_trains_end_is_heard_of_and_what_it_waits_for_meanwhile(monkeypatch):
+    """It runs in a thread, so that Ctrl-C ends this one at once."""
+    looks, go_on = [], threading.Event()
+
+    class Trainer:
+        def __init__(self, error: BaseException | None) -> None:
+            self.error = error
+
+        def fit(self) -> None:
+            go_on.wait()
+            if self.error is not None:
+                raise self.error
+
+    def look() -> None:
+        looks.append(threading.current_thread())
+        if len(looks) == 2:
+            go_on.set()
+
+    monkeypatch.setattr(launch, "_CHECK_INTERVAL_S", 0.01)
+    launch._train_interruptibly(Trainer(None), look)
+    for error in (TrainingFailedError("a worker died"), SystemExit(3)):
+        with pytest.raises(type(error)) as raised:
+            launch._train_interruptibly(Trainer(error), look)
+        assert raised.value is error
+    assert looks[:2] == [threading.main_thread()] * 2
