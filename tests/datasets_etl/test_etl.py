@@ -562,6 +562,19 @@ def test_a_shard_that_was_cut_short_is_written_again(raw_chairs, tmp_path):
     assert verify_manifest(Manifest.load(second.manifest_url)) == []
 
 
+@pytest.mark.parametrize(
+    ("shard_bytes", "shards"),
+    [(1, ["a", "b", "c", "d"]), (420, ["ab", "cd"]), (421, ["abc", "d"]), (490, ["abc", "d"]), (491, ["abcd"])],
+)
+def test_a_shard_takes_samples_until_it_has_so_many_bytes_of_pixels_and_flow(shard_bytes, shards):
+    """14 for a pixel: two colours and a flow of two floats. Frames of KITTI are of several sizes."""
+    refs = [SampleRef("kitti", "training", key, "s", "1", "0", "1", "flow") for key in "abcd"]
+    pixels = {"a": 10, "b": 20, "c": 5, "d": 100}
+    plans = plan_shards(refs, pixels, dict.fromkeys(("0", "1", "flow"), ""), shard_bytes)
+    assert ["".join(ref.key for ref in plan.refs) for plan in plans] == shards
+    assert [plan.index for plan in plans] == list(range(len(shards)))
+
+
 def test_a_plan_is_another_one_where_any_of_its_raw_files_or_the_format_is(monkeypatch):
     ref = SampleRef("sintel", "training-clean", "k", "s", "1", "0", "1", "flow", "occlusion", "invalid", "noc")
     names = ("0", "1", "flow", "occlusion", "invalid", "noc")

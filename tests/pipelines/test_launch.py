@@ -10,7 +10,7 @@ from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from datasets_etl.errors import DamagedError, DataError
+from datasets_etl.errors import DamagedError, DataError, StorageOutageError
 from pipelines.errors import OutageError, PipelineError
 from pipelines.training import launch
 from pipelines.training.config import StageConfig
@@ -62,7 +62,7 @@ def test_workers_that_do_not_fit_are_told_of():
     assert "machine.placement" in told
 
 
-def test_ray_train_is_told_what_the_config_says_of_machines(tmp_path):
+def test_ray_train_is_told_what_the_config_says_of_machines(tmp_path, monkeypatch):
     """And waits for a collective longer than the watchdog, which says what it was."""
     gpus = MachineConfig(
         num_workers=4,
@@ -81,6 +81,11 @@ def test_ray_train_is_told_what_the_config_says_of_machines(tmp_path):
     assert (scaling.use_gpu, scaling.resources_per_worker) == (True, {"CPU": 3, "GPU": 1})
     assert scaling.placement_strategy == "SPREAD"
     assert trainer.run_config.failure_config.max_failures == 5
+    queue = _Queue()
+    monkeypatch.setattr(launch, "FeedWriter", lambda name: queue)
+    for callback in trainer.run_config.callbacks:
+        callback.after_exception(None, {3: RuntimeError("died")})
+    assert [record.line for record in queue.records] == ["stage=chairs worker 3 failed: died"]
     assert heard in trainer.run_config.callbacks
     assert trainer.backend_config.timeout_s > 600
     alone = launch._trainer(job_in(tmp_path), "name", [], str(tmp_path)).scaling_config
@@ -155,6 +160,18 @@ def test_workers_that_cannot_be_connected_are_started_again(found, max_failures,
     assert len(runs) == fits
 
 
+def test_an_outage_that_ray_trains_controller_met_is_no_failed_start(tmp_path, monkeypatch):
+    """Whoever met it has already waited for storage as long as it was told to."""
+    runs = []
+    outage = ControllerError(StorageOutageError("storage is away"))
+    monkeypatch.setattr(launch, "FeedWriter", lambda name: _Queue())
+    monkeypatch.setattr(launch.CheckpointStore, "newest", lambda store, warn: None)
+    monkeypatch.setattr(launch, "_fit", lambda *_: runs.append(1) or outage)
+    with pytest.raises(StorageOutageError, match="storage is away"):
+        launch.fit_stage(job_in(tmp_path), "name")
+    assert len(runs) == 1
+
+
 def test_what_workers_wait_for_is_told_each_time_it_changes(tmp_path, monkeypatch):
     job = job_in(tmp_path)
     queue, lacking = _Queue(), [""]
@@ -167,14 +184,15 @@ def test_what_workers_wait_for_is_told_each_time_it_changes(tmp_path, monkeypatc
         (20, "waits for room"),  # a machine is lost
         (25, ""),
         (200, ""),  # there is another, but the workers do not come up on it: as after hours of training
+        *((1, "waits for room"), (2, ""), (3, "waits for room")),  # machines come and go
     ):
         queue.silent, lacking[0] = silent, lacks
         waiting.look()
         told.append(len(queue.records))
-    assert told == [1, 1, 1, 2, 2, 2, 3, 3, 4]
+    assert told == [1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 5, 6]
     assert all(record.waiting and not record.metrics for record in queue.records)
-    first, second, third, fourth = [record.line for record in queue.records]
-    assert first == third == "stage=chairs waits for room"
+    first, second, third, fourth, *again = [record.line for record in queue.records]
+    assert [first, third, *again] == ["stage=chairs waits for room"] * 4
     assert second == fourth
     assert "the cluster could hold them, but none has come up for 180 s" in second
 
@@ -234,6 +252,19 @@ def test_a_worker_that_is_gone_is_told_from_one_that_raised(tmp_path, monkeypatc
         "stage=chairs worker 2 failed: its process is gone: killed, out of memory, or its machine lost",
         "stage=chairs worker 1 failed: gloo: connection reset by peer",
     ]
+    assert all(record.waiting for record in queue.records)
+
+
+@pytest.mark.parametrize("error", [ValueError("Failed to look up actor 'feed'"), ActorDiedError()], ids=type)
+def test_ray_trains_controller_goes_on_though_nobody_hears_of_a_failure(error, tmp_path, monkeypatch):
+    """It outlives its driver, and the driver's feed, for a moment."""
+
+    def feed(name: str) -> None:
+        raise error
+
+    failures = launch._Failures(job_in(tmp_path))
+    monkeypatch.setattr(launch, "FeedWriter", feed)
+    failures.after_exception(None, {0: RuntimeError("died")})
 
 
 def test_ray_trains_end_is_heard_of_and_what_it_waits_for_meanwhile(monkeypatch):
