@@ -124,7 +124,8 @@ def test_a_changed_raw_file_is_noticed(raw_chairs, tmp_path):
     second = run_etl("chairs", str(source), str(tmp_path), shard_bytes=100_000)
     assert second.manifest_url != first.manifest_url
     assert second.reused == 2
-    assert Manifest.load(first.manifest_url).samples  # the old version is still whole
+    for version in (first, second):  # the old one is still whole
+        assert verify_manifest(Manifest.load(version.manifest_url)) == []
 
 
 @pytest.fixture
@@ -527,6 +528,7 @@ def test_patterns_choose_among_the_samples_of_a_subset(local_ray, tmp_path):
     assert every == [f"scene_000{scene}_frame_000{frame}" for scene in range(3) for frame in (1, 2)]
     first = every[:2]
     assert chosen(only=["scene_0000*"]) == first
+    assert chosen(only=["*_frame_0001"]) == every[::2]
     assert chosen(without=["scene_0000*"]) == [name for name in every if name not in first]
     assert chosen(only=["*_frame_0001", "scene_0000*"], without=["*_frame_0001"]) == first[1:]
     with pytest.raises(DataError, match=r"no sample of training-final matches 'alley\*'; names are such as scene_0000"):
@@ -657,11 +659,12 @@ def test_a_task_whose_worker_was_killed_is_done_again(tmp_path):
     assert [result for _, result in run_tasks(_die_once, [tmp_path / "died"], None)] == ["done"]
 
 
-def test_a_manifest_of_another_format_is_refused_saying_which(sharded_chairs, tmp_path):
+@pytest.mark.parametrize("version", [FORMAT_VERSION - 1, FORMAT_VERSION + 1])
+def test_a_manifest_of_another_format_is_refused_saying_which(version, sharded_chairs, tmp_path):
     content = json.loads(Path(sharded_chairs.manifest_url.removeprefix("file://")).read_bytes())
     other = tmp_path / "manifest.json"
-    other.write_text(json.dumps({**content, "format": FORMAT_VERSION + 1}))
-    with pytest.raises(DataError, match=rf"manifest format {FORMAT_VERSION + 1}, this version reads {FORMAT_VERSION}"):
+    other.write_text(json.dumps({**content, "format": version}))
+    with pytest.raises(DataError, match=rf"manifest format {version}, this version reads {FORMAT_VERSION}"):
         Manifest.load(str(other))
 
 
@@ -672,9 +675,10 @@ def test_two_samples_of_one_key_make_no_manifest(sharded_chairs):
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "null", '{"format": 2, "dataset": "kitti", "quarantined": {}, "shards": [{"samples": []}]}']
+    "text",
+    ["", "PK", "{}", "[]", "null", '{"format": 2, "dataset": "kitti", "quarantined": {}, "shards": [{"samples": []}]}'],
 )
-def test_json_that_is_no_manifest_is_refused(text, tmp_path):
+def test_what_is_no_manifest_is_refused(text, tmp_path):
     (tmp_path / "m.json").write_text(text)
     with pytest.raises(DataError, match="not a manifest"):
         Manifest.load(str(tmp_path / "m.json"))
@@ -687,10 +691,11 @@ def test_a_manifests_url_is_absolute(sharded_chairs: EtlResult, monkeypatch):
     assert Manifest.load(path.name).url == path.as_uri()
 
 
-def test_a_plan_is_another_one_where_a_pairs_subset_is():
+@pytest.mark.parametrize("change", [{"subset": "val", "key": "val_1"}, {"image0": "1", "image1": "0"}])
+def test_a_plan_is_another_one_where_a_pair_is_of_another_subset_or_of_the_same_files_otherwise(change):
     """Shards of another list of who validates must not be taken over."""
     ref = SampleRef("chairs", "train", "train_1", "s", "1", "0", "1", "f")
-    other = dataclasses.replace(ref, subset="val", key="val_1")
+    other = dataclasses.replace(ref, **change)
     first, second = (plan_shards([r], {r.key: 1}, dict.fromkeys("01f", ""), 1)[0] for r in (ref, other))
     assert first.fingerprint != second.fingerprint
 

@@ -136,6 +136,16 @@ def test_batches_have_the_shapes_and_types_they_promise(dataset):
     assert torch.isfinite(batch.flow).all()
 
 
+def test_batches_are_pinned_where_that_is_asked_for(dataset):
+    pinned = TrainingStream(dataset, range(1), global_batch=2, micro_batch=2, rank=0, world_size=1, pinned=True)
+    if torch.cuda.is_available():
+        for _, batches in pinned:
+            assert all(tensor.is_pinned() for batch in batches for tensor in batch)
+    else:  # PyTorch says that it would, had it a GPU
+        with pytest.warns(UserWarning, match="pin_memory"):
+            list(pinned)
+
+
 def test_the_same_sample_is_augmented_anew_each_time_it_comes(dataset):
     positions = range(3 * dataset.order.epoch_length)
     parts, samples = dataset.order.locate(positions)
@@ -166,6 +176,7 @@ def test_samples_without_truth_are_never_trained_or_scored_on(sharded_kitti):
     manifest = Manifest.load(sharded_kitti.manifest_url)
     assert manifest.subsets == {"testing": 1, "training": 3}
     assert len(EvaluationSet(manifest, None)) == 3
+    assert len(manifest.select(None, with_truth=False)) == 4
     with pytest.raises(DataError, match="no sample with ground truth in testing"):
         EvaluationSet(manifest, "testing")
 

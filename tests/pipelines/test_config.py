@@ -114,6 +114,8 @@ def test_pairs_that_are_held_out_decide_the_weights(small, load):
 SCENES = {
     "sintel": ("training-clean", "training-final", "alley_1_frame_0001", "alley_1_frame_0002", "cave_2_frame_0001"),
     "things": ("train-clean", "val-clean", "into_future_A_0000_0006", "into_future_A_0001_0006"),
+    "kitti": ("training", "testing", "000001_10"),
+    "hd1k": ("training", "testing", "000001_10"),
 }
 
 
@@ -139,7 +141,17 @@ SCENES = {
             {"data": "sintel", "subset": "training-final"},
             1,
         ),
+        (
+            [
+                {"data": "sintel", "subset": "training-clean", "only": ["c*"]},
+                {"data": "sintel", "subset": "training-final", "only": ["alley_*"]},
+            ],
+            {"data": "sintel", "subset": "training-final"},
+            3,
+        ),
         ([{"data": "things", "subset": "train-clean"}], {"data": "things", "subset": "val-clean"}, 0),
+        ([{"data": "hd1k", "subset": "training"}], {"data": "kitti", "subset": "training"}, 0),
+        ([{"data": "under-another-name", "subset": "training"}], {"data": "kitti", "subset": "training"}, 1),
     ],
 )
 def test_pairs_that_were_trained_on_are_counted_in_every_pass(mixture, chosen, learned):
@@ -147,6 +159,7 @@ def test_pairs_that_were_trained_on_are_counted_in_every_pass(mixture, chosen, l
     for name, (first, second, *names) in SCENES.items():
         samples = [SampleEntry(f"{part}_{one}", part, 0, 1, 0, 8, 8, 0) for part in (first, second) for one in names]
         manifests[name] = Manifest(name, (ShardEntry(name, 1, "", tuple(samples)),))
+    manifests["under-another-name"] = manifests["kitti"]
     parts = [PartConfig(**part) for part in mixture]
     assert learned_pairs(parts, SetConfig(**chosen), manifests) == learned
 

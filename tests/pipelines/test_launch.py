@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
 from datasets_etl.errors import DamagedError, DataError, StorageOutageError
 from pipelines.errors import OutageError, PipelineError
@@ -18,6 +18,7 @@ from pipelines.training.feed import Record
 from pipelines.training.machine_config import MachineConfig
 from pipelines.training.stage import StageJob
 from tests.pipelines.conftest import workplace_in
+from tests.waiting import WAIT_SECONDS
 
 
 def job_in(folder: Path, max_failures: int = 3) -> StageJob:
@@ -97,6 +98,15 @@ def test_a_users_error_in_ray_trains_controller_is_told_as_it_is():
     assert launch._user_error(ControllerError(mine)) is mine
     assert launch._user_error(copy.copy(ControllerError(mine))) is mine, "as it comes from another process"
     assert launch._user_error(ControllerError(ValueError("a bug"))) is None
+
+
+def test_a_users_error_is_found_however_ray_wraps_it():
+    mine = PipelineError("no luck")
+    behind = RuntimeError("Ray's own words")
+    behind.__cause__ = mine
+    for wrapped in (UserExceptionWithTraceback(mine, "…"), RayTaskError("train", "…", mine), behind):
+        assert launch._user_error(wrapped) is mine
+        assert launch._user_error(WorkerGroupError("workers failed", {0: ValueError("its peer"), 2: wrapped})) is mine
 
 
 @pytest.mark.parametrize(
@@ -247,10 +257,12 @@ def test_a_worker_that_is_gone_is_told_from_one_that_raised(tmp_path, monkeypatc
     cut_off = RuntimeError("gloo: connection reset by peer")
     failures.after_exception(None, {0: cut_off, 2: WorkerHealthCheckFailedError("Worker(…)", ActorDiedError())})
     failures.after_exception(None, {1: cut_off, 2: ActorDiedError()})
+    failures.after_exception(None, {0: WorkerHealthCheckFailedError("Worker(…)", TimeoutError("no answer yet"))})
     failures.after_exception(None, {0: PipelineError("the command ends with it, and says it")})
     assert [record.line for record in queue.records] == [
         "stage=chairs worker 2 failed: its process is gone: killed, out of memory, or its machine lost",
         "stage=chairs worker 1 failed: gloo: connection reset by peer",
+        "stage=chairs worker 0 failed: no answer yet",
     ]
     assert all(record.waiting for record in queue.records)
 
@@ -276,7 +288,7 @@ def test_ray_trains_end_is_heard_of_and_what_it_waits_for_meanwhile(monkeypatch)
             self.error = error
 
         def fit(self) -> None:
-            go_on.wait()
+            go_on.wait(WAIT_SECONDS)
             if self.error is not None:
                 raise self.error
 

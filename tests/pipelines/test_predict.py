@@ -22,13 +22,14 @@ import pipelines.predict
 import pipelines.registry
 import pipelines.sweep
 from datasets_etl import formats
+from datasets_etl.storage import open_store
 from datasets_etl.synthetic import synthetic_pair
 from gmflow import GMFlow, GMFlowConfig, Tiling, error_to_image, flow_to_image, load_model, predict_batch, save_weights
 from pipelines.continuation import any_frame
 from pipelines.errors import PipelineError
 from pipelines.flow_files import FLOW_FORMATS
 from pipelines.frames import find_clips
-from pipelines.predict import options_of, parse_arguments
+from pipelines.predict import options_of, parse_arguments, predict_clip
 from pipelines.prediction_files import PredictionOptions, inputs_of
 from tests.conftest import ROOT
 from tests.pipelines.commands import TINY, assert_one_line, write_video
@@ -405,6 +406,8 @@ class TestPredict:
             (("--formats", "error"), ("--truth",)),
             (("--truth", "nowhere"), ("nowhere", "no such folder")),
             (("--tile", "64x64", "--overlap", "60"), ("64×64",)),
+            (("--batch", "0"), ("--batch", "0 is not positive")),
+            (("--max-flow", "-1"), ("--max-flow", "-1 is not positive")),
         ],
     )
     def test_wrong_options_are_said_before_anything_is_computed(
@@ -530,11 +533,28 @@ def test_whatever_changes_the_files_is_another_job():
     assert replace(usual, formats=("npz",), batch=4).job(model) == jobs[0]
 
 
+def test_every_pair_counts_as_done_and_is_computed_only_where_its_files_are_missing(
+    weights, frames, tmp_path, monkeypatch
+):
+    (clip,) = find_clips([str(path) for path in frames])
+    output, options = open_store(str(tmp_path)), PredictionOptions(("color",))
+    computed, done = [], []
+    monkeypatch.setattr(
+        pipelines.predict,
+        "predict_batch",
+        lambda model, pairs, **how: computed.append(len(pairs)) or predict_batch(model, pairs, **how),
+    )
+    for kept in (set(), {"frame_0000.png"}, {"frame_0000.png", "frame_0001.png"}):
+        predict_clip(load_model(weights), clip, output, options, kept, lambda: done.append(1))
+    assert computed == [1, 1, 1]
+    assert len(done) == 3 * clip.count() == 3 * 2
+
+
 def test_a_videos_colours_and_rate_are_the_frames(call, weights, tmp_path):
     """Red and blue changed places would still give some flow."""
     pair = synthetic_pair(3, 48, 64)
     path = tmp_path / "v.avi"
-    video = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 25, (64, 48))
+    video = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 12, (64, 48))
     for image in (pair.image0, pair.image1):
         video.write(cv2.cvtColor(np.full_like(image, [250, 120, 10]), cv2.COLOR_RGB2BGR))
     video.release()
@@ -544,7 +564,7 @@ def test_a_videos_colours_and_rate_are_the_frames(call, weights, tmp_path):
     for frame in (found.frame0, found.frame1):
         np.testing.assert_allclose(frame.reshape(-1, 3).mean(0), [250, 120, 10], atol=6)
     assert call(pipelines.predict, "--model", weights, "--output", tmp_path / "o", "--formats", "video", path)[0] == 0
-    assert cv2.VideoCapture(str(tmp_path / "o" / "v_flow.mp4")).get(cv2.CAP_PROP_FPS) == pytest.approx(25)
+    assert cv2.VideoCapture(str(tmp_path / "o" / "v_flow.mp4")).get(cv2.CAP_PROP_FPS) == pytest.approx(12)
 
 
 def test_clips_of_one_name_keep_a_video_each(frames, tmp_path):
