@@ -167,6 +167,11 @@ class Manifest:
             chosen = self._matching(chosen, subset, only, without)
         return np.array(chosen, dtype=np.int64)
 
+    def which_match(self, patterns: Sequence[str], subset: str | None) -> list[str]:
+        """Those of the patterns that match the name of a sample with ground truth, of one subset or (None) of any."""
+        names = [self.samples[number].name for number in self.select(subset)]
+        return [pattern for pattern in patterns if any(fnmatch.fnmatchcase(name, pattern) for name in names)]
+
     def _matching(
         self, chosen: list[int], subset: str | None, only: Sequence[str], without: Sequence[str]
     ) -> list[int]:

@@ -6,7 +6,6 @@ pooled over all sets together, and the metrics of each set are under "sets".
 
 import argparse
 import contextlib
-import fnmatch
 import json
 import math
 import os
@@ -118,51 +117,45 @@ def chosen_sets(
     A manifest without a subset gives a set for each of its subsets. A pattern need not match in every manifest; one in
     which no pattern of `only` matches gives no set.
     """
-    manifests = []
-    for reference in data:
-        url, own = _split_subset(reference)
-        manifests.append((reference, Manifest.load(url), own or subset))
-    matching = _matching([(manifest, wanted) for _, manifest, wanted in manifests], [*only, *without])
+    chosen = [(reference, *_manifest_and_subset(reference, subset)) for reference in data]
+    if len(chosen) > 1:  # of a single one, to choose by the pattern says more
+        _check_patterns([*only, *without], [(manifest, wanted) for _, manifest, wanted in chosen])
     sets: dict[str, EvaluationSet] = {}
-    for (reference, manifest, wanted), here in zip(manifests, matching, strict=True):
-        chosen_here = [pattern for pattern in only if pattern in here]
-        left_out_here = [pattern for pattern in without if pattern in here]
-        if only and not chosen_here:
-            continue
+    for reference, manifest, wanted in chosen:
+        only_here, without_here = only, without
+        if len(chosen) > 1:
+            only_here, without_here = (manifest.which_match(patterns, wanted) for patterns in (only, without))
+            if only and not only_here:
+                continue
         if wanted:
-            found = [EvaluationSet(manifest, wanted, limit, only=chosen_here, without=left_out_here)]
+            found = [EvaluationSet(manifest, wanted, limit, only=only_here, without=without_here)]
         else:
-            found = EvaluationSet.by_subset(manifest, limit, only=chosen_here, without=left_out_here)
-        for chosen in found:
+            found = EvaluationSet.by_subset(manifest, limit, only=only_here, without=without_here)
+        for one in found:
             for name, other in sets.items():
-                if (other.manifest.version, other.subset) == (manifest.version, chosen.subset):
+                if (other.manifest.version, other.subset) == (manifest.version, one.subset):
                     raise PipelineError(f"--data {reference}: {name} holds its pairs too, which would count twice")
-            name = f"{manifest.dataset}/{chosen.subset}"
-            sets[f"{name}@{manifest.version}" if name in sets else name] = chosen
+            name = f"{manifest.dataset}/{one.subset}"
+            sets[f"{name}@{manifest.version}" if name in sets else name] = one
     return sets
 
 
-def _matching(chosen: Sequence[tuple[Manifest, str | None]], patterns: Sequence[str]) -> list[set[str]]:
-    """The patterns that match in each of the manifests and subsets. Raises PipelineError if one matches in none."""
-    if len(chosen) == 1:
-        return [set(patterns)]  # to choose by them says more about one that matches nothing
-    matching = []
-    examples = []
-    for manifest, subset in chosen:
-        names = [manifest.samples[number].name for number in manifest.select(subset)]
-        matching.append({pattern for pattern in patterns if any(fnmatch.fnmatchcase(name, pattern) for name in names)})
-        examples.append(names[0])
-    for pattern in patterns:
-        if not any(pattern in here for here in matching):
-            shown = ", ".join(dict.fromkeys(examples))
-            raise PipelineError(f"no sample of any --data matches {pattern!r}; names are such as {shown}")
-    return matching
-
-
-def _split_subset(reference: str) -> tuple[str, str]:
-    """MANIFEST#SUBSET as two; folders may have a # in their names, manifests and subsets have none."""
+def _manifest_and_subset(reference: str, subset: str | None) -> tuple[Manifest, str | None]:
+    """What MANIFEST#SUBSET names; folders may have a # in their names, manifests and subsets have none."""
     head, mark, tail = reference.rpartition("#")
-    return (head, tail) if mark and "/" not in tail else (reference, "")
+    if mark and "/" not in tail:
+        return Manifest.load(head), tail or subset
+    return Manifest.load(reference), subset
+
+
+def _check_patterns(patterns: Sequence[str], chosen: Sequence[tuple[Manifest, str | None]]) -> None:
+    """Raises PipelineError for a pattern that matches in none of the manifests and subsets."""
+    found = {pattern for manifest, subset in chosen for pattern in manifest.which_match(patterns, subset)}
+    for pattern in patterns:
+        if pattern not in found:
+            firsts = (manifest.samples[manifest.select(subset)[0]].name for manifest, subset in chosen)
+            examples = ", ".join(dict.fromkeys(firsts))
+            raise PipelineError(f"no sample of any --data matches {pattern!r}; names are such as {examples}")
 
 
 def score_sets(
