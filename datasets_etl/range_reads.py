@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from urllib.parse import SplitResult, urlsplit
 
-_CLOSED_MEANWHILE = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
+_CLOSED_MEANWHILE = (ConnectionResetError, BrokenPipeError)  # http.client.RemoteDisconnected is one of the first
 
 
 @dataclass(frozen=True)

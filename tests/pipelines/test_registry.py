@@ -136,14 +136,26 @@ def test_champion_rolls_back_by_one_command_step_by_step_and_is_promoted_again(c
     call(pipelines.registry, "promote", "models:/gmflow/3")
 
 
-def test_a_version_that_was_deleted_is_rolled_back_over(call, tmp_path):
+def test_versions_that_were_deleted_are_rolled_back_over(call, tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise MlflowException("not now")
+
     client = mlflow_client.connect(f"sqlite:///{tmp_path}/mlflow.db")
     client.create_registered_model("gmflow")
-    for number in "123":
+    for number in "1234":
         client.create_model_version("gmflow", f"file://{tmp_path}")
         aliases.move_alias(client, "gmflow", "champion", number)
-    client.delete_model_version("gmflow", "2")
-    assert call(pipelines.registry, "rollback")[1] == "models:/gmflow@champion is version 1, was 3\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "get_model_version", refuse)
+        with pytest.raises(MlflowException, match="not now"):  # and does not pass for deleted
+            aliases.roll_back(client, "gmflow", "champion")
+    for number in "32":
+        client.delete_model_version("gmflow", number)
+    assert call(pipelines.registry, "rollback")[1] == "models:/gmflow@champion is version 1, was 4\n"
+    aliases.move_alias(client, "gmflow", "champion", "4")
+    client.delete_model_version("gmflow", "1")
+    code, _, err = call(pipelines.registry, "rollback")
+    assert (code, "no earlier version is left; it is on 4" in err) == (2, True)
 
 
 def test_models_beyond_the_first_page_are_listed(monkeypatch):
