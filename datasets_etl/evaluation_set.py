@@ -63,11 +63,6 @@ class EvaluationSet(Dataset[FlowSample]):
             sets.append(own)
         return sets
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether it holds every sample of its subset that has ground truth."""
-        return len(self.indices) == len(self.manifest.select(self.subset))
-
     def __len__(self) -> int:
         return len(self.indices)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from datasets_etl.sources import EXPECTED_COUNTS
 from gmflow import GMFlowConfig
 
 NOTE = (
@@ -21,9 +22,13 @@ _PUBLISHED: dict[tuple[int, str, str], dict[str, float]] = {
 }
 
 
-def published_figures(config: GMFlowConfig, dataset: str, subset: str | None) -> Mapping[str, float]:
-    """The paper's figures for a subset, under our names; empty for a model that is not a published variant."""
+def published_figures(config: GMFlowConfig, dataset: str, subset: str | None, pairs: int) -> Mapping[str, float]:
+    """The paper's figures for a subset, under our names.
+
+    Empty for a model that is not a published variant, and for another number of pairs than the whole dataset has: an
+    excerpt, or somebody's own pairs in its layout.
+    """
     variant = GMFlowConfig.base() if config.num_scales == 1 else GMFlowConfig.refine()
-    if config != variant:
+    if config != variant or pairs != EXPECTED_COUNTS.get(dataset, {}).get(subset or ""):
         return {}
     return _PUBLISHED.get((config.num_scales, dataset, subset or ""), {})

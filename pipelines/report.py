@@ -121,7 +121,7 @@ class TrackedCurriculum:
 
     run: Run
     config: CurriculumConfig
-    datasets: Mapping[str, str]  # data name → dataset
+    manifests: Mapping[str, Manifest]  # by the names of the data
     stages: list[_Stage]
     steps: int
 
@@ -169,8 +169,8 @@ def read_curriculum(client: MlflowClient, run_id: str) -> TrackedCurriculum:
     if not stages:
         raise PipelineError(f"run {run_id}: has no stage; the report is made of a curriculum's parent run")
     used = {chosen.data for stage in stages for chosen in stage.validation}
-    datasets = {name: Manifest.load(str(config.data[name])).dataset for name in sorted(used)}
-    return TrackedCurriculum(parent, config, datasets, stages, begins)
+    manifests = {name: Manifest.load(str(config.data[name])) for name in sorted(used)}
+    return TrackedCurriculum(parent, config, manifests, stages, begins)
 
 
 def _own_version(client: MlflowClient, run_id: str, model_name: str) -> ModelVersion | None:
@@ -201,7 +201,8 @@ def _stage_tables(found: TrackedCurriculum) -> list[Table]:
     model = found.config.model.build()
     tables = []
     for title, chosen in found.sets.items():
-        theirs = {} if chosen.cut else published_figures(model, found.datasets[chosen.data], chosen.subset)
+        manifest = found.manifests[chosen.data]
+        theirs = published_figures(model, manifest.dataset, chosen.subset, len(chosen.build(manifest)))
         rows: list[list[Cell]] = []
         for stage in found.stages:
             ours = {name: stage.run.data.metrics.get(f"val/{title}/{name}") for name in FIGURES}

@@ -115,7 +115,7 @@ def figures_table(config: GMFlowConfig, sets: Sets) -> Table:
     rows: list[list[Cell]] = []
     any_published = False
     for title, (scored, evaluation) in sets.items():
-        theirs = published_figures(config, scored.manifest.dataset, scored.subset) if scored.is_whole else {}
+        theirs = published_figures(config, scored.manifest.dataset, scored.subset, len(scored))
         any_published = any_published or bool(theirs)
         cells = [figure_cell(evaluation.pooled.get(name), theirs.get(name)) for name in names]
         rows.append([title, len(scored), *cells])

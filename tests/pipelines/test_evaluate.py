@@ -219,7 +219,6 @@ def test_a_sets_own_subset_and_the_limit_hold(manifests):
     for name, chosen in found.items():
         assert [chosen[number].subset for number in range(2)] == 2 * [name.partition("/")[2]]
         assert len(chosen) == 2
-        assert not chosen.is_whole
 
 
 def test_a_pattern_need_not_match_in_every_subset_of_a_manifest(manifests):
@@ -229,8 +228,10 @@ def test_a_pattern_need_not_match_in_every_subset_of_a_manifest(manifests):
     assert {name: len(chosen) for name, chosen in choose([one]).items()} == {"chairs/train": 1}
     assert {name: len(chosen) for name, chosen in choose([other, one]).items()} == {"chairs/train": 1, "chairs/val": 1}
     left = choose((), [other])
-    assert left["chairs/train"].is_whole
-    assert len(left["chairs/val"]) == manifest.subsets["val"] - 1
+    assert {name: len(chosen) for name, chosen in left.items()} == {
+        "chairs/train": manifest.subsets["train"],
+        "chairs/val": manifest.subsets["val"] - 1,
+    }
     with pytest.raises(DataError, match=r"no sample of any subset matches 'x\*'"):
         choose([one, "x*"])
 
@@ -241,7 +242,7 @@ def test_a_pattern_need_not_match_in_every_manifest(manifests):
     assert {name: len(chosen) for name, chosen in choose(["scene_0000*"]).items()} == {clean: 2, final: 2}
     assert list(choose(["scene_0000*", "000001*"])) == [clean, final, "kitti/training"]
     left = choose((), ["scene_0000*"])
-    assert (left["kitti/training"].is_whole, left[clean].is_whole) == (True, False)
+    assert {name: len(chosen) for name, chosen in left.items()} == {clean: 4, final: 4, "kitti/training": 4}
     assert (left["kitti/training"].part, left[clean].part) == ("", "without scene_0000*")
     with pytest.raises(
         PipelineError,

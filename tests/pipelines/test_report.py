@@ -19,6 +19,7 @@ import torch
 import pipelines.report
 from datasets_etl.evaluation_set import EvaluationSet
 from datasets_etl.manifest import Manifest
+from datasets_etl.sources import EXPECTED_COUNTS
 from datasets_etl.synthetic import synthetic_pair
 from gmflow import GMFlowConfig
 from gmflow.metrics import FlowMetrics
@@ -330,16 +331,19 @@ def test_pictures_of_sparse_truth_keep_every_point_when_they_shrink():
 
 
 def test_published_figures_are_for_the_published_variants_only():
-    assert published_figures(GMFlowConfig.refine(), "sintel", "training-clean")["epe"] == 1.084
-    assert published_figures(GMFlowConfig.base(), "sintel", "training-clean")["s40_plus"] == 8.257
-    assert published_figures(GMFlowConfig(attn_splits=(4,)), "sintel", "training-clean") == {}
-    assert published_figures(GMFlowConfig.base(), "kitti", "training") == {}
+    assert published_figures(GMFlowConfig.refine(), "sintel", "training-clean", 1041)["epe"] == 1.084
+    assert published_figures(GMFlowConfig.base(), "sintel", "training-clean", 1041)["s40_plus"] == 8.257
+    assert published_figures(GMFlowConfig(attn_splits=(4,)), "sintel", "training-clean", 1041) == {}
+    assert published_figures(GMFlowConfig.base(), "kitti", "training", 200) == {}
+    assert published_figures(GMFlowConfig.base(), "mine", "training", 200) == {}
 
 
-def test_published_figures_stand_beside_those_of_whole_sets_alone(manifests):
-    """The paper's figure is of every pair: beside the first two of them it would be a comparison of nothing."""
+def test_published_figures_stand_beside_those_of_whole_sets_alone(manifests, monkeypatch):
+    """The paper's figure is of every pair: beside an excerpt's it would be a comparison of nothing."""
     whole = EvaluationSet(Manifest.load(manifests["sintel"]), "training-clean")
     part = EvaluationSet(whole.manifest, "training-clean", limit=2)
+    assert published_figures(GMFlowConfig.refine(), "sintel", "training-clean", len(whole)) == {}, "6 of 1,041 pairs"
+    monkeypatch.setitem(EXPECTED_COUNTS["sintel"], "training-clean", len(whole))
     found: Any = SimpleNamespace(pooled={"epe": 1.5})
     table = figures_table(GMFlowConfig.refine(), {"whole": (whole, found), "part": (part, found)})
     assert table.rows == [["whole", 6, {"value": 1.5, "published": 1.084}], ["part", 2, 1.5]]
