@@ -58,20 +58,22 @@ def index(tree: SourceTree, *, dataset: str, text: str, where: str) -> list[Samp
 
 def _rows(text: str, where: str) -> Iterator[tuple[int, dict[str, str]]]:
     """The number of a row's line, and its values by column."""
-    rows = csv.reader(io.StringIO(text), skipinitialspace=True)
-    columns = [column.strip() for column in next(rows, [])]
+    rows = csv.reader(io.StringIO(text), skipinitialspace=True, strict=True)
+    try:
+        first, *others = [(rows.line_num, row) for row in rows if row] or [(0, [])]
+    except csv.Error as error:
+        raise DataError(f"line {rows.line_num} of {where} is no CSV ({error})") from None
+    columns = [column.strip() for column in first[1]]
     known = f"its first line names the columns {', '.join(_NEEDED)}, and perhaps name"
     for column in columns:
         if column not in _COLUMNS or columns.count(column) > 1:
             raise DataError(f"{where}: column {column!r} is unknown, or there twice: {known}")
     if missing := [column for column in _NEEDED if column not in columns]:
         raise DataError(f"{where}: no column {missing[0]!r}: {known}")
-    for row in rows:
-        if not row:
-            continue
+    for line, row in others:
         if len(row) != len(columns):
-            raise DataError(f"line {rows.line_num} of {where}: {len(row)} values for {len(columns)} columns")
-        yield rows.line_num, dict(zip(columns, (value.strip() for value in row), strict=True))
+            raise DataError(f"line {line} of {where}: {len(row)} values for {len(columns)} columns")
+        yield line, dict(zip(columns, (value.strip() for value in row), strict=True))
 
 
 def _ref(tree: SourceTree, files: Collection[str], dataset: str, row: Mapping[str, str], where: str) -> SampleRef:

@@ -49,6 +49,7 @@ def test_every_row_is_a_pair_named_by_its_first_frame_or_as_it_says():
         ("subset;image0;image1;flow\n", "column 'subset;image0;image1;flow' is unknown"),
         ("subset,image0,image1,flow,flow\n", "column 'flow' is unknown, or there twice"),
         (HEADER, "pairs.csv lists no pairs"),
+        (HEADER + 'train,"a/1.png,a/2.png,a/1.flo\n', "line 2 of pairs.csv is no CSV (unexpected end of data)"),
         (HEADER + "\ntrain,a/1.png\n", "line 3 of pairs.csv: 2 values for 4 columns"),
         (HEADER + "train,a/1.png,a/9.png,a/1.flo\n", "lacks a/9.png, which line 2 of pairs.csv needs"),
         (HEADER + "train,a/1.png,,a/1.flo\n", "line 2 of pairs.csv: no image1"),
