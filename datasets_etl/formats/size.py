@@ -27,4 +27,4 @@ def image_size(head: bytes, name: str) -> tuple[int, int]:
         return pfm_size(head, name)
     if head.startswith(JPEG_MAGIC):
         return checked_size(*jpeg_size(head, name), name)
-    raise damaged(name, "is none of .flo, .pfm, .png, .ppm, .jpg", "check what the file is")
+    raise damaged(name, "is none of .flo, .pfm, .png, .jpg, .ppm (P6), .pgm (P5)", "check what the file is")
