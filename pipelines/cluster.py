@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 # Ray reads these on import. A local Ray listens on loopback only; a job's driver is part of its cluster's network.
@@ -27,14 +28,16 @@ import psutil
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
-from pipelines.entry import OutageError, first_line, interrupted_by
+from pipelines.entry import OutageError, first_line, interrupted_by, last_line
 from pipelines.wording import counted
 
 Nodes = Sequence[Mapping[str, float]]
 """The resources of each node, as Ray names them."""
 
+_MADE = "raised in its creation task"  # Ray's words
 _DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"
 _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
+_HEAD_PATIENCE_S = 60.0
 
 
 class RayLostError(OutageError):
@@ -69,6 +72,8 @@ def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool
         # Without this, requests would go to the dashboard of the Ray that was started last on this machine.
         os.environ[_DASHBOARD_VARIABLE] = f"http://127.0.0.1:{port}"
     try:
+        if remote:
+            _wait_for_head(os.environ["RAY_ADDRESS"])
         ray.init(
             address=None if remote else "local",
             num_cpus=None if remote else max(machine, cpus or machine),
@@ -91,11 +96,35 @@ def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool
             raise  # a task failed, but Ray was not lost
         if isinstance(error, (OutOfMemoryError, WorkerCrashedError)):
             raise OutageError(_of_killed_task(error)) from error
-        raise RayLostError(first_line(error)) from error
+        raise RayLostError(_reason(error)) from error
     finally:
         ray.shutdown()
         if port is not None:
             os.environ.pop(_DASHBOARD_VARIABLE, None)
+
+
+def _wait_for_head(address: str) -> None:
+    """Wait until a cluster's head takes connections. Ray would do so for a quarter of an hour, deaf to signals.
+
+    Raises OSError if it takes none for `_HEAD_PATIENCE_S`. Anything but HOST:PORT is left to Ray.
+    """
+    host, _, port = address.rpartition(":")
+    if "/" in host or not host or not port.isdigit():
+        return
+    end = time.monotonic() + _HEAD_PATIENCE_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(1)
+
+
+def _reason(error: RayError) -> str:
+    """Why Ray was lost, in a line. What an actor raised when it was made stands at the end of a traceback."""
+    return last_line(error) if _MADE in str(error) else first_line(error)
 
 
 def _of_killed_task(error: RayError) -> str:

@@ -33,8 +33,11 @@ def spelt(pattern: str, allowed: str) -> pydantic.AfterValidator:
     return pydantic.AfterValidator(check)
 
 
-RunName = Annotated[str, spelt(r"[a-z0-9][a-z0-9_-]*", "lower-case letters, digits, - and _, a letter or digit first")]
-"""The name of a curriculum or sweep, which becomes part of folder names."""
+RunName = Annotated[
+    str,
+    spelt(r"[a-z0-9][a-z0-9_-]{0,99}", "100 lower-case letters, digits, - and _ at most, a letter or digit first"),
+]
+"""The name of a curriculum or sweep, which becomes part of folder names, as do those of stages: 255 letters at most."""
 
 Seed = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
 """A seed that both PyTorch and NumPy take."""

@@ -90,7 +90,7 @@ class StageConfig(Frozen):
 
     name: Annotated[
         str,
-        spelt(r"[a-z][a-z0-9_-]*", "lower-case letters, digits, - and _, a letter first"),
+        spelt(r"[a-z][a-z0-9_-]{0,99}", "100 lower-case letters, digits, - and _ at most, a letter first"),
         pydantic.AfterValidator(not_reserved_alias),
     ]
     steps: PositiveInt

@@ -1,8 +1,10 @@
 """Being connected to Ray: how it begins, and how it ends."""
 
+import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 
@@ -10,7 +12,8 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from pipelines.cluster import connected, talk_where_ray_does
+from pipelines import cluster
+from pipelines.cluster import connected, free_port, talk_where_ray_does
 from pipelines.errors import OutageError
 from tests.conftest import ROOT
 from tests.waiting import output_of
@@ -108,6 +111,10 @@ def test_a_ray_that_is_lost_is_said_in_a_line():
     lost = r"Ray was lost \(The actor died.*\); give the same command again"
     with pytest.raises(OutageError, match=lost), connected():
         raise ActorDiedError
+    made = RayTaskError("__init__", "Traceback …\nOSError: [Errno 28] No space left on device", OSError(28, "No space"))
+    full = r"^Ray was lost \(OSError: \[Errno 28\] No space left on device\); give"
+    with pytest.raises(OutageError, match=full), connected():
+        raise ActorDiedError(made)
     with pytest.raises(RayTaskError), connected():
         raise RayTaskError("f", "Traceback", ValueError("a bug"))
 
@@ -118,14 +125,40 @@ def test_a_ray_that_is_not_there_is_said_in_a_line(monkeypatch: pytest.MonkeyPat
         raise ConnectionError("Could not find any running Ray instance.\nPlease specify …")
 
     monkeypatch.setattr(ray, "init", fail)
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
     with pytest.raises(OutageError) as told:
         connected().__enter__()
-    expected = "no Ray: the cluster at 10.0.0.1:6379 does not answer (Could not find any running Ray instance.)"
-    assert str(told.value) == expected
+    assert str(told.value) == "no Ray: the cluster at auto does not answer (Could not find any running Ray instance.)"
     monkeypatch.delenv("RAY_ADDRESS")
     with pytest.raises(OutageError, match=re.escape("no Ray: it does not start here")):
         connected().__enter__()
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_head_that_takes_no_connections_is_waited_for_a_while(monkeypatch: pytest.MonkeyPatch):
+    """Ray would try for a quarter of an hour."""
+    address = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(cluster, "_HEAD_PATIENCE_S", 1.5)
+    naps = []
+    monkeypatch.setattr(cluster.time, "sleep", naps.append)
+    monkeypatch.setattr(cluster.time, "monotonic", lambda: float(len(naps)))
+    refused = rf"no Ray: the cluster at {address} does not answer \(\[Errno 111\] Connection refused\)"
+    with pytest.raises(OutageError, match=refused):
+        connected().__enter__()
+    assert len(naps) == 2
+    begun: list[dict[str, object]] = []
+    monkeypatch.setattr(ray, "init", lambda **how: begun.append(how))
+
+    with contextlib.ExitStack() as heads:
+
+        def start(_: float) -> None:
+            host, _, port = address.partition(":")
+            heads.enter_context(socket.create_server((host, int(port))))
+
+        monkeypatch.setattr(cluster.time, "sleep", start)
+        with connected():
+            assert len(begun) == 1
 
 
 @pytest.mark.parametrize("chosen", [{}, {"NCCL_SOCKET_IFNAME": "ib"}])
