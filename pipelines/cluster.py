@@ -104,7 +104,8 @@ def connected(cpus: int | None = None, *, verbose: bool = False, dashboard: bool
 
 
 def _wait_for_head(address: str) -> None:
-    """Wait until a cluster's head takes connections. Ray would do so for a quarter of an hour, deaf to signals.
+    """Wait until a cluster's head takes connections. Ray would do so for more than ten minutes, deaf to
+    signals.
 
     Raises OSError if it takes none for `_HEAD_PATIENCE_S`. Anything but HOST:PORT is left to Ray.
     """

@@ -118,15 +118,12 @@ def chosen_sets(
     which no pattern of `only` matches gives no set.
     """
     chosen = [(reference, *_manifest_and_subset(reference, subset)) for reference in data]
-    if len(chosen) > 1:  # of a single one, to choose by the pattern says more
-        _check_patterns([*only, *without], [(manifest, wanted) for _, manifest, wanted in chosen])
+    matching = _matching([*only, *without], [(manifest, wanted) for _, manifest, wanted in chosen])
     sets: dict[str, EvaluationSet] = {}
-    for reference, manifest, wanted in chosen:
-        only_here, without_here = only, without
-        if len(chosen) > 1:
-            only_here, without_here = (manifest.which_match(patterns, wanted) for patterns in (only, without))
-            if only and not only_here:
-                continue
+    for (reference, manifest, wanted), here in zip(chosen, matching, strict=True):
+        only_here, without_here = ([pattern for pattern in given if pattern in here] for given in (only, without))
+        if only and not only_here:
+            continue
         if wanted:
             found = [EvaluationSet(manifest, wanted, limit, only=only_here, without=without_here)]
         else:
@@ -148,14 +145,20 @@ def _manifest_and_subset(reference: str, subset: str | None) -> tuple[Manifest, 
     return Manifest.load(reference), subset
 
 
-def _check_patterns(patterns: Sequence[str], chosen: Sequence[tuple[Manifest, str | None]]) -> None:
-    """Raises PipelineError for a pattern that matches in none of the manifests and subsets."""
-    found = {pattern for manifest, subset in chosen for pattern in manifest.which_match(patterns, subset)}
+def _matching(patterns: list[str], chosen: Sequence[tuple[Manifest, str | None]]) -> list[list[str]]:
+    """Those of the patterns that match in each of the manifests and subsets; all of them if there is only one.
+
+    Raises PipelineError for a pattern that matches in none.
+    """
+    if len(chosen) == 1:
+        return [patterns]  # to choose by them says more about one that matches nothing
+    matching = [manifest.which_match(patterns, subset) for manifest, subset in chosen]
     for pattern in patterns:
-        if pattern not in found:
+        if not any(pattern in here for here in matching):
             firsts = (manifest.samples[manifest.select(subset)[0]].name for manifest, subset in chosen)
             examples = ", ".join(dict.fromkeys(firsts))
             raise PipelineError(f"no sample of any --data matches {pattern!r}; names are such as {examples}")
+    return matching
 
 
 def score_sets(

@@ -14,7 +14,7 @@ from datasets_etl import formats
 def compare_codes(raws: Sequence[Raw], rounds: int) -> Iterator[Table]:
     frames = {raw.name: _some_frames(raw) for raw in raws}
     yield _table("Frames", FRAME_CODES, frames, rounds)
-    flows = {raw.name: _some_flows(raw) for raw in raws if not raw.refs[0].is_sparse}
+    flows = {raw.name: _some_flows(raw) for raw in raws if not any(ref.is_sparse for ref in raw.refs)}
     yield _table("Dense flow", FLOW_CODES, flows, rounds)
 
 

@@ -136,7 +136,7 @@ def test_a_ray_that_is_not_there_is_said_in_a_line(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.usefixtures("no_ray")
 def test_a_head_that_takes_no_connections_is_waited_for_a_while(monkeypatch: pytest.MonkeyPatch):
-    """Ray would try for a quarter of an hour."""
+    """Ray would try for more than ten minutes."""
     address = f"127.0.0.1:{free_port()}"
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr(cluster, "_HEAD_PATIENCE_S", 1.5)
